@@ -1,0 +1,33 @@
+// A row-major matrix somebody else owns.
+#pragma once
+
+#include <cstdint>
+
+#include "higgs/numeric.h"
+
+namespace higgs {
+
+template <typename Byte>  // std::byte or const std::byte
+struct BasicMatrixView {
+  Byte* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+
+  [[nodiscard]] Byte* row(std::int64_t i) const noexcept {
+    return data + i * cols * static_cast<std::int64_t>(size_of(dtype));
+  }
+};
+
+using MatrixView = BasicMatrixView<std::byte>;
+using ConstMatrixView = BasicMatrixView<const std::byte>;
+
+[[nodiscard]] inline ConstMatrixView as_const(MatrixView v) noexcept { return {v.data, v.dtype, v.rows, v.cols}; }
+[[nodiscard]] inline MatrixView matrix(float* data, std::int64_t rows, std::int64_t cols) noexcept {
+  return {reinterpret_cast<std::byte*>(data), DType::f32, rows, cols};
+}
+[[nodiscard]] inline ConstMatrixView matrix(const float* data, std::int64_t rows, std::int64_t cols) noexcept {
+  return {reinterpret_cast<const std::byte*>(data), DType::f32, rows, cols};
+}
+
+}  // namespace higgs

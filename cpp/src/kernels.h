@@ -1,0 +1,59 @@
+// The inner loops every instruction set provides. Arguments are checked by the callers.
+#pragma once
+
+#include <cstdint>
+
+#include "higgs/isa.h"
+#include "higgs/packed_format.h"
+#include "nearest.h"
+
+namespace higgs::detail {
+
+// Columns are handled in chunks of 64 indices = 64 * p columns, the last chunk of a scale group padded. Inside a chunk x
+// and decoded weights are in "decode order": component-major, value of index i and component c at c * 64 + i, because a
+// look-up of 64 indices in the table of one component yields 64 values of that component.
+inline constexpr int kChunk = 64;
+
+struct DecodeGeometry {
+  std::int64_t groups = 0;
+  std::int64_t group_chunks = 0;       // chunks of a full group
+  std::int64_t last_group_chunks = 0;  // of the last one
+  std::int64_t arranged_cols = 0;      // floats of one row of x, or of decoded weights, in decode order
+};
+[[nodiscard]] DecodeGeometry decode_geometry(const LayerFormat& format);
+
+struct Kernels {
+  // Walsh-Hadamard transform of `count` consecutive blocks, times 1 / sqrt(block).
+  void (*fwht)(float* data, std::int64_t count, int block);
+
+  // Indices of the nearest points g to values[0, count) * inverse_scale, and the two sums the least-squares scale needs:
+  // sum v g and sum g g, in the summation order of FORMAT.md. count is a multiple of 64.
+  void (*nearest)(const NearestTable& table, const float* values, std::int64_t count, float inverse_scale,
+                  std::uint16_t* indices, double* vg, double* gg);
+
+  // sum v^2 in the summation order of FORMAT.md. count is a multiple of 64.
+  double (*sum_squares)(const float* values, std::int64_t count);
+
+  // y[i] = sum over groups of scale * (sum over the group of x * point), rows [begin, end) of w, one row of x in decode
+  // order.
+  void (*dot_rows)(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y);
+
+  // The same for m rows of x at once: y[r * y_stride + i - begin], end - begin <= kTileRows. scratch holds
+  // kTileRows * max(group_chunks) * 64 * p floats. Bitwise equal to dot_rows on each row of x.
+  void (*dot_tile)(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end,
+                   float* scratch, float* y, std::int64_t y_stride);
+};
+inline constexpr int kTileRows = 16;
+
+[[nodiscard]] const Kernels& kernels() noexcept;  // of current_isa()
+
+// Here, not in the loops: no library function may be instantiated with a newer CPU's instructions.
+[[noreturn]] void no_decoder(const Grid& grid);
+
+extern const Kernels kPortableKernels;
+#ifdef HIGGS_X86
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace higgs::detail

@@ -1,0 +1,55 @@
+#include "higgs/packed_format.h"
+
+#include <algorithm>
+#include <bit>
+#include <string>
+
+#include "higgs/error.h"
+
+namespace higgs {
+namespace {
+
+[[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::invalid_argument, message); }
+
+void check_k(std::int64_t k) {
+  if (k <= 0 || k % kColumnAlignment != 0) {
+    fail("k = " + std::to_string(k) + " is not supported; in_features must be a positive multiple of 64");
+  }
+}
+
+}  // namespace
+
+int default_block(std::int64_t k) {
+  check_k(k);
+  return static_cast<int>(std::min<std::int64_t>(kMaxBlock, std::int64_t{1} << std::countr_zero(static_cast<std::uint64_t>(k))));
+}
+
+std::int64_t default_group(std::int64_t k, int block) {
+  constexpr std::int64_t kShortest = 512;
+  constexpr std::int64_t kLongest = 2048;
+  check_k(k);
+  const std::int64_t shortest = (std::max<std::int64_t>(kShortest, block) + block - 1) / block * block;
+  for (std::int64_t group = shortest; group <= std::min(k, kLongest); group += block) {
+    if (k % group == 0) return group;
+  }
+  return std::min(k, shortest);
+}
+
+void validate(const LayerFormat& f) {
+  if (f.grid == nullptr) fail("format: no grid");
+  if (f.n < 0) fail("n = " + std::to_string(f.n) + " is negative");
+  check_k(f.k);
+  if (f.block < kMinBlock || f.block > kMaxBlock || !std::has_single_bit(static_cast<unsigned>(f.block))) {
+    fail("block " + std::to_string(f.block) + " is not supported; use 64, 128, 256, 512 or 1024");
+  }
+  if (f.k % f.block != 0) {
+    fail("block " + std::to_string(f.block) + " does not divide k = " + std::to_string(f.k) + "; use at most " +
+         std::to_string(default_block(f.k)));
+  }
+  if (f.group <= 0 || f.group % f.block != 0 || f.group > f.k) {
+    fail("group " + std::to_string(f.group) + " is not supported; use a multiple of block " + std::to_string(f.block) +
+         " that is at most k = " + std::to_string(f.k));
+  }
+}
+
+}  // namespace higgs

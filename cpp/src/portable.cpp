@@ -1,0 +1,53 @@
+// Kernels in plain C++ with compiler vector extensions: any CPU.
+#include "block_loops.h"
+#include "dot_loops.h"
+#include "higgs/numeric.h"
+
+namespace higgs::detail {
+namespace {
+
+struct Portable {
+  typedef float Vec __attribute__((vector_size(16)));
+  static constexpr int kLanes = 4;
+  static constexpr int kMicroRows = 2;
+  static constexpr int kMicroTokens = 4;
+
+  static Vec zero() { return Vec{}; }
+  static Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static float f16(std::uint16_t bits) { return f16_to_f32(bits); }
+
+  template <int B, int P>
+  struct Decoder {
+    explicit Decoder(const PackedView& w) : points(w.format.grid->points.data()) {}
+    const float* points;
+
+    template <typename Sink>
+    void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+      float values[P][kChunk] = {};
+      std::uint32_t window = 0;
+      int filled = 0;
+      for (int i = 0; i < valid; ++i) {
+        for (; filled < B; filled += 8) window |= static_cast<std::uint32_t>(*bytes++) << filled;
+        const std::uint32_t index = window & ((1u << B) - 1);
+        window >>= B;
+        filled -= B;
+        for (int c = 0; c < P; ++c) values[c][i] = points[index * P + c];
+      }
+      for (int offset = 0; offset < kChunk * P; offset += kLanes) sink(offset, load(&values[0][0] + offset));
+    }
+  };
+};
+
+}  // namespace
+
+const Kernels kPortableKernels = {fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Portable>,
+                                  dot_tile_any<Portable>};
+
+}  // namespace higgs::detail

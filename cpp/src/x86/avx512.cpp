@@ -1,0 +1,149 @@
+// AVX-512 kernels (F, BW, DQ, VL, VBMI).
+//
+// Up to 8 bits an index: VPERMB and VPMULTISHIFTQB unpack 64 indices of any width in three instructions, and the grid
+// sits in registers as two byte tables per component (low and high byte of the fp16 value), so that one VPERMB or
+// VPERMI2B looks up 64 indices; interleaving the two bytes gives 64 fp16 values. For p2_n256 that is 17 instructions for
+// 128 weights before the conversion to fp32. Wider indices gather both components of a point as one 32-bit word.
+#include <immintrin.h>
+
+#include "../block_loops.h"
+#include "../dot_loops.h"
+
+namespace higgs::detail {
+namespace {
+
+inline __m512i load_bytes(const std::uint8_t* bytes, int count) {
+  if (count >= 64) return _mm512_loadu_si512(bytes);
+  return _mm512_maskz_loadu_epi8((std::uint64_t{1} << count) - 1, bytes);
+}
+
+// Calls sink for 64 fp16 values given as their low and high bytes. Interleaving works per 128-bit lane: it takes the
+// indices in the order of kQwordOrder.
+template <typename Sink>
+inline void convert_bytes(__m512i low, __m512i high, int offset, const Sink& sink) {
+  const __m512i first = _mm512_unpacklo_epi8(low, high);
+  const __m512i second = _mm512_unpackhi_epi8(low, high);
+  sink(offset, _mm512_cvtph_ps(_mm512_castsi512_si256(first)));
+  sink(offset + 16, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(first, 1)));
+  sink(offset + 32, _mm512_cvtph_ps(_mm512_castsi512_si256(second)));
+  sink(offset + 48, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(second, 1)));
+}
+constexpr int kQwordOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
+template <int B, int P>
+struct ByteTableDecoder {
+  static constexpr int kPoints = 1 << B;
+  static constexpr int kRegisters = kPoints <= 64 ? 1 : kPoints / 64;
+  alignas(64) std::uint8_t bytes_of[P][2][kRegisters * 64];  // [component][low, high]
+  alignas(64) std::uint8_t spread[64];
+  alignas(64) std::uint8_t shift[64];
+
+  explicit ByteTableDecoder(const PackedView& w) {
+    const float* points = w.format.grid->points.data();
+    for (int i = 0; i < kRegisters * 64; ++i) {
+      for (int c = 0; c < P; ++c) {
+        const unsigned bits = _cvtss_sh(points[i % kPoints * P + c], 0);
+        bytes_of[c][0][i] = static_cast<std::uint8_t>(bits);
+        bytes_of[c][1][i] = static_cast<std::uint8_t>(bits >> 8);
+      }
+    }
+    for (int q = 0; q < 8; ++q) {
+      for (int b = 0; b < 8; ++b) {
+        spread[8 * q + b] = static_cast<std::uint8_t>(kQwordOrder[q] * B + (b < B ? b : 0));
+        shift[8 * q + b] = static_cast<std::uint8_t>(b * B);
+      }
+    }
+  }
+
+  [[nodiscard]] __m512i unpack(const std::uint8_t* bytes, int valid) const {
+    const __m512i raw = load_bytes(bytes, valid * B / 8);
+    const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(spread), raw);
+    if constexpr (B == 8) return words;
+    const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words);
+    return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>(kPoints - 1)));
+  }
+
+  [[nodiscard]] static __m512i look_up(const std::uint8_t* table, __m512i index) {
+    const __m512i t0 = _mm512_load_si512(table);
+    if constexpr (kRegisters == 1) return _mm512_permutexvar_epi8(index, t0);
+    const __m512i low = _mm512_permutex2var_epi8(t0, index, _mm512_load_si512(table + 64));
+    if constexpr (kRegisters == 2) return low;
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), index, _mm512_load_si512(table + 192));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
+  }
+
+  template <typename Sink>
+  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+    const __m512i index = unpack(bytes, valid);
+    for (int c = 0; c < P; ++c) {
+      convert_bytes(look_up(bytes_of[c][0], index), look_up(bytes_of[c][1], index), c * kChunk, sink);
+    }
+  }
+};
+
+template <int B>
+struct GatherDecoder {  // P = 2, 9 to 12 bits
+  static constexpr int kPoints = 1 << B;
+  alignas(64) std::uint32_t table[kPoints];  // two fp16 components
+  alignas(64) std::uint8_t spread[64];
+  alignas(64) std::int32_t shift[16];
+
+  explicit GatherDecoder(const PackedView& w) {
+    const float* points = w.format.grid->points.data();
+    for (int i = 0; i < kPoints; ++i) {
+      const std::uint32_t low = _cvtss_sh(points[2 * i], 0);
+      const std::uint32_t high = _cvtss_sh(points[2 * i + 1], 0);
+      table[i] = low | high << 16;
+    }
+    for (int i = 0; i < 16; ++i) {
+      for (int b = 0; b < 4; ++b) spread[4 * i + b] = static_cast<std::uint8_t>(i * B / 8 + b);
+      shift[i] = i * B % 8;
+    }
+  }
+
+  template <typename Sink>
+  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+    const __m512i spread_v = _mm512_load_si512(spread);
+    const __m512i shift_v = _mm512_load_si512(shift);
+    for (int i = 0; i < kChunk; i += 16, bytes += 2 * B) {
+      if (i >= valid) {
+        sink(i, _mm512_setzero_ps());
+        sink(kChunk + i, _mm512_setzero_ps());
+        continue;
+      }
+      const __m512i words = _mm512_permutexvar_epi8(spread_v, load_bytes(bytes, 2 * B));
+      const __m512i index = _mm512_and_si512(_mm512_srlv_epi32(words, shift_v), _mm512_set1_epi32(kPoints - 1));
+      const __m512i pairs = _mm512_i32gather_epi32(index, table, 4);
+      sink(i, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs)));
+      sink(kChunk + i, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16))));
+    }
+  }
+};
+
+struct Avx512 {
+  using Vec = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kMicroRows = 4;
+  static constexpr int kMicroTokens = 4;
+
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sum(Vec v) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  static float f16(std::uint16_t bits) { return _cvtsh_ss(bits); }
+
+  template <int B, int P>
+  using Decoder = std::conditional_t<(B <= 8), ByteTableDecoder<B, P>, GatherDecoder<B>>;
+};
+
+}  // namespace
+
+const Kernels kAvx512Kernels = {fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
+
+}  // namespace higgs::detail

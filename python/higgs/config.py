@@ -1,0 +1,70 @@
+"""``quantization_config`` of a checkpoint (FORMAT.md, "In a checkpoint")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import _core
+from ._ops import LayerFormat, layer_format
+from .errors import FormatError
+
+QUANT_METHOD = "higgs_quant"
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Grid, block, scale group and presence of a column scale of one layer."""
+
+    grid: str
+    block: int
+    group: int
+    column_scale: bool = False
+
+    def format(self, name: str, n: int, k: int, seed: int) -> LayerFormat:
+        try:
+            return layer_format(n, k, self.grid, block=self.block, group=self.group, seed=seed)
+        except ValueError as e:
+            raise FormatError(f"quantization_config of layer {name} [{n}, {k}]: {e}") from e
+
+    @classmethod
+    def of(cls, fmt: LayerFormat, *, column_scale: bool) -> LayerConfig:
+        return cls(fmt.grid, fmt.block, fmt.group, column_scale)
+
+
+@dataclass
+class QuantizationConfig:
+    """Everything a checkpoint says about its quantized layers."""
+
+    seed: int = 0
+    layers: dict[str, LayerConfig] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": _core.format_version,
+            "seed": self.seed,
+            "layers": {
+                name: {"grid": c.grid, "block": c.block, "group": c.group, "column_scale": c.column_scale}
+                for name, c in self.layers.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> QuantizationConfig:
+        """Raises FormatError for another quant_method, an unknown format_version or a malformed layer entry."""
+        method, version = data.get("quant_method"), data.get("format_version")
+        if method != QUANT_METHOD:
+            raise FormatError(f"quant_method is {method!r}, expected {QUANT_METHOD!r}")
+        if version != _core.format_version:
+            raise FormatError(
+                f"format_version of the checkpoint is {version!r}, this version of higgs reads {_core.format_version}"
+            )
+        layers = {}
+        for name, entry in data.get("layers", {}).items():
+            try:
+                layers[name] = LayerConfig(**entry) if isinstance(entry, dict) else entry
+                _core.find_grid(layers[name].grid)
+            except (TypeError, ValueError, AttributeError) as e:
+                raise FormatError(f"quantization_config of layer {name}: {e}") from e
+        return cls(int(data.get("seed", 0)), layers)
