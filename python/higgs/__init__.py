@@ -1,24 +1,40 @@
-"""higgs: data-free LLM quantization on MSE-optimal Gaussian grids (HIGGS, arXiv 2411.17525)."""
+"""higgs: data-free LLM quantization on MSE-optimal Gaussian grids (HIGGS, arXiv 2411.17525).
 
-from . import _core
+>>> import higgs
+>>> report = higgs.quantize_(model, bits=4)
+>>> model.save_pretrained("quantized")  # AutoModelForCausalLM.from_pretrained("quantized") after `import higgs`
+"""
+
+from . import _core, _register
 from ._ops import LayerFormat, layer_format
+from .energies import Energies, gather_energies
 from .errors import CudaError, FormatError, HiggsError, UnsupportedError
 from .linear import HiggsLinear
+from .model import dequantize_, quantize_
+from .report import LayerReport, Report
 
 __version__: str = _core.version
 grids = _core.grids
 find_grid = _core.find_grid
 grid_for_bits = _core.grid_for_bits
 
+_register.register()
+
 __all__ = [
     "CudaError",
+    "Energies",
     "FormatError",
     "HiggsError",
     "HiggsLinear",
     "LayerFormat",
+    "LayerReport",
+    "Report",
     "UnsupportedError",
+    "dequantize_",
     "find_grid",
+    "gather_energies",
     "grid_for_bits",
     "grids",
     "layer_format",
+    "quantize_",
 ]

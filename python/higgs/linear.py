@@ -48,7 +48,8 @@ class HiggsLinear(nn.Module):
         module.indices = nn.Parameter(indices, requires_grad=False)
         module.scales = nn.Parameter(scales, requires_grad=False)
         if column_scale is not None:
-            module.column_scale = nn.Parameter(column_scale, requires_grad=False)
+            # A copy: layers that share a column scale are saved each with its own.
+            module.column_scale = nn.Parameter(column_scale.clone(), requires_grad=False)
         module.bias = linear.bias
         module.train(linear.training)
         return module, t2

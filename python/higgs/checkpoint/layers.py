@@ -1,0 +1,153 @@
+"""Which tensors of a checkpoint are weights of Linear layers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UnsupportedError
+from .files import Checkpoint
+
+# Without a model class to ask: 2-D weights whose name has none of these as (part of) a component.
+_NOT_LINEAR = re.compile(
+    r"(^|[._])(embed\w*|wte|wpe|lm_head|norm\w*|\w*norm|ln\w*|router|conv\w*|score|classifier)([._]|$)"
+)
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # a tiny matrix that picks experts: exact or nothing
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
+
+
+@dataclass
+class LinearWeights:
+    """``layers`` maps the tensor name of each Linear weight to the name of its module in transformers (which input
+    energies go by); the two usually differ by ``.weight`` only. ``head`` is the output head's layer name and
+    ``head_source`` the tensor that holds its weight: that of the embedding where they are ``tied``."""
+
+    layers: dict[str, str]
+    head: str | None = None
+    head_source: str | None = None
+    tied: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def layer_name(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def find_linear_weights(checkpoint: Checkpoint) -> LinearWeights:
+    """Asks transformers which modules are ``nn.Linear``: the model is built without memory (meta device).
+
+    The output head, routers of experts and weights shared with an embedding are left out. Without transformers, or for
+    an architecture unknown to it or with other tensor names, every 2-D ``*.weight`` tensor counts whose name has none
+    of embed, wte, wpe, lm_head, norm, ln, router, conv, score, classifier as a component; a note says so.
+
+    Raises UnsupportedError if nothing is found.
+    """
+    try:
+        model = build_meta_model(checkpoint)
+    except Exception as e:  # whatever a config can make transformers raise; the reason goes into the note
+        return _guess(checkpoint, f"transformers cannot build this model ({_first_line(e)})")
+    found = _from_model(checkpoint, model)
+    if found is None:
+        return _guess(checkpoint, f"no tensor is named like the layers of {type(model).__name__}")
+    if not found.layers:
+        raise UnsupportedError(f"{type(model).__name__} has no Linear layers besides the output head")
+    return found
+
+
+def build_meta_model(checkpoint: Checkpoint) -> Any:
+    """The model of ``checkpoint`` on the meta device: modules and shapes, no memory, no network, no remote code."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def module_keys(model: Any, tensors: Iterable[str]) -> dict[str, str]:
+    """For each checkpoint tensor that transformers loads as it is, its name in ``model.state_dict()``.
+
+    Tensors that it merges or converts (the experts of a mixture, say) are left out.
+    """
+    state = model.state_dict()
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:  # another transformers: names that differ are then not found, which a note tells
+        return {name: name for name in tensors if name in state}
+    conversions = get_model_conversion_mapping(model)
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    renamings: list[Any] = [c for c in conversions if not isinstance(c, WeightConverter)]
+    result = {}
+    for name in tensors:
+        key, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if converted is None and key in state:
+            result[name] = key
+    return result
+
+
+def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
+    """None if no tensor of the checkpoint carries the name of a Linear weight of ``model``."""
+    from ..energies import linear_layers
+
+    modules = linear_layers(model)
+    keys = module_keys(model, checkpoint.tensors)
+    linear, other = {}, []
+    for tensor, entry in checkpoint.tensors.items():
+        module = layer_name(keys.get(tensor, ""))
+        if module in modules and tensor.endswith(".weight") and len(entry.shape) == 2:
+            if not _ROUTER.search(module):
+                linear[tensor] = module
+        elif tensor not in keys and len(entry.shape) in (2, 3) and entry.elements >= 1 << 12:
+            other.append(entry)
+    if modules and not linear:
+        return None
+    notes = []
+    if other:
+        weights = sum(e.elements for e in other)
+        notes.append(
+            f"{len(other)} matrices ({weights / 1e6:.1f} M weights) are no Linear layers in transformers and stay as "
+            f"they are: {other[0].name}, ..."
+        )
+    return _with_head(checkpoint, model, keys, LinearWeights(linear, notes=notes))
+
+
+def _with_head(checkpoint: Checkpoint, model: Any, keys: dict[str, str], found: LinearWeights) -> LinearWeights:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        return found
+    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
+    found.tied = embedding is not None and head.weight is embedding.weight
+    tensors = {key: tensor for tensor, key in keys.items()}
+    found.head = names[head]
+    found.head_source = tensors.get(f"{names[embedding if found.tied else head]}.weight")
+    return found
+
+
+def _guess(checkpoint: Checkpoint, reason: str) -> LinearWeights:
+    layers = {
+        tensor: layer_name(tensor)
+        for tensor, entry in checkpoint.tensors.items()
+        if len(entry.shape) == 2
+        and entry.dtype in ("F32", "F16", "BF16")
+        and tensor.endswith(".weight")
+        and not _NOT_LINEAR.search(tensor)
+        and not _ROUTER.search(layer_name(tensor))
+    }
+    if not layers:
+        raise UnsupportedError(f"{checkpoint.path}: {reason}, and no tensor looks like a Linear weight")
+    found = LinearWeights(layers, notes=[f"{reason}; the Linear layers were picked by the names of the tensors"])
+    found.tied = bool(checkpoint.config.get("tie_word_embeddings", "lm_head.weight" not in checkpoint.tensors))
+    embedding = next((t for t in checkpoint.tensors if _EMBEDDING.search(t)), None)
+    found.head_source = embedding if found.tied else "lm_head.weight"
+    found.head = "lm_head" if found.head_source in checkpoint.tensors else None
+    return found
+
+
+def _first_line(e: Exception) -> str:
+    lines = str(e).strip().splitlines()
+    return lines[0] if lines else type(e).__name__

@@ -1,0 +1,176 @@
+"""What quantizing a checkpoint will write: decided from headers alone, before any weight is read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import _core
+from .._ops import LayerFormat, layer_format
+from .files import SINGLE_FILE, Checkpoint, TensorSpec
+from .layers import LinearWeights, find_linear_weights, layer_name
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices that decide every byte of the output, besides the source and the input energies."""
+
+    grid: str
+    lm_head_grid: str | None = None
+    block: int | None = None
+    group: int | None = None
+    seed: int = 0
+    scale_exponent: float = 0.25
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Tensor ``source`` becomes the tensors ``name``.indices, ``name``.scales (and .column_scale). Input energies know
+    the layer as ``module``; of an output ``head`` they know nothing."""
+
+    name: str
+    module: str
+    source: str
+    fmt: LayerFormat
+    head: bool = False
+
+    def specs(self, column_scale: bool) -> dict[str, TensorSpec]:
+        n, k = self.fmt.n, self.fmt.k
+        specs = {
+            f"{self.name}.indices": TensorSpec.of(torch.uint8, n, self.fmt.row_bytes),
+            f"{self.name}.scales": TensorSpec.of(torch.float16, n, self.fmt.row_groups),
+        }
+        if column_scale:
+            specs[f"{self.name}.column_scale"] = TensorSpec.of(torch.float16, k)
+        return specs
+
+
+@dataclass
+class ShardPlan:
+    """One output file: the layers quantized into it and the tensors copied bit for bit."""
+
+    name: str
+    source: str
+    layers: list[LayerPlan] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """All output shards; ``unties`` says that a head tied to the embedding gets tensors of its own."""
+
+    shards: list[ShardPlan]
+    skipped: dict[str, str]
+    notes: list[str]
+    unties: bool = False
+
+    @property
+    def layers(self) -> list[LayerPlan]:
+        return [layer for shard in self.shards for layer in shard.layers]
+
+
+def pick_grid(grid: str | None, bits: float | None) -> str:
+    """The grid id of ``grid`` or the uniform choice for ``bits`` (4 if neither is given). ValueError if both are."""
+    if grid is not None and bits is not None:
+        raise ValueError(f"grid {grid} and bits {bits} are both given; give one")
+    if grid is not None:
+        return _core.find_grid(grid).name
+    return _core.grid_for_bits(4.0 if bits is None else bits).name
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def make_plan(checkpoint: Checkpoint, options: Options, *, strict: bool) -> Plan:
+    """Raises ValueError for a source that is quantized already, a block or group that does not fit a layer, a head that
+    cannot be quantized, or, if ``strict``, a layer whose k is no multiple of 64 (left as it is otherwise)."""
+    existing = checkpoint.config.get("quantization_config")
+    if existing:
+        method = existing.get("quant_method", "unknown") if isinstance(existing, dict) else existing
+        raise ValueError(
+            f"{checkpoint.path} is already quantized (quant_method {method!r}); quantize the original model"
+        )
+    linear = find_linear_weights(checkpoint)
+    planned: dict[str, LayerPlan] = {}
+    skipped: dict[str, str] = {}
+    for source in sorted(linear.layers, key=natural):
+        entry, name = checkpoint.tensors[source], layer_name(source)
+        reason = _obstacle(entry.dtype, entry.shape)
+        if reason and strict:
+            raise ValueError(f"layer {name} {list(entry.shape)} cannot be quantized: {reason}")
+        if reason:
+            skipped[name] = reason
+        else:
+            planned[source] = LayerPlan(name, linear.layers[source], source, _format(name, entry.shape, options))
+    if not planned and options.lm_head_grid is None:
+        raise ValueError(f"{checkpoint.path}: none of the {len(skipped)} Linear layers can be quantized")
+    plan = Plan(_shards(checkpoint, planned), skipped, list(linear.notes))
+    if options.lm_head_grid is not None:
+        _plan_head(plan, checkpoint, linear, options)
+    return plan
+
+
+def _obstacle(dtype: str, shape: tuple[int, ...]) -> str | None:
+    if dtype not in _FLOATS:
+        return f"dtype {dtype} is not one of {', '.join(_FLOATS)}"
+    if shape[1] % 64 or not all(shape):
+        return f"k = {shape[1]} is not a positive multiple of 64"
+    return None
+
+
+def _format(name: str, shape: tuple[int, ...], options: Options, grid: str | None = None) -> LayerFormat:
+    n, k = shape
+    try:
+        return layer_format(n, k, grid or options.grid, block=options.block, group=options.group, seed=options.seed)
+    except ValueError as e:
+        raise ValueError(f"layer {name} {list(shape)}: {e}") from e
+
+
+def _shards(checkpoint: Checkpoint, planned: dict[str, LayerPlan]) -> list[ShardPlan]:
+    count = len(checkpoint.shards)
+    shards = {
+        source: ShardPlan(f"model-{i:05}-of-{count:05}.safetensors" if count > 1 else SINGLE_FILE, source)
+        for i, source in enumerate(checkpoint.shards, 1)
+    }
+    for name in sorted(checkpoint.tensors, key=natural):
+        shard = shards[checkpoint.tensors[name].shard]
+        if name in planned:
+            shard.layers.append(planned[name])
+        else:
+            shard.copied.append(name)
+    return list(shards.values())
+
+
+def _plan_head(plan: Plan, checkpoint: Checkpoint, linear: LinearWeights, options: Options) -> None:
+    """Adds the output head. A tied head is quantized from the embedding, which stays as it is."""
+    if linear.head is None or linear.head_source is None:
+        raise ValueError(f"{checkpoint.path}: no output head to quantize on {options.lm_head_grid} was found")
+    entry = checkpoint.tensors[linear.head_source]
+    reason = _obstacle(entry.dtype, entry.shape)
+    if reason:
+        raise ValueError(f"the output head {linear.head} {list(entry.shape)} cannot be quantized: {reason}")
+    name = linear.head if linear.tied else layer_name(linear.head_source)
+    fmt = _format(name, entry.shape, options, _core.find_grid(options.lm_head_grid or "").name)
+    for shard in plan.shards:
+        if f"{name}.weight" in shard.copied:  # tied checkpoints may hold a copy
+            shard.copied.remove(f"{name}.weight")
+        if shard.source == entry.shard:
+            shard.layers.append(LayerPlan(name, linear.head, linear.head_source, fmt, head=True))
+    plan.unties = linear.tied
+
+
+def shard_specs(checkpoint: Checkpoint, shard: ShardPlan, scaled: set[str]) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor of an output shard; layers named in ``scaled`` have a column scale."""
+    specs: dict[str, TensorSpec] = {}
+    for layer in shard.layers:
+        specs.update(layer.specs(layer.name in scaled))
+    for name in shard.copied:
+        entry = checkpoint.tensors[name]
+        specs[name] = TensorSpec(entry.dtype, entry.shape)
+    return specs

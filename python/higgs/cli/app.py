@@ -1,0 +1,271 @@
+"""The commands. Each imports what it needs when it runs, so that `higgs --help` is quick."""
+
+from __future__ import annotations
+
+import enum
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+# Before anything imports transformers: with a hub it would wait for the network on any path it does not find.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from .output import guarded, note, to_json, working
+
+app = typer.Typer(
+    name="higgs",
+    help="Quantize language models without data, run and measure them. MODEL is always a local directory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Device(str, enum.Enum):
+    """Where to quantize."""
+
+    auto = "auto"
+    cpu = "cpu"
+
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Local model directory (Hugging Face layout).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+# typer reads these at run time, under Python 3.10 too, hence Optional.
+MaybeText = Optional[str]  # noqa: UP045
+MaybeInt = Optional[int]  # noqa: UP045
+MaybeFloat = Optional[float]  # noqa: UP045
+MaybePath = Optional[Path]  # noqa: UP045
+
+
+def _emit(json_output: bool, data: Any, text: str) -> None:
+    typer.echo(to_json(data) if json_output else text)
+
+
+def _local_model(path: Path) -> Path:
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is not a directory; only local model directories are read, nothing is ever downloaded"
+        )
+    return path
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from .. import _core
+
+        typer.echo(f"higgs {_core.version}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@guarded
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Directory to write.")],
+    bits: Annotated[MaybeFloat, typer.Option(help="Bits a weight of the grid for all layers (default 4).")] = None,
+    grid: Annotated[
+        MaybeText, typer.Option(help="Grid id instead of --bits, e.g. p2_n256; see `higgs doctor`.")
+    ] = None,
+    lm_head_grid: Annotated[MaybeText, typer.Option(help="Quantize the output head too, on this grid.")] = None,
+    block: Annotated[MaybeInt, typer.Option(help="Hadamard block (default: largest that divides k).")] = None,
+    group: Annotated[MaybeInt, typer.Option(help="Columns that share a scale (default: at least 512).")] = None,
+    seed: Annotated[int, typer.Option(help="Key of the random signs, and of random tokens.")] = 0,
+    scales: Annotated[
+        MaybeText,
+        typer.Option(metavar="random|none|FILE", help="Column scales: random tokens, none, a text, or saved energies."),
+    ] = None,
+    scale_exponent: Annotated[float, typer.Option(help="Exponent of the column scales, 0 to 0.5.")] = 0.25,
+    scale_tokens: Annotated[int, typer.Option(help="Tokens to gather input energies over.")] = 8192,
+    device: Annotated[Device, typer.Option(help="Where to quantize.")] = Device.auto,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if a layer cannot be quantized.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over, whatever OUT holds of an earlier run.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Quantize MODEL into OUT, tensor by tensor; an interrupted run continues when called again.
+
+    Column scales need a forward pass; where the model cannot be run the default goes on without, saying so.
+    """
+    from ..checkpoint import quantize_checkpoint
+
+    _local_model(model)
+    started = time.perf_counter()
+    with working(json_output) as progress:
+        energies, label = _energy_choice(model, scales or "random", scale_tokens, seed, progress)
+        report = quantize_checkpoint(
+            model, out, grid=grid, bits=bits, lm_head_grid=lm_head_grid, block=block, group=group, seed=seed,
+            energies=energies, scales=label, scales_optional=scales is None, scale_exponent=scale_exponent,
+            strict=strict, force=force, device=device.value, progress=progress,
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    _emit(
+        json_output,
+        {"output": str(out), "seconds": seconds, **report.to_dict()},
+        f"{report}\n{out}: done in {seconds:.1f} s",
+    )
+
+
+def _energy_choice(model: Path, scales: str, tokens: int, seed: int, progress: Any) -> tuple[Any, str]:
+    """The input energies that ``--scales`` asks for (or a function that gathers them), and their name as a setting."""
+    if scales == "none":
+        return None, "none"
+    from ..checkpoint import describe_energies
+    from ..energies import Energies
+
+    if scales.endswith(".safetensors"):
+        energies = Energies.load(scales)
+        return energies, f"{Path(scales).name} ({describe_energies(energies).rsplit('(', 1)[1]}"
+    label = f"random tokens={tokens}"
+    if scales != "random":
+        import hashlib
+
+        digest = hashlib.sha256(_text_file(Path(scales)).read_bytes()).hexdigest()[:16]
+        label = f"{Path(scales).name} tokens={tokens} ({digest})"
+
+    def gather() -> Energies | None:
+        from ..energies import energies_for
+
+        _quiet_transformers()
+        return energies_for(model, scales, tokens=tokens, seed=seed, progress=progress)
+
+    return gather, label
+
+
+def _text_file(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    return path
+
+
+@app.command()
+@guarded
+def energies(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="File to write (.safetensors).")],
+    text: Annotated[MaybePath, typer.Option(help="Text to run instead of random tokens.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to run.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Gather the input energies of MODEL's layers, for `higgs quantize --scales FILE`."""
+    from ..energies import energies_for
+
+    source = "random" if text is None else str(_text_file(text))
+    with working(json_output) as progress:
+        _quiet_transformers()
+        gathered = energies_for(_local_model(model), source, tokens=tokens, seed=seed, progress=progress)
+        if gathered is None:
+            raise ValueError(f"no energies for {source!r}")
+        gathered.save(out)
+    counts = {"layers": len(gathered.energies), "inputs": len(gathered.shared), "source": gathered.source}
+    _emit(
+        json_output,
+        {"output": str(out), **counts},
+        f"{out}: {counts['layers']} layers, {counts['inputs']} different inputs, from {gathered.source}",
+    )
+
+
+@app.command("eval")
+@guarded
+def evaluate_command(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text file to measure on.")],
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    windows: Annotated[int, typer.Option(help="Number of windows, from the start of the text.")] = 16,
+    base: Annotated[MaybePath, typer.Option(help="Original model: also measure the KL divergence from it.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Measure the perplexity of MODEL on a text, tokens per second, effective bits, and KL against --base."""
+    from ..evaluate import evaluate
+
+    _text_file(text)
+    with working(json_output) as progress:
+        _quiet_transformers()
+        base_dir = None if base is None else _local_model(base)
+        result = evaluate(_local_model(model), text, context, windows, base=base_dir, progress=progress)
+    text_out = f"perplexity {result['perplexity']:.4f}, {result['tokens_per_s']:.0f} tokens/s"
+    if result.get("bits") is not None:
+        text_out += f", {result['bits']:.3f} bits a weight"
+    if result.get("kl") is not None:
+        text_out += f", KL {result['kl']:.5f}"
+    text_out += f" ({result['windows']} windows of {result['context']})"
+    _emit(json_output, result, text_out)
+
+
+@app.command()
+@guarded
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    json_output: Json = False,
+) -> None:
+    """Continue a text, greedily."""
+    from ..evaluate import generate
+
+    with working(json_output, quiet=True) as progress:
+        _quiet_transformers()
+        text = generate(_local_model(model), prompt, max_new_tokens, progress=progress)
+    _emit(json_output, {"prompt": prompt, "text": text}, text)
+
+
+@app.command()
+@guarded
+def inspect(model: Model, json_output: Json = False) -> None:
+    """List the layers of MODEL: grid, bits, t2, bytes. Reads the headers only."""
+    from ..checkpoint import inspect_checkpoint
+    from .tables import inspection_text
+
+    found = inspect_checkpoint(_local_model(model))
+    _emit(json_output, found, inspection_text(found))
+
+
+@app.command()
+@guarded
+def doctor(json_output: Json = False) -> None:
+    """Tell what this installation is and can do."""
+    from .doctor import as_text, examine
+
+    with working(json_output):
+        facts = examine()
+    _emit(json_output, facts, as_text(facts))
+
+
+@app.command()
+@guarded
+def demo(
+    work_dir: Annotated[Path, typer.Option(help="Where models and results go.")] = Path("higgs-demo"),
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to measure on.")] = 4,
+    json_output: Json = False,
+) -> None:
+    """Get a small model, quantize it at several widths, compare and plot."""
+    from rich.console import Console
+
+    from .. import demo as demo_module
+
+    console = Console(stderr=json_output)
+    with working(json_output):
+        _quiet_transformers()
+        result = demo_module.run(console, work_dir=work_dir, windows=windows)
+    if json_output:
+        typer.echo(to_json(result))
+    else:
+        note(f"results are in {work_dir}")

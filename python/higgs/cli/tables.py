@@ -1,0 +1,43 @@
+"""Tables for readers."""
+
+from __future__ import annotations
+
+from ..checkpoint import Inspection
+
+
+def size_text(count: int) -> str:
+    """A number of bytes with a fitting unit."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def inspection_text(found: Inspection) -> str:
+    """`higgs inspect` as plain text."""
+    lines = []
+    if found.layers:
+        width = max(len(layer.layer) for layer in found.layers)
+        lines.append(
+            f"{'layer':{width}}  {'shape':>13}  {'grid':>9}  {'block':>5}  {'group':>5}  {'bits':>6}  {'t2':>8}  bytes"
+        )
+        for x in found.layers:
+            t2 = "-" if x.t2 is None else f"{x.t2:.6f}"
+            lines.append(
+                f"{x.layer:{width}}  {f'{x.n}x{x.k}':>13}  {x.grid:>9}  {x.block:>5}  {x.group:>5}  {x.bits:6.3f}  "
+                f"{t2:>8}  {size_text(x.bytes)}{', column scale' if x.column_scale else ''}"
+            )
+    lines += [f"{name}: not quantized, {reason}" for name, reason in found.skipped.items()]
+    lines += found.notes
+    for dtype, (tensors, elements, size) in sorted(found.other.items()):
+        lines.append(f"as they are: {tensors} tensors {dtype}, {elements / 1e6:.2f} M values, {size_text(size)}")
+    total = f"{found.path}: {size_text(found.bytes)} in {found.shards} file{'s' if found.shards > 1 else ''}"
+    if found.bits is None:
+        return "\n".join([*lines, f"{total}, not quantized"])
+    t2 = "" if found.t2 is None else f", mean t2 {found.t2:.6f}"
+    weights = sum(x.n * x.k for x in found.layers)
+    return "\n".join(
+        [*lines, f"{total}; {len(found.layers)} layers, {weights / 1e6:.1f} M weights at {found.bits:.3f} bits{t2}"]
+    )

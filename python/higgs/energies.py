@@ -1,0 +1,253 @@
+"""Column scales: putting the rounding error where the activations are small.
+
+The rotation spreads a block's rounding error evenly over its columns, also onto the few whose activations are huge. With
+input energies a_j = E x_j^2 and weight energies b_j = mean_i w_ij^2 the expected output error of W diag(s) quantized and
+x / s multiplied is proportional to ``sum_j a_j / s_j^2 * sum_j b_j s_j^2``, least at ``s_j = (a_j / b_j)^(1/4)``. The
+a_j are gathered over random tokens unless told otherwise, so the method needs no data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import FormatError, UnsupportedError
+from .linear import HiggsLinear
+from .progress import NullProgress, Progress
+
+_FORMAT = "higgs_energies"
+
+
+@dataclass
+class Energies:
+    """Mean squared input of every Linear layer, float32 [k], and which layers read the same input."""
+
+    energies: dict[str, Tensor]
+    shared: list[list[str]]  # every layer in exactly one list
+    source: str  # "random" or the name of the text
+
+    def save(self, path: str | Path) -> None:
+        metadata = {"format": _FORMAT, "version": "1", "shared": json.dumps(self.shared), "source": self.source}
+        tensors = {name: e.contiguous().clone() for name, e in self.energies.items()}
+        temporary = Path(f"{path}.tmp")
+        try:
+            save_file(tensors, temporary, metadata)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Energies:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no energies file at {path}")
+        try:
+            with safe_open(path, "pt") as f:
+                metadata = f.metadata() or {}
+                energies = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no mapping)
+        except Exception as e:  # safetensors raises its own, undocumented exception type
+            raise FormatError(f"{path} is not a readable safetensors file: {e}") from e
+        if metadata.get("format") != _FORMAT or metadata.get("version") != "1":
+            found = f"{metadata.get('format')!r} version {metadata.get('version')!r}"
+            raise FormatError(f"{path} holds {found}, expected {_FORMAT!r} version '1'; make it with `higgs energies`")
+        return cls(energies, json.loads(metadata["shared"]), metadata.get("source", "unknown"))
+
+
+def random_tokens(vocab_size: int, tokens: int = 8192, context: int = 512, seed: int = 0) -> Tensor:
+    """Uniformly random token ids, int64 [tokens // context, context]."""
+    if tokens < context or context < 2:
+        raise ValueError(f"tokens {tokens} must be at least context {context}, and context at least 2")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (tokens // context, context), generator=generator)
+
+
+def weight_energy(weight: Tensor) -> Tensor:
+    """Sum over rows of w_ij^2: float32 [k]. Sums, so that layers that share an input are pooled by adding."""
+    total = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for rows in weight.detach().split(4096):
+        total += rows.double().square().sum(0)
+    return total.float()
+
+
+def column_scale(
+    input_energy: Tensor, weight_energy: Tensor, exponent: float = 0.25, block: int | None = None
+) -> Tensor:
+    """s_j = (a_j / b_j)^exponent, of geometric mean about 1: float16 [k], positive and finite.
+
+    With ``block``, every block is also multiplied by the constant that gives all blocks the same pooled energy
+    sum_j b_j s_j^2. Blocks that share one scale (narrow layers) then all use the grid as it was made for; the error in
+    each stays the same fraction of its energy, so the choice of s within a block is not touched.
+
+    Dead columns (no activation, or no weight) count as having 1e-6 of the mean energy.
+    """
+    if not 0 <= exponent <= 0.5:
+        raise ValueError(f"scale exponent {exponent} is not supported; use 0 to 0.5 (0.25: optimal for exact energies)")
+    if not (torch.isfinite(input_energy).all() and torch.isfinite(weight_energy).all()):
+        raise ValueError("input or weight energies contain NaN or inf")
+    a, b = _floored(input_energy), _floored(weight_energy)
+    log_s = exponent * (a.log() - b.log())
+    if block is not None:
+        pooled = (b * (2 * log_s).exp()).view(-1, block).sum(1)
+        log_s -= 0.5 * pooled.log().repeat_interleave(block)
+    return (log_s - log_s.mean()).exp().to(torch.float16)
+
+
+def _floored(energy: Tensor) -> Tensor:
+    """Relative to the mean, at least 1e-6: float64."""
+    energy = energy.double()
+    mean = energy.mean()
+    return (energy / mean).clamp(min=1e-6) if mean > 0 else torch.ones_like(energy)
+
+
+def pooled_column_scales(
+    energies: Energies, weight_energies: dict[str, Tensor], blocks: dict[str, int], exponent: float = 0.25
+) -> dict[str, Tensor]:
+    """Column scales of the layers in ``weight_energies`` ({layer: :func:`weight_energy`}), one for all layers that read
+    the same input, with b_j pooled over them, so that one rotated x serves them all. Layers whose input energy is not
+    known get none. ``blocks``: Hadamard block of each layer."""
+    scales = {}
+    for names in energies.shared:
+        names = [name for name in names if name in weight_energies and name in energies.energies]
+        if not names:
+            continue
+        pooled = torch.stack([weight_energies[name] for name in names]).sum(0)
+        shared = column_scale(energies.energies[names[0]], pooled, exponent, blocks[names[0]])
+        scales.update(dict.fromkeys(names, shared))
+    return scales
+
+
+@contextmanager
+def _recorded_inputs(layers: dict[str, nn.Module], record) -> Iterator[None]:
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0])) for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers to quantize: every nn.Linear but the output head, and none whose weight is an embedding's."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear and m is not head and id(m.weight) not in embeddings
+    }
+
+
+@torch.inference_mode()
+def gather_energies(
+    model: nn.Module, token_ids: Tensor, *, source: str = "random", progress: Progress | None = None
+) -> Energies:
+    """Runs ``token_ids`` [windows, context] through ``model`` and averages x_j^2 over tokens for every Linear layer.
+
+    Layers share an input if in the first window their hooks saw the same tensor (same storage, shape and strides).
+    """
+    progress = progress or NullProgress()
+    layers = linear_layers(model)
+    if not layers:
+        raise UnsupportedError("the model has no Linear layers to gather input energies of")
+    sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
+    counts = dict.fromkeys(layers, 0)
+    readers: dict[tuple, list[str]] = {}
+    first_inputs: list[Tensor] = []  # of the first window, kept alive so that no address comes twice
+
+    def record(name: str, x: Tensor) -> None:
+        if first_window:
+            first_inputs.append(x)
+            readers.setdefault((x.data_ptr(), tuple(x.shape), x.stride()), []).append(name)
+        sums[name] += x.flatten(0, -2).float().square().sum(0, dtype=torch.float64).cpu()
+        counts[name] += x.numel() // x.shape[-1]
+
+    progress.start("input energies", len(token_ids))
+    with _recorded_inputs(layers, record):
+        for i, window in enumerate(token_ids):
+            first_window = i == 0
+            model(window[None].to(next(model.parameters()).device), use_cache=False)
+            first_inputs.clear()
+            progress.advance()
+    progress.finish()
+    energies = {name: (sums[name] / counts[name]).float() for name in layers if counts[name]}
+    if not energies:
+        raise UnsupportedError("no Linear layer was used in the forward pass")
+    shared = list(readers.values())
+    known = {name for names in shared for name in names}
+    shared += [[name] for name in energies if name not in known]
+    return Energies(energies, shared, source)
+
+
+def text_tokens(model_dir: str | Path, path: str | Path, tokens: int, context: int) -> Tensor:
+    """The first ``tokens`` tokens of a text file, int64 [tokens // context, context]."""
+    from transformers import AutoTokenizer
+
+    text = Path(path).read_text(encoding="utf8")
+    ids = AutoTokenizer.from_pretrained(model_dir)(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    windows = min(len(ids), tokens) // context
+    if windows == 0:
+        raise ValueError(f"{path} has {len(ids)} tokens, fewer than one window of {context}")
+    return ids[: windows * context].view(windows, context)
+
+
+def energies_for(
+    model_dir: str | Path,
+    scales: str,
+    *,
+    tokens: int = 8192,
+    context: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Energies | None:
+    """The input energies that ``--scales`` asks for: "none", "random", an energies file (.safetensors) or a text file.
+
+    "random" and a text run the model in ``model_dir`` with transformers; UnsupportedError says why where that cannot be
+    done (transformers missing, unknown architecture, not enough memory).
+    """
+    if scales == "none":
+        return None
+    if scales.endswith(".safetensors"):
+        return Energies.load(scales)
+    if scales != "random" and not Path(scales).is_file():
+        raise ValueError(f"scales {scales!r} is neither random, none, a text file nor a .safetensors file of energies")
+    model = _load_model(Path(model_dir))
+    if scales == "random":
+        ids = random_tokens(model.config.get_text_config().vocab_size, tokens, context, seed)
+    else:
+        ids = text_tokens(model_dir, scales, tokens, context)
+    return gather_energies(model, ids, source="random" if scales == "random" else Path(scales).name, progress=progress)
+
+
+def _load_model(model_dir: Path) -> nn.Module:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as e:
+        raise UnsupportedError("input energies need transformers to run the model: pip install transformers") from e
+    size = sum(f.stat().st_size for f in model_dir.glob("*.safetensors"))
+    available = _available_memory()
+    if size > 0.8 * available:
+        raise UnsupportedError(
+            f"the model ({size / 2**30:.1f} GiB) does not fit in the available memory ({available / 2**30:.1f} GiB)"
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+    except (ValueError, KeyError, ImportError) as e:
+        raise UnsupportedError(f"transformers cannot load the model: {e}") from e
+
+
+def _available_memory() -> int:
+    """Bytes that can be allocated without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 2**63

@@ -1,0 +1,172 @@
+"""Perplexity, KL divergence and text generation of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import HiggsError
+from .linear import HiggsLinear
+from .progress import NullProgress, Progress
+
+
+def load(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """Model (eval mode, ``dtype``) and tokenizer of a local checkpoint directory, quantized or not."""
+    if not Path(model_dir).is_dir():
+        raise FileNotFoundError(f"no model directory at {model_dir}; only local directories are read")
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as e:
+        raise HiggsError("evaluating and generating need transformers: pip install transformers") from e
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval(), tokenizer
+
+
+def read_text(path: str | Path) -> str:
+    """A text file as the evaluation sees it.
+
+    A file in WikiText's layout (a line per row, `` = Title = `` headings) is joined as everyone does: rows, each with its
+    newline, separated by two newlines. Any other file is taken as it is.
+    """
+    text = Path(path).read_text(encoding="utf8")
+    lines = text.split("\n")[:-1]
+    if not any(line.startswith(" = ") and line.rstrip().endswith(" =") for line in lines[:10]):
+        return text
+    return "\n\n".join("" if not line.strip() else line + "\n" for line in lines)
+
+
+def token_windows(tokenizer: Any, text: str, context: int, windows: int | None) -> Tensor:
+    """Non-overlapping windows of ``text``, tokenized once without special tokens: int64 [windows, context]."""
+    if context < 2:
+        raise ValueError(f"context {context} is not supported; use at least 2")
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    available = len(ids) // context
+    wanted = available if windows is None else windows
+    if not 1 <= wanted <= available:
+        raise ValueError(f"windows {wanted} of {context} tokens: the text has {len(ids)} tokens, use 1 to {available}")
+    return ids[: wanted * context].view(wanted, context)
+
+
+def bos_windows(tokenizer: Any, text: str, context: int, windows: int | None) -> Tensor:
+    """Windows that each start with BOS, for models that were trained so: int64 [windows, context]."""
+    body = token_windows(tokenizer, text, context - 1, windows)
+    return torch.cat([torch.full((len(body), 1), tokenizer.bos_token_id), body], 1)
+
+
+@torch.inference_mode()
+def score(
+    model: nn.Module, token_ids: Tensor, base: nn.Module | None = None, progress: Progress | None = None
+) -> dict[str, float | None]:
+    """Mean next-token cross entropy over ``token_ids`` [windows, context], each window on its own.
+
+    ``perplexity`` = exp(mean), ``kl`` = mean over scored positions of KL(base || model) in nats (None without base),
+    ``tokens_per_s`` = scored tokens over the time of the forward passes of ``model``.
+    """
+    progress = progress or NullProgress()
+    nll = kl = seconds = 0.0
+    count = 0
+    progress.start("perplexity", len(token_ids))
+    for window in token_ids:
+        start = time.perf_counter()
+        logits = model(window[None], use_cache=False).logits[0, :-1].float()
+        seconds += time.perf_counter() - start
+        log_probs = logits.log_softmax(-1)
+        nll -= log_probs.gather(1, window[1:, None]).double().sum().item()
+        if base is not None:
+            reference = base(window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            kl += (reference.exp() * (reference - log_probs)).sum(-1).double().sum().item()
+        count += len(window) - 1
+        progress.advance()
+    progress.finish()
+    return {
+        "perplexity": math.exp(nll / count),
+        "kl": None if base is None else kl / count,
+        "tokens_per_s": count / seconds,
+    }
+
+
+def effective_bits(model: nn.Module) -> float:
+    """Bits per weight of the Linear layers (the output head excepted unless it is quantized), scales counted."""
+    from .energies import linear_layers
+
+    bits = weights = 0.0
+    for module in model.modules():
+        if isinstance(module, HiggsLinear):
+            n = module.in_features * module.out_features
+            bits += module.bits() * n
+            weights += n
+    for linear in linear_layers(model).values():
+        bits += 8 * linear.weight.element_size() * linear.weight.numel()
+        weights += linear.weight.numel()
+    return bits / weights if weights else 0.0
+
+
+def evaluate(
+    model_dir: str | Path,
+    text_path: str | Path,
+    context: int = 2048,
+    windows: int | None = None,
+    base: str | Path | None = None,
+    bos: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity of a checkpoint on a text (fp32 arithmetic), and KL(base || model) if ``base`` is a checkpoint.
+
+    Keys: perplexity, tokens_per_s, bits, kl, windows, context. ``bos``: every window is BOS plus context - 1 tokens.
+    """
+    model, tokenizer = load(model_dir)
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError("bos: the tokenizer has no BOS token")
+    ids = (bos_windows if bos else token_windows)(tokenizer, read_text(text_path), context, windows)
+    base_model = load(base)[0] if base is not None else None
+    result: dict[str, Any] = score(model, ids, base_model, progress)
+    return {**result, "bits": effective_bits(model), "windows": len(ids), "context": context}
+
+
+@torch.inference_mode()
+def generate_tokens(model: nn.Module, prompt_ids: Tensor, new_tokens: int, progress: Progress | None = None) -> tuple[Tensor, float]:
+    """Greedy continuation of ``prompt_ids`` [1, length]; returns all ids and decoded tokens per second."""
+    progress = progress or NullProgress()
+    progress.start("generate", new_tokens)
+    cache = None
+    ids = next_ids = prompt_ids
+    stop = _eos_ids(model)
+    decoded = 0
+    start = time.perf_counter()
+    for step in range(new_tokens):
+        output = model(next_ids, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        next_ids = output.logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, next_ids], 1)
+        progress.advance()
+        if step == 0:
+            start = time.perf_counter()  # the prompt is not counted
+        else:
+            decoded += 1
+        if next_ids.item() in stop:
+            break
+    progress.finish()
+    return ids, decoded / max(time.perf_counter() - start, 1e-9)
+
+
+def _eos_ids(model: nn.Module) -> set[int]:
+    eos = getattr(model, "generation_config", model.config).eos_token_id
+    return set(eos) if isinstance(eos, Iterable) else {eos} if eos is not None else set()
+
+
+def generate(model_dir: str | Path, prompt: str, max_new_tokens: int = 64, progress: Progress | None = None) -> str:
+    """Greedy continuation of ``prompt`` by the checkpoint in ``model_dir``; returns prompt and continuation."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} is not supported; use at least 1")
+    model, tokenizer = load(model_dir)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if ids.shape[1] == 0:
+        raise ValueError("the prompt is empty and the tokenizer has no BOS token")
+    out, _ = generate_tokens(model, ids, max_new_tokens, progress)
+    return tokenizer.decode(out[0], skip_special_tokens=True)

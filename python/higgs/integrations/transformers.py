@@ -1,0 +1,136 @@
+"""Quantized checkpoints in transformers (5.x): ``AutoModelForCausalLM.from_pretrained`` and ``save_pretrained``.
+
+Imported by ``import higgs`` as soon as transformers is there. Nothing of transformers but ``quantizers`` and the config
+base may be imported at module level: the import can happen while transformers itself is being imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import _core
+from ..config import QUANT_METHOD, QuantizationConfig
+from ..errors import FormatError, UnsupportedError
+from ..linear import HiggsLinear
+
+
+@register_quantization_config(QUANT_METHOD)
+class HiggsQuantConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a checkpoint as transformers sees it; see FORMAT.md for the keys."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        layers: dict[str, dict[str, Any]] | None = None,
+        format_version: int = _core.format_version,
+        quant_method: str = QUANT_METHOD,
+        **_: Any,
+    ) -> None:
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.seed = seed
+        self.layers = layers or {}
+        self.parsed()  # raises FormatError
+
+    def parsed(self) -> QuantizationConfig:
+        return QuantizationConfig.from_dict(self.__dict__)
+
+
+@register_quantizer(QUANT_METHOD)
+class HiggsHfQuantizer(HfQuantizer):
+    """Builds HiggsLinear modules before the weights are loaded."""
+
+    requires_calibration = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise UnsupportedError(
+                "quantizing while loading is not supported; load the model and call higgs.quantize_(model, bits=4), "
+                "or use `higgs quantize`"
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config.parsed()
+        stored = _stored_shapes(checkpoint_files)
+        for name, layer in config.layers.items():
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError as e:
+                raise FormatError(f"quantization_config names layer {name}, which the model does not have") from e
+            if not isinstance(linear, nn.Linear):
+                raise FormatError(f"quantization_config names layer {name}, which is a {type(linear).__name__}")
+            fmt = layer.format(name, linear.out_features, linear.in_features, config.seed)
+            module = HiggsLinear(
+                fmt, bias=linear.bias is not None, column_scale=layer.column_scale, dtype=linear.weight.dtype, device="meta"
+            )
+            for tensor, parameter in module.named_parameters():
+                if stored is not None:
+                    _check_shape(f"{name}.{tensor}", tuple(parameter.shape), stored)
+            model.set_submodule(name, module.train(linear.training))
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from ..model import dequantize_
+
+        return dequantize_(model, dtype)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _stored_shapes(files: list[str] | None) -> dict[str, tuple[int, ...]] | None:
+    """Shapes in the safetensors headers: transformers does not compare shapes when a quantizer is active."""
+    if not files or not all(str(f).endswith(".safetensors") for f in files):
+        return None
+    shapes = {}
+    for file in files:
+        with safe_open(file, "pt") as f:
+            for key in f.keys():  # noqa: SIM118 (no mapping)
+                shapes[key] = tuple(f.get_slice(key).get_shape())
+    return shapes
+
+
+def _check_shape(name: str, expected: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> None:
+    if name not in stored:
+        # A prefix may differ between the file and the model ("model." of base models); then only the name's end fits.
+        candidates = [key for key in stored if key.endswith("." + name) or name.endswith("." + key)]
+        if not candidates:
+            raise FormatError(f"the checkpoint has no tensor {name}, which its quantization_config promises")
+        name = candidates[0]
+    if stored[name] != expected:
+        raise FormatError(f"tensor {name} has shape {list(stored[name])}, its quantization_config says {list(expected)}")
+
+
+def attach(model: nn.Module, config: QuantizationConfig) -> None:
+    """Makes ``save_pretrained`` write a quantized checkpoint."""
+    hf_config = HiggsQuantConfig(**config.to_dict())
+    model.config.quantization_config = hf_config
+    model.hf_quantizer = HiggsHfQuantizer(hf_config, pre_quantized=True)
+    model.is_quantized = True
+
+
+def detach(model: nn.Module) -> None:
+    """The model is an ordinary one again."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False

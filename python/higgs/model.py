@@ -1,0 +1,161 @@
+"""Quantizing a model that is in memory."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from . import _core
+from ._ops import LayerFormat, layer_format
+from .config import LayerConfig, QuantizationConfig
+from .energies import (
+    Energies,
+    gather_energies,
+    linear_layers,
+    pooled_column_scales,
+    random_tokens,
+    weight_energy,
+)
+from .errors import UnsupportedError
+from .linear import HiggsLinear
+from .progress import NullProgress, Progress
+from .report import LayerReport, Report
+
+
+def quantize_(
+    model: nn.Module,
+    *,
+    bits: float | None = None,
+    grid: str | None = None,
+    allocation: Mapping[str, str] | None = None,
+    scales: str | Energies = "random",
+    scale_exponent: float = 0.25,
+    skip: Iterable[str] = (),
+    block: int | None = None,
+    group: int | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Replaces the Linear modules of ``model`` by :class:`HiggsLinear`, in place (arXiv 2411.17525, algorithm 1).
+
+    Exactly one of ``bits`` (the uniform grid of that rate), ``grid`` (its name) and ``allocation`` ({layer name: grid
+    name}; other layers stay) says what to use. The output head is left alone unless ``allocation`` names it, and so are
+    layers whose name matches a regular expression in ``skip``. ``scales``: "random" gathers input energies over random
+    tokens (the model is run; needs ``model.config.vocab_size``), "none" does without column scales, or an
+    :class:`~higgs.energies.Energies`. Layers with in_features not divisible by 64 stay as they are and are reported;
+    with ``strict`` they are an error. Nothing is replaced if any layer fails.
+    """
+    progress = progress or NullProgress()
+    grids = _grids_of_layers(model, bits, grid, allocation, list(skip))
+    formats: dict[str, LayerFormat] = {}
+    report = Report()
+    for name, grid_name in grids.items():
+        linear = model.get_submodule(name)
+        if linear.in_features % 64 != 0:
+            reason = f"in_features = {linear.in_features} is not a multiple of 64"
+            if strict:
+                raise UnsupportedError(f"layer {name} cannot be quantized: {reason}")
+            report.skipped[name] = reason
+            continue
+        formats[name] = layer_format(
+            linear.out_features, linear.in_features, grid_name, block=block, group=group, seed=seed
+        )
+    if not formats:
+        raise UnsupportedError("the model has no Linear layer that can be quantized")
+
+    column_scales = {}
+    energies = _energies(model, scales, seed, progress)
+    if energies is not None:
+        weight_energies = {name: weight_energy(model.get_submodule(name).weight) for name in formats}
+        blocks = {name: f.block for name, f in formats.items()}
+        column_scales = pooled_column_scales(energies, weight_energies, blocks, scale_exponent)
+
+    replacements = {}
+    progress.start("quantize", len(formats))
+    for name, fmt in formats.items():
+        start = time.perf_counter()
+        column_scale = column_scales.get(name)
+        try:
+            replacements[name], t2 = HiggsLinear.from_linear(model.get_submodule(name), fmt, column_scale)
+        except ValueError as e:
+            raise ValueError(f"layer {name}: {e}") from e
+        seconds = time.perf_counter() - start
+        report.layers.append(
+            LayerReport.of(name, fmt, column_scale=column_scale is not None, t2=t2, seconds=seconds)
+        )
+        progress.advance()
+    progress.finish()
+    for name, module in replacements.items():
+        model.set_submodule(name, module)
+    _attach_config(model)
+    return report
+
+
+def _grids_of_layers(
+    model: nn.Module, bits: float | None, grid: str | None, allocation: Mapping[str, str] | None, skip: list[str]
+) -> dict[str, str]:
+    if sum(option is not None for option in (bits, grid, allocation)) != 1:
+        raise ValueError("give exactly one of bits, grid and allocation")
+    if any(isinstance(m, HiggsLinear) for m in model.modules()):
+        raise UnsupportedError("the model is quantized already; quantize the original, or call higgs.dequantize_ first")
+    if allocation is not None:
+        known = {name for name, m in model.named_modules() if type(m) is nn.Linear}
+        for name, grid_name in allocation.items():
+            _core.find_grid(grid_name)
+            if name not in known:
+                raise ValueError(f"allocation names {name!r}, which is no Linear layer of the model")
+        return dict(allocation)
+    name = _core.find_grid(grid).name if grid is not None else _core.grid_for_bits(bits).name
+    layers = linear_layers(model)
+    return {layer: name for layer in layers if not any(re.search(pattern, layer) for pattern in skip)}
+
+
+def _energies(model: nn.Module, scales: str | Energies, seed: int, progress: Progress) -> Energies | None:
+    if isinstance(scales, Energies):
+        return scales
+    if scales == "none":
+        return None
+    if scales != "random":
+        raise ValueError(f"scales {scales!r} is not supported; use 'random', 'none' or an Energies object")
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UnsupportedError("scales='random' needs a model with a config (vocab_size); use scales='none' or Energies")
+    vocab_size = config.get_text_config().vocab_size
+    return gather_energies(model, random_tokens(vocab_size, seed=seed), progress=progress)
+
+
+def quantization_config(model: nn.Module) -> QuantizationConfig:
+    """What a checkpoint of ``model`` has to say about its HiggsLinear layers."""
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, HiggsLinear)}
+    seeds = {m.format.seed for m in modules.values()}
+    if len(seeds) > 1:
+        raise UnsupportedError(f"layers have different seeds {sorted(seeds)}; a checkpoint has one")
+    layers = {n: LayerConfig.of(m.format, column_scale=m.column_scale is not None) for n, m in modules.items()}
+    return QuantizationConfig(seeds.pop() if seeds else 0, layers)
+
+
+def _attach_config(model: nn.Module) -> None:
+    """Makes ``model.save_pretrained`` of a transformers model write a quantized checkpoint."""
+    if hasattr(model, "save_pretrained"):
+        from .integrations.transformers import attach
+
+        attach(model, quantization_config(model))
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replaces every HiggsLinear by an ordinary Linear with the dequantized weight, in place. ``dtype``: of the weights;
+    default the model's own. Returns ``model``."""
+    dtype = dtype or getattr(model, "dtype", None) or torch.float32
+    for name, module in list(model.named_modules()):
+        if isinstance(module, HiggsLinear):
+            model.set_submodule(name, module.to_linear(dtype))
+    if hasattr(model, "save_pretrained"):
+        from .integrations.transformers import detach
+
+        detach(model)
+    return model
