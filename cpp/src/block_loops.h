@@ -7,7 +7,7 @@
 #include <cstring>
 
 
-#if defined(__AVX512F__)
+#if defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -27,14 +27,28 @@ inline Vec16 load16(const float* p) {
 }
 inline void store16(float* p, Vec16 v) { std::memcpy(p, &v, sizeof v); }
 
-// a * b + c, rounded once, in every lane.
-inline Vec16 fma16(Vec16 a, Vec16 b, Vec16 c) {
+// As wide as the registers: for code the compiler would not split well.
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec16>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
-                                                 reinterpret_cast<__m512>(c)));
+constexpr int kLanes = 16;
+#elif defined(__FMA__)
+constexpr int kLanes = 8;
 #else
-  Vec16 out;
-  for (int i = 0; i < 16; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
+constexpr int kLanes = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef std::int32_t Int __attribute__((vector_size(4 * kLanes)));
+
+// a * b + c, rounded once, in every lane.
+inline Vec fused_multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<Vec>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  Vec out;
+  for (int i = 0; i < kLanes; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return out;
 #endif
 }
@@ -124,24 +138,24 @@ inline std::uint16_t nearest_in_cell(const NearestTable& table, const float* u) 
   return best;
 }
 
-// Sixteen runs of p = 4 values at once, all points tried.
-inline void nearest16_of_all_p4(const NearestTable& table, const float* u, std::uint16_t* indices) {
+// kLanes runs of p = 4 values at once, all points tried.
+inline void nearest_of_all_p4(const NearestTable& table, const float* u, std::uint16_t* indices) {
   const int n = table.grid->n_points;
   const float* points = table.components.data();
-  Vec16 x[4];
+  Vec x[4];
   for (int c = 0; c < 4; ++c) {
-    for (int i = 0; i < 16; ++i) x[c][i] = -u[4 * i + c];
+    for (int i = 0; i < kLanes; ++i) x[c][i] = -u[4 * i + c];
   }
-  Vec16 best_score = Vec16{} + __builtin_huge_valf();
-  Int16 best = {};
+  Vec best_score = Vec{} + __builtin_huge_valf();
+  Int best = {};
   for (int g = 0; g < n; ++g) {
-    Vec16 t = Vec16{} + table.half_norms[g];
-    for (int c = 0; c < 4; ++c) t = fma16(x[c], Vec16{} + points[c * n + g], t);
-    const Int16 less = t < best_score;
+    Vec t = Vec{} + table.half_norms[g];
+    for (int c = 0; c < 4; ++c) t = fused_multiply_add(x[c], Vec{} + points[c * n + g], t);
+    const Int less = t < best_score;
     best_score = less ? t : best_score;
-    best = less ? Int16{} + g : best;
+    best = less ? Int{} + g : best;
   }
-  for (int i = 0; i < 16; ++i) indices[i] = static_cast<std::uint16_t>(best[i]);
+  for (int i = 0; i < kLanes; ++i) indices[i] = static_cast<std::uint16_t>(best[i]);
 }
 
 void nearest_group(const NearestTable& table, const float* values, std::int64_t count, float inverse_scale,
@@ -162,7 +176,7 @@ void nearest_group(const NearestTable& table, const float* values, std::int64_t 
       for (int j = 0; j < 32; ++j) out[j] = nearest_in_cell<2>(table, u + 2 * j);
       for (int j = 0; j < 64; ++j) g[j] = table.components[(j & 1) * n + out[j / 2]];
     } else {
-      nearest16_of_all_p4(table, u, out);
+      for (int j = 0; j < 16; j += kLanes) nearest_of_all_p4(table, u + 4 * j, out + j);
       for (int j = 0; j < 64; ++j) g[j] = table.components[(j & 3) * n + out[j / 4]];
     }
     for (int j = 0; j < 64; j += 16) {

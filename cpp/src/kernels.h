@@ -10,8 +10,9 @@
 namespace higgs::detail {
 
 // Columns are handled in chunks of 64 indices = 64 * p columns, the last chunk of a scale group padded. Inside a chunk x
-// and decoded weights are in "decode order": component-major, value of index i and component c at c * 64 + i, because a
-// look-up of 64 indices in the table of one component yields 64 values of that component.
+// and decoded weights are in "decode order", the one in which look-ups yield them: column order where a look-up fetches a
+// whole point, component-major (index i, component c at c * 64 + i) where one instruction looks up many indices in the
+// table of one component.
 inline constexpr int kChunk = 64;
 
 struct DecodeGeometry {
@@ -23,6 +24,9 @@ struct DecodeGeometry {
 [[nodiscard]] DecodeGeometry decode_geometry(const LayerFormat& format);
 
 struct Kernels {
+  // Decode order is component-major for grids of up to this many bits an index.
+  int component_major_bits;
+
   // Walsh-Hadamard transform of `count` consecutive blocks, times 1 / sqrt(block).
   void (*fwht)(float* data, std::int64_t count, int block);
 

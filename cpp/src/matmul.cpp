@@ -54,6 +54,10 @@ void arrange(const float* rotated, const LayerFormat& f, const detail::DecodeGeo
   for (std::int64_t g = 0; g < geometry.groups; ++g) {
     float* group_out = out + g * geometry.group_chunks * detail::kChunk * p;
     const std::int64_t first = g * f.group;
+    if (f.grid->index_bits > detail::kernels().component_major_bits) {
+      std::copy(rotated + first, rotated + f.group_end(g), group_out);
+      continue;
+    }
     const std::int64_t indices = (f.group_end(g) - first) / p;
     for (std::int64_t i = 0; i < indices; ++i) {
       float* chunk_out = group_out + i / detail::kChunk * detail::kChunk * p + i % detail::kChunk;

@@ -30,7 +30,7 @@ struct Portable {
 
     template <typename Sink>
     void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
-      float values[P][kChunk] = {};
+      float values[P * kChunk] = {};
       std::uint32_t window = 0;
       int filled = 0;
       for (int i = 0; i < valid; ++i) {
@@ -38,16 +38,16 @@ struct Portable {
         const std::uint32_t index = window & ((1u << B) - 1);
         window >>= B;
         filled -= B;
-        for (int c = 0; c < P; ++c) values[c][i] = points[index * P + c];
+        for (int c = 0; c < P; ++c) values[i * P + c] = points[index * P + c];
       }
-      for (int offset = 0; offset < kChunk * P; offset += kLanes) sink(offset, load(&values[0][0] + offset));
+      for (int offset = 0; offset < kChunk * P; offset += kLanes) sink(offset, load(values + offset));
     }
   };
 };
 
 }  // namespace
 
-const Kernels kPortableKernels = {fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Portable>,
+const Kernels kPortableKernels = {0, fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Portable>,
                                   dot_tile_any<Portable>};
 
 }  // namespace higgs::detail

@@ -9,6 +9,7 @@ a_j are gathered over random tokens unless told otherwise, so the method needs n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import FormatError, UnsupportedError
-from .linear import HiggsLinear
 from .progress import NullProgress, Progress
 
 _FORMAT = "higgs_energies"
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
 
 
 @dataclass
@@ -71,7 +72,7 @@ def random_tokens(vocab_size: int, tokens: int = 8192, context: int = 512, seed:
 def weight_energy(weight: Tensor) -> Tensor:
     """Sum over rows of w_ij^2: float32 [k]. Sums, so that layers that share an input are pooled by adding."""
     total = torch.zeros(weight.shape[1], dtype=torch.float64)
-    for rows in weight.detach().split(4096):
+    for rows in weight.detach().split(max(1, 2**18 // weight.shape[1])):  # fp64 copies stay small
         total += rows.double().square().sum(0)
     return total.float()
 
@@ -126,7 +127,8 @@ def pooled_column_scales(
 @contextmanager
 def _recorded_inputs(layers: dict[str, nn.Module], record) -> Iterator[None]:
     handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0])) for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
+        for name, layer in layers.items()
     ]
     try:
         yield
@@ -136,14 +138,15 @@ def _recorded_inputs(layers: dict[str, nn.Module], record) -> Iterator[None]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers to quantize: every nn.Linear but the output head, and none whose weight is an embedding's."""
+    """The layers to quantize: every nn.Linear but the output head, routers of experts (tiny, and exact or nothing), and
+    none whose weight is an embedding's."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return {
         name: m
         for name, m in model.named_modules()
-        if type(m) is nn.Linear and m is not head and id(m.weight) not in embeddings
+        if type(m) is nn.Linear and m is not head and id(m.weight) not in embeddings and not ROUTER.search(name)
     }
 
 

@@ -1,5 +1,6 @@
 // AVX2 + FMA + F16C kernels. Eight indices at a time are spread to 32-bit lanes, shifted and masked (any width up to 12
-// bits), then looked up: in registers for up to 16 points of one weight, else by gathers of two fp16 components.
+// bits), then looked up: in registers for up to 16 points of one weight, else by one load for each whole point. Plain loads,
+// because a gather instruction takes two to four times as long on many CPUs.
 #include <immintrin.h>
 
 #include "../block_loops.h"
@@ -25,15 +26,14 @@ struct Avx2 {
   }
   static float f16(std::uint16_t bits) { return _cvtsh_ss(bits); }
 
-  // Pairs of components as fp16, one 32-bit word per point, [ceil(P / 2)][points]; one float per point for P = 1.
+  // A point is one fp32 value (P = 1) or P fp16 values (one 32-bit or 64-bit word).
   template <int B, int P>
   struct Decoder {
     static constexpr int kPoints = 1 << B;
-    static constexpr int kTables = P == 1 ? 1 : P / 2;
-    static constexpr int kBytes = B;  // of eight indices
     static constexpr bool kInRegisters = P == 1 && B <= 4;
+    using Word = std::conditional_t<P == 4, std::uint64_t, std::uint32_t>;
 
-    alignas(32) std::uint32_t table[kTables][kPoints < 16 ? 16 : kPoints] = {};
+    alignas(32) Word table[kPoints < 16 ? 16 : kPoints] = {};
     const std::uint8_t* end;  // of the tensor: loads are 16 bytes wide and must not pass it
     __m256i spread;
     __m256i shift;
@@ -41,14 +41,10 @@ struct Avx2 {
     explicit Decoder(const PackedView& w) : end(w.indices + w.format.index_bytes()) {
       const float* points = w.format.grid->points.data();
       for (int i = 0; i < kPoints; ++i) {
-        for (int t = 0; t < kTables; ++t) {
-          if constexpr (P == 1) {
-            std::memcpy(&table[t][i], &points[i], 4);
-          } else {
-            const std::uint32_t low = _cvtss_sh(points[i * P + 2 * t], 0);
-            const std::uint32_t high = _cvtss_sh(points[i * P + 2 * t + 1], 0);
-            table[t][i] = low | high << 16;
-          }
+        if constexpr (P == 1) {
+          std::memcpy(&table[i], &points[i], 4);
+        } else {
+          for (int c = 0; c < P; ++c) table[i] |= static_cast<Word>(_cvtss_sh(points[i * P + c], 0)) << (16 * c);
         }
       }
       alignas(32) std::uint8_t control[32];
@@ -67,7 +63,7 @@ struct Avx2 {
         raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
       } else {
         alignas(16) std::uint8_t copy[16] = {};
-        std::memcpy(copy, bytes, kBytes);
+        std::memcpy(copy, bytes, B);
         raw = _mm_load_si128(reinterpret_cast<const __m128i*>(copy));
       }
       const __m256i words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(raw), spread);
@@ -76,35 +72,50 @@ struct Avx2 {
 
     template <typename Sink>
     void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
-      for (int i = 0; i < valid; i += 8, bytes += kBytes) {
+      for (int i = 0; i < valid; i += 8, bytes += B) {
         const __m256i index = eight_indices(bytes);
         if constexpr (kInRegisters) {
-          const __m256 low = _mm256_permutevar8x32_ps(load(reinterpret_cast<const float*>(&table[0][0])), index);
-          const __m256 high = _mm256_permutevar8x32_ps(load(reinterpret_cast<const float*>(&table[0][8])), index);
+          const __m256 low = _mm256_permutevar8x32_ps(load(reinterpret_cast<const float*>(table)), index);
+          const __m256 high = _mm256_permutevar8x32_ps(load(reinterpret_cast<const float*>(table + 8)), index);
           const __m256 use_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
           sink(i, B < 4 ? low : _mm256_blendv_ps(low, high, use_high));
-        } else if constexpr (P == 1) {
-          sink(i, _mm256_i32gather_ps(reinterpret_cast<const float*>(table[0]), index, 4));
         } else {
-          for (int t = 0; t < kTables; ++t) {
-            const __m256i pairs = _mm256_i32gather_epi32(reinterpret_cast<const int*>(table[t]), index, 4);
-            const __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff));
-            const __m256i high = _mm256_srli_epi32(pairs, 16);
-            const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
-            sink((2 * t) * kChunk + i, _mm256_cvtph_ps(_mm256_castsi256_si128(both)));
-            sink((2 * t + 1) * kChunk + i, _mm256_cvtph_ps(_mm256_extracti128_si256(both, 1)));
-          }
+          alignas(32) std::uint32_t at[8];
+          _mm256_store_si256(reinterpret_cast<__m256i*>(at), index);
+          for (int part = 0; part < 8; part += 32 / static_cast<int>(sizeof(Word))) look_up(at + part, (i + part) * P, sink);
         }
       }
-      for (int i = valid; i < kChunk; i += 8) {
-        for (int c = 0; c < P; ++c) sink(c * kChunk + i, zero());
+      for (int i = valid * P; i < kChunk * P; i += 8) sink(i, zero());
+    }
+
+    // One register full of points: eight of one or two weights, four of four.
+    template <typename Sink>
+    void look_up(const std::uint32_t* at, int offset, const Sink& sink) const {
+      if constexpr (P == 4) {
+        const auto word = [&](int lane) { return static_cast<long long>(table[at[lane]]); };
+        sink_halves(_mm256_setr_epi64x(word(0), word(1), word(2), word(3)), offset, sink);
+      } else {
+        const auto word = [&](int lane) { return static_cast<int>(table[at[lane]]); };
+        const __m256i words =
+            _mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7));
+        if constexpr (P == 1) {
+          sink(offset, _mm256_castsi256_ps(words));
+        } else {
+          sink_halves(words, offset, sink);
+        }
       }
+    }
+
+    template <typename Sink>
+    static void sink_halves(__m256i halves, int offset, const Sink& sink) {
+      sink(offset, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
+      sink(offset + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
     }
   };
 };
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Avx2>, dot_tile_any<Avx2>};
+const Kernels kAvx2Kernels = {0, fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Avx2>, dot_tile_any<Avx2>};
 
 }  // namespace higgs::detail

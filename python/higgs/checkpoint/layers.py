@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..energies import ROUTER, linear_layers
 from ..errors import UnsupportedError
 from .files import Checkpoint
 
@@ -15,7 +16,6 @@ from .files import Checkpoint
 _NOT_LINEAR = re.compile(
     r"(^|[._])(embed\w*|wte|wpe|lm_head|norm\w*|\w*norm|ln\w*|router|conv\w*|score|classifier)([._]|$)"
 )
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # a tiny matrix that picks experts: exact or nothing
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
 
 
@@ -92,16 +92,13 @@ def module_keys(model: Any, tensors: Iterable[str]) -> dict[str, str]:
 
 def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
     """None if no tensor of the checkpoint carries the name of a Linear weight of ``model``."""
-    from ..energies import linear_layers
-
     modules = linear_layers(model)
     keys = module_keys(model, checkpoint.tensors)
     linear, other = {}, []
     for tensor, entry in checkpoint.tensors.items():
         module = layer_name(keys.get(tensor, ""))
         if module in modules and tensor.endswith(".weight") and len(entry.shape) == 2:
-            if not _ROUTER.search(module):
-                linear[tensor] = module
+            linear[tensor] = module
         elif tensor not in keys and len(entry.shape) in (2, 3) and entry.elements >= 1 << 12:
             other.append(entry)
     if modules and not linear:
@@ -136,7 +133,7 @@ def _guess(checkpoint: Checkpoint, reason: str) -> LinearWeights:
         and entry.dtype in ("F32", "F16", "BF16")
         and tensor.endswith(".weight")
         and not _NOT_LINEAR.search(tensor)
-        and not _ROUTER.search(layer_name(tensor))
+        and not ROUTER.search(layer_name(tensor))
     }
     if not layers:
         raise UnsupportedError(f"{checkpoint.path}: {reason}, and no tensor looks like a Linear weight")

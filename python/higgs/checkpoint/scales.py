@@ -86,7 +86,7 @@ class ColumnScales:
     def _scale(self, layer: LayerPlan, weight_energy: Tensor) -> Tensor:
         from ..energies import column_scale
 
-        return column_scale(self._inputs[layer.module], weight_energy, self._exponent)
+        return column_scale(self._inputs[layer.module], weight_energy, self._exponent, layer.fmt.block)
 
     def _weight_energy(self, layer: LayerPlan) -> Tensor:
         from ..energies import weight_energy

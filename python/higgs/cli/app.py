@@ -14,7 +14,7 @@ import typer
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from .output import guarded, note, to_json, working
+from .output import guarded, to_json, working
 
 app = typer.Typer(
     name="higgs",
@@ -257,15 +257,10 @@ def demo(
     json_output: Json = False,
 ) -> None:
     """Get a small model, quantize it at several widths, compare and plot."""
-    from rich.console import Console
-
     from .. import demo as demo_module
+    from .tables import demo_text
 
-    console = Console(stderr=json_output)
-    with working(json_output):
+    with working(json_output) as progress:
         _quiet_transformers()
-        result = demo_module.run(console, work_dir=work_dir, windows=windows)
-    if json_output:
-        typer.echo(to_json(result))
-    else:
-        note(f"results are in {work_dir}")
+        result = demo_module.run(work_dir, windows=windows, progress=progress)
+    _emit(json_output, result, demo_text(result))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..checkpoint import Inspection
 
 
@@ -41,3 +43,17 @@ def inspection_text(found: Inspection) -> str:
     return "\n".join(
         [*lines, f"{total}; {len(found.layers)} layers, {weights / 1e6:.1f} M weights at {found.bits:.3f} bits{t2}"]
     )
+
+
+def demo_text(result: dict[str, Any]) -> str:
+    """`higgs demo` as plain text."""
+    rows = result["rows"]
+    width = max(len(row["method"]) for row in rows)
+    lines = [f"{'method':{width}}  {'bits':>6}  {'MB':>6}  {'perplexity':>10}  {'tokens/s':>8}"]
+    for row in rows:
+        speed = "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}"
+        lines.append(
+            f"{row['method']:{width}}  {row['bits']:6.3f}  {row['megabytes']:6.1f}  {row['perplexity']:10.2f}  {speed:>8}"
+        )
+    lines.append(f"WikiText-2, {result['windows']} windows of {result['context']} tokens; plot: {result['plot']}")
+    return "\n".join([*lines, "", result["sentence"]])

@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _core
+from ..checkpoint.layers import module_keys
 from ..config import QUANT_METHOD, QuantizationConfig
 from ..errors import FormatError, UnsupportedError
 from ..linear import HiggsLinear
@@ -64,9 +65,12 @@ class HiggsHfQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config.parsed()
         stored = _stored_shapes(checkpoint_files)
+        # The config goes by the names in the file, which differ from the modules' where transformers renames.
+        keys = module_keys(model, [f"{name}.weight" for name in config.layers])
         for name, layer in config.layers.items():
+            module_name = keys.get(f"{name}.weight", name).removesuffix(".weight")
             try:
-                linear = model.get_submodule(name)
+                linear = model.get_submodule(module_name)
             except AttributeError as e:
                 raise FormatError(f"quantization_config names layer {name}, which the model does not have") from e
             if not isinstance(linear, nn.Linear):
@@ -78,7 +82,7 @@ class HiggsHfQuantizer(HfQuantizer):
             for tensor, parameter in module.named_parameters():
                 if stored is not None:
                     _check_shape(f"{name}.{tensor}", tuple(parameter.shape), stored)
-            model.set_submodule(name, module.train(linear.training))
+            model.set_submodule(module_name, module.train(linear.training))
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from ..model import dequantize_
@@ -111,11 +115,7 @@ def _stored_shapes(files: list[str] | None) -> dict[str, tuple[int, ...]] | None
 
 def _check_shape(name: str, expected: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> None:
     if name not in stored:
-        # A prefix may differ between the file and the model ("model." of base models); then only the name's end fits.
-        candidates = [key for key in stored if key.endswith("." + name) or name.endswith("." + key)]
-        if not candidates:
-            raise FormatError(f"the checkpoint has no tensor {name}, which its quantization_config promises")
-        name = candidates[0]
+        raise FormatError(f"the checkpoint has no tensor {name}, which its quantization_config promises")
     if stored[name] != expected:
         raise FormatError(f"tensor {name} has shape {list(stored[name])}, its quantization_config says {list(expected)}")
 
