@@ -4,10 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "higgs/numeric.h"
 
 namespace higgs::detail {
+
+// fp16 [k] -> fp32, empty for null. Throws Error(invalid_argument) unless all are positive and finite.
+[[nodiscard]] std::vector<float> load_column_scale(const std::uint16_t* column_scale, std::int64_t k);
 
 [[nodiscard]] inline std::string shape(std::int64_t rows, std::int64_t cols) {
   return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";

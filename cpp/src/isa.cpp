@@ -7,8 +7,23 @@
 #include "higgs/error.h"
 #include "kernels.h"
 
+#ifdef HIGGS_X86
+#include <cpuid.h>
+#endif
+
 namespace higgs {
 namespace {
+
+#ifdef HIGGS_X86
+// Some compilers do not know "f16c" in __builtin_cpu_supports.
+bool has_f16c() noexcept {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 std::atomic<int>& current() noexcept {
   static std::atomic<int> isa{static_cast<int>(supported_isas().back())};
@@ -25,7 +40,7 @@ std::vector<Isa> supported_isas() {
   std::vector<Isa> list{Isa::portable};
 #ifdef HIGGS_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2) list.push_back(Isa::avx2);
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

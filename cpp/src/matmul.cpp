@@ -34,6 +34,7 @@ namespace {
 
 void check(ConstMatrixView x, const PackedView& w, MatrixView y) {
   validate(w.format);
+  if (x.rows < 0) throw Error(ErrorCode::invalid_argument, "matmul: x has " + std::to_string(x.rows) + " rows");
   if (x.cols != w.format.k) {
     throw Error(ErrorCode::invalid_argument, "matmul: x has " + std::to_string(x.cols) +
                                                  " columns, the layer has k = " + std::to_string(w.format.k));
@@ -68,13 +69,8 @@ void arrange(const float* rotated, const LayerFormat& f, const detail::DecodeGeo
 
 std::vector<float> rotate_and_arrange(ConstMatrixView x, const PackedView& w, const detail::DecodeGeometry& geometry) {
   const LayerFormat& f = w.format;
-  std::vector<float> column_scale;
-  if (w.column_scale != nullptr) {
-    column_scale.resize(static_cast<std::size_t>(f.k));
-    for (std::int64_t j = 0; j < f.k; ++j) column_scale[j] = f16_to_f32(w.column_scale[j]);
-  }
   std::vector<float> d(static_cast<std::size_t>(f.k));
-  input_vector(f.seed, column_scale, d);
+  input_vector(f.seed, detail::load_column_scale(w.column_scale, f.k), d);
   std::vector<float> arranged(static_cast<std::size_t>(x.rows * geometry.arranged_cols));
   parallel_for(x.rows, 4, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> row(static_cast<std::size_t>(f.k));

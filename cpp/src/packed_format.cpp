@@ -2,9 +2,13 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <string>
+#include <vector>
 
+#include "checks.h"
 #include "higgs/error.h"
+#include "higgs/numeric.h"
 
 namespace higgs {
 namespace {
@@ -37,8 +41,14 @@ std::int64_t default_group(std::int64_t k, int block) {
 
 void validate(const LayerFormat& f) {
   if (f.grid == nullptr) fail("format: no grid");
+  const auto is_this = [&](const Grid& g) { return &g == f.grid; };
+  if (std::ranges::none_of(grids(), is_this)) fail("format: grid is a copy; use the address that find_grid returns");
   if (f.n < 0) fail("n = " + std::to_string(f.n) + " is negative");
   check_k(f.k);
+  constexpr std::int64_t kMaxWeights = std::int64_t{1} << 56;  // so that no size in bits or bytes overflows
+  if (f.n > kMaxWeights / f.k) {
+    fail("n = " + std::to_string(f.n) + " times k = " + std::to_string(f.k) + " is more than 2^56 weights");
+  }
   if (f.block < kMinBlock || f.block > kMaxBlock || !std::has_single_bit(static_cast<unsigned>(f.block))) {
     fail("block " + std::to_string(f.block) + " is not supported; use 64, 128, 256, 512 or 1024");
   }
@@ -52,4 +62,21 @@ void validate(const LayerFormat& f) {
   }
 }
 
+namespace detail {
+
+std::vector<float> load_column_scale(const std::uint16_t* column_scale, std::int64_t k) {
+  std::vector<float> s;
+  if (column_scale == nullptr) return s;
+  s.resize(static_cast<std::size_t>(k));
+  for (std::int64_t j = 0; j < k; ++j) {
+    s[j] = f16_to_f32(column_scale[j]);
+    if (!(s[j] > 0.0f) || !std::isfinite(s[j])) {
+      throw Error(ErrorCode::invalid_argument, "column_scale[" + std::to_string(j) + "] is " + std::to_string(s[j]) +
+                                                   "; column scales are positive and finite");
+    }
+  }
+  return s;
+}
+
+}  // namespace detail
 }  // namespace higgs

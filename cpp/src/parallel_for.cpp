@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -51,8 +52,11 @@ struct Job {
 // microseconds, then asleep.
 class Pool {
  public:
-  explicit Pool(int workers) {
-    for (int i = 0; i < workers; ++i) threads_.emplace_back([this] { work(); });
+  explicit Pool(int workers) : wanted_(workers) {
+    try {
+      for (int i = 0; i < workers; ++i) threads_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {  // no more threads to be had: do with those there are
+    }
   }
   ~Pool() {
     {
@@ -66,7 +70,7 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  [[nodiscard]] int workers() const noexcept { return static_cast<int>(threads_.size()); }
+  [[nodiscard]] int wanted() const noexcept { return wanted_; }
 
   void run(Job& job) {
     {
@@ -105,6 +109,7 @@ class Pool {
     }
   }
 
+  const int wanted_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::atomic<std::uint64_t> generation_{0};
@@ -123,7 +128,11 @@ struct State {
 State*& state_pointer() {
   // Leaked on purpose: worker threads may outlive static destruction, and a forked child starts afresh.
   static State* state = [] {
-    pthread_atfork(nullptr, nullptr, [] { state_pointer() = new State; });
+    pthread_atfork(nullptr, nullptr, [] {
+      const int threads = num_threads();
+      state_pointer() = new State;
+      state_pointer()->threads.store(threads, std::memory_order_relaxed);
+    });
     return new State;
   }();
   return state;
@@ -151,7 +160,7 @@ void parallel_for(std::int64_t count, std::int64_t grain, const std::function<vo
   if (workers == 0 || count <= job.grain || inside_job || !lock.try_lock()) {
     job.run();
   } else {
-    if (state.pool == nullptr || state.pool->workers() != workers) {
+    if (state.pool == nullptr || state.pool->wanted() != workers) {
       state.pool.reset();
       state.pool = std::make_unique<Pool>(workers);
     }

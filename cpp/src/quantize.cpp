@@ -30,20 +30,6 @@ void check_finite(const std::byte* row, DType dtype, std::int64_t i, std::int64_
   }
 }
 
-std::vector<float> load_column_scale(const std::uint16_t* column_scale, std::int64_t k) {
-  std::vector<float> s;
-  if (column_scale == nullptr) return s;
-  s.resize(static_cast<std::size_t>(k));
-  for (std::int64_t j = 0; j < k; ++j) {
-    s[j] = f16_to_f32(column_scale[j]);
-    if (!(s[j] > 0.0f) || !std::isfinite(s[j])) {
-      throw Error(ErrorCode::invalid_argument, "column_scale[" + std::to_string(j) + "] is " + std::to_string(s[j]) +
-                                                   "; column scales are positive and finite");
-    }
-  }
-  return s;
-}
-
 struct GroupResult {
   std::uint16_t scale;
   double error;
@@ -109,7 +95,7 @@ QuantizeResult quantize(ConstMatrixView w, const LayerFormat& format, const std:
     throw Error(ErrorCode::invalid_argument,
                 "w is " + detail::shape(w.rows, w.cols) + ", expected " + detail::shape(format.n, format.k));
   }
-  const std::vector<float> s = load_column_scale(column_scale, format.k);
+  const std::vector<float> s = detail::load_column_scale(column_scale, format.k);
   std::vector<float> factor(static_cast<std::size_t>(format.k));
   for (std::int64_t j = 0; j < format.k; ++j) factor[j] = sign_of(format.seed, j) * (s.empty() ? 1.0f : s[j]);
 
@@ -117,7 +103,7 @@ QuantizeResult quantize(ConstMatrixView w, const LayerFormat& format, const std:
   const Kernels& kernels = detail::kernels();
   std::vector<double> row_error(static_cast<std::size_t>(format.n));
   std::vector<double> row_energy(static_cast<std::size_t>(format.n));
-  parallel_for(format.n, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+  const auto quantize_rows = [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> v(static_cast<std::size_t>(format.k));
     std::vector<std::uint16_t> row_indices(static_cast<std::size_t>(format.row_indices()));
     for (std::int64_t i = begin; i < end; ++i) {
@@ -137,7 +123,14 @@ QuantizeResult quantize(ConstMatrixView w, const LayerFormat& format, const std:
       pack(row_indices, format.grid->index_bits,
            {indices + i * format.row_bytes(), static_cast<std::size_t>(format.row_bytes())});
     }
-  });
+  };
+  try {
+    parallel_for(format.n, kRowsPerTask, quantize_rows);
+  } catch (const Error&) {
+    // Another thread may have met a later bad row first: name the first one.
+    for (std::int64_t i = 0; i < format.n; ++i) check_finite(w.row(i), w.dtype, i, format.k);
+    throw;
+  }
   QuantizeResult result;
   for (std::int64_t i = 0; i < format.n; ++i) {
     result.error += row_error[i];
@@ -157,7 +150,7 @@ void dequantize(const PackedView& packed, MatrixView out) {
   check_packed(packed, out);
   const LayerFormat& f = packed.format;
   std::vector<float> d(static_cast<std::size_t>(f.k));
-  input_vector(f.seed, load_column_scale(packed.column_scale, f.k), d);
+  input_vector(f.seed, detail::load_column_scale(packed.column_scale, f.k), d);
   for_each_rotated_row(packed, [&](std::int64_t i, std::vector<float>& row) {
     detail::kernels().fwht(row.data(), f.k / f.block, f.block);
     detail::store_scaled(row.data(), f.k, d.data(), out.dtype, out.row(i));

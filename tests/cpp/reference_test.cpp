@@ -61,8 +61,8 @@ TEST(Reference, MatmulIsTheProductWithTheDequantizedWeights) {
   x[128 + 3] = 2.0f;  // row 1 picks 2 * column 3 - column 100
   x[128 + 100] = -1.0f;
   const std::vector<double> bias = {10.0, 20.0, 30.0};
-  const std::vector<double> y = reference::matmul(as_const(matrix(x.data(), 2, 128)), layer.view(), {});
-  const std::vector<double> with_bias = reference::matmul(as_const(matrix(x.data(), 2, 128)), layer.view(), bias);
+  const std::vector<double> y = reference::matmul(matrix(x.data(), 2, 128), layer.view(), {});
+  const std::vector<double> with_bias = reference::matmul(matrix(x.data(), 2, 128), layer.view(), bias);
   for (std::size_t o = 0; o < 3; ++o) {
     EXPECT_DOUBLE_EQ(y[o], w[o * 128 + 7]);
     EXPECT_DOUBLE_EQ(y[3 + o], 2 * w[o * 128 + 3] - w[o * 128 + 100]);

@@ -1,7 +1,9 @@
 // A row-major matrix somebody else owns.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "higgs/numeric.h"
 
@@ -17,12 +19,16 @@ struct BasicMatrixView {
   [[nodiscard]] Byte* row(std::int64_t i) const noexcept {
     return data + i * cols * static_cast<std::int64_t>(size_of(dtype));
   }
+  operator BasicMatrixView<const std::byte>() const noexcept  // NOLINT: as std::span converts
+    requires(!std::is_const_v<Byte>)
+  {
+    return {data, dtype, rows, cols};
+  }
 };
 
 using MatrixView = BasicMatrixView<std::byte>;
 using ConstMatrixView = BasicMatrixView<const std::byte>;
 
-[[nodiscard]] inline ConstMatrixView as_const(MatrixView v) noexcept { return {v.data, v.dtype, v.rows, v.cols}; }
 [[nodiscard]] inline MatrixView matrix(float* data, std::int64_t rows, std::int64_t cols) noexcept {
   return {reinterpret_cast<std::byte*>(data), DType::f32, rows, cols};
 }

@@ -1,0 +1,197 @@
+"""Time the CUDA kernels next to torch bf16, torch's int4 kernel and a read-only kernel over the same bytes.
+
+    cmake --build BUILD --target higgs_cuda_bench
+    python bench/python/bench_kernels.py BUILD/cuda/libhiggs_cuda_bench.so --shapes 8b_gate_up 8b_o --m 1 8 16
+
+Every number is the median over replays of a CUDA graph of dependent launches that walks over enough copies of the
+weights to defeat the L2 cache; the rotation of x is part of each call. Columns: us per call, GB/s of stored bytes, share
+of the memory limit (read kernel / ours), times faster than bf16 linear and than the int4 kernel (tinygemm).
+"""
+
+import argparse
+import ctypes
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from shapes import BITS, MAIN, SHAPES  # noqa: E402
+
+L2_BYTES = 256 << 20  # walk over at least this much
+CALLS = 24  # per graph, at least
+
+
+class Kernels:
+    def __init__(self, path: str) -> None:
+        self.lib = ctypes.CDLL(path)
+        self.lib.higgs_last_error.restype = ctypes.c_char_p
+        self.lib.higgs_plan.restype = ctypes.c_char_p
+
+    def call(self, name: str, *args: object) -> None:
+        converted = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor)
+            else a.encode() if isinstance(a, str)
+            else ctypes.c_longlong(a) if isinstance(a, int)
+            else a
+            for a in args
+        ]
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        if getattr(self.lib, name)(*converted, stream) != 0:
+            raise RuntimeError(f"{name}: {self.lib.higgs_last_error().decode()}")
+
+    def sizes(self, grid: str, n: int, k: int) -> list[int]:
+        out = (ctypes.c_longlong * 4)()
+        if self.lib.higgs_sizes(grid.encode(), ctypes.c_longlong(n), ctypes.c_longlong(k), out) != 0:
+            raise RuntimeError(self.lib.higgs_last_error().decode())
+        return list(out)
+
+
+def pointers(tensors: list[torch.Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def graph_us(calls: list, replays: int = 15) -> float:
+    """Median microseconds per call of a graph of all calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return sorted(times[2:])[replays // 2]
+
+
+def cycle(copies: int, make) -> list:
+    made = [make(i) for i in range(copies)]
+    return [made[i % copies] for i in range(max(CALLS, copies))]
+
+
+def copies_for(bytes_each: int) -> int:
+    return max(2, -(-L2_BYTES // bytes_each))
+
+
+def time_bf16(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float]:
+    n = sum(ns)
+    copies = copies_for(2 * n * k)
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+    out = {}
+    for m in ms:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+        out[m] = graph_us(cycle(copies, lambda i: lambda: torch.mm(x, weights[i].t(), out=y)))
+    return out
+
+
+def time_tinygemm(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float]:
+    n, group = sum(ns), 128
+    if k % 1024 != 0:
+        return {}
+    copies = copies_for(n * k // 2)
+    weights = [
+        torch._convert_weight_to_int4pack(torch.randint(0, 255, (n, k // 2), device="cuda", dtype=torch.uint8), 8)
+        for _ in range(copies)
+    ]
+    scales = torch.randn(k // group, n, 2, device="cuda", dtype=torch.bfloat16)
+    out = {}
+    for m in ms:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        out[m] = graph_us(cycle(copies, lambda i: lambda: torch._weight_int4pack_mm(x, weights[i], group, scales)))
+    return out
+
+
+def time_read(kernels: Kernels, bytes_each: int) -> float:
+    buffers = [torch.empty(bytes_each, device="cuda", dtype=torch.uint8).random_() for _ in range(copies_for(bytes_each))]
+    sink = torch.zeros(4, device="cuda", dtype=torch.int32)
+    return graph_us(cycle(len(buffers), lambda i: lambda: kernels.call("higgs_read", buffers[i], bytes_each, sink)))
+
+
+def time_linear(kernels: Kernels, grid: str, ns: tuple[int, ...], k: int, ms: list[int], dtype: torch.dtype) -> dict[int, float]:
+    stored = sum(kernels.sizes(grid, n, k)[3] for n in ns)
+    copies = copies_for(stored)
+    tiled = []
+    for _ in range(copies):
+        parts = []
+        for n in ns:
+            index_bytes, scale_bytes, tiled_bytes, _ = kernels.sizes(grid, n, k)
+            indices = torch.randint(0, 256, (index_bytes,), device="cuda", dtype=torch.uint8)
+            scales = torch.rand(scale_bytes // 2, device="cuda").half()
+            buffer = torch.empty(tiled_bytes, device="cuda", dtype=torch.uint8)
+            kernels.call("higgs_repack", grid, n, k, indices, scales, buffer)
+            parts.append(buffer)
+        tiled.append(parts)
+    d = torch.empty(k, device="cuda")
+    kernels.call("higgs_vector", k, d)
+    code = ctypes.c_int({torch.float16: 1, torch.bfloat16: 2}[dtype])
+    n_array = (ctypes.c_longlong * len(ns))(*ns)
+    workspace = torch.empty(16 * sum(ns), device="cuda")
+    out = {}
+    for m in ms:
+        x = torch.randn(m, k, device="cuda", dtype=dtype)
+        ys = [torch.empty(m, n, device="cuda", dtype=dtype) for n in ns]
+        y_array, keep = pointers(ys), [x, ys]
+
+        def make(i: int, m: int = m, x: torch.Tensor = x, y_array: ctypes.Array = y_array, keep: list = keep):
+            tiled_array = pointers(tiled[i])
+            return lambda: kernels.call("higgs_linear", grid, ctypes.c_int(len(ns)), n_array, k, code, m, x, d, tiled_array,
+                                        y_array, workspace)
+
+        out[m] = graph_us(cycle(copies, make))
+    return out
+
+
+def bench_quantize(kernels: Kernels, grid: str) -> None:
+    n, k = 14336, 4096
+    w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    index_bytes, scale_bytes, _, _ = kernels.sizes(grid, n, k)
+    indices = torch.empty(index_bytes, device="cuda", dtype=torch.uint8)
+    scales = torch.empty(scale_bytes // 2, device="cuda", dtype=torch.float16)
+    call = lambda: kernels.call("higgs_quantize", grid, n, k, ctypes.c_int(2), w, indices, scales)  # noqa: E731
+    us = graph_us([call] * 3, 5)
+    print(f"quantize {grid}: {n * k / us / 1e3:.1f} billion weights/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", help="libhiggs_cuda_bench.so")
+    parser.add_argument("--shapes", nargs="+", default=list(MAIN), choices=list(SHAPES))
+    parser.add_argument("--grids", nargs="+", default=list(BITS.values()))
+    parser.add_argument("--m", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
+    parser.add_argument("--quantize", action="store_true")
+    parser.add_argument("--no-peers", action="store_true", help="skip the int4 kernel of torch")
+    args = parser.parse_args()
+    kernels = Kernels(args.library)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.dtype}")
+    print(f"{'shape':16}{'grid':9}{'m':>3}{'us':>8}{'GB/s':>7}{'limit':>8}{'of it':>7}{'bf16':>8}{'x bf16':>8}{'int4':>8}{'x int4':>8}")
+    for name in args.shapes:
+        ns, k = SHAPES[name]
+        bf16 = time_bf16(ns, k, args.m)
+        int4 = {} if args.no_peers else time_tinygemm(ns, k, args.m)
+        for grid in args.grids:
+            stored = sum(kernels.sizes(grid, n, k)[3] for n in ns)
+            limit = time_read(kernels, stored // 16 * 16)
+            ours = time_linear(kernels, grid, ns, k, args.m, getattr(torch, args.dtype))
+            for m in args.m:
+                peer = f"{int4[m]:8.1f}{int4[m] / ours[m]:8.2f}" if m in int4 else ""
+                print(f"{name:16}{grid:9}{m:3}{ours[m]:8.2f}{stored / ours[m] / 1e3:7.0f}{limit:8.2f}{limit / ours[m]:7.2f}"
+                      f"{bf16[m]:8.1f}{bf16[m] / ours[m]:8.2f}{peer}", flush=True)
+    if args.quantize:
+        for grid in args.grids:
+            bench_quantize(kernels, grid)
+
+
+if __name__ == "__main__":
+    main()
