@@ -1,5 +1,6 @@
 // Quantizes a random weight matrix on a grid and multiplies with it: what embedding higgs in a C++ program looks like.
-//   cmake --preset dev -DHIGGS_EXAMPLES=ON && cmake --build --preset dev && build-dev/cpp/higgs_example_quantize p2_n256
+//   cmake --preset dev -DHIGGS_EXAMPLES=ON && cmake --build --preset dev && build-dev/cpp/higgs_example_quantize
+//   p2_n256
 #include <cstdio>
 #include <exception>
 #include <random>

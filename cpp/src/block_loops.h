@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-
 #if defined(__FMA__)
 #include <immintrin.h>
 #endif
@@ -58,9 +57,8 @@ template <int Stride>
 inline Vec16 butterfly(Vec16 v) {
   constexpr auto at = [](int i) { return i ^ Stride; };
   constexpr auto sign = [](int i) { return (i & Stride) != 0 ? kNeg : 0; };
-  const Vec16 partner =
-      __builtin_shufflevector(v, v, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11),
-                              at(12), at(13), at(14), at(15));
+  const Vec16 partner = __builtin_shufflevector(v, v, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8),
+                                                at(9), at(10), at(11), at(12), at(13), at(14), at(15));
   const Int16 signs = {sign(0), sign(1), sign(2),  sign(3),  sign(4),  sign(5),  sign(6),  sign(7),
                        sign(8), sign(9), sign(10), sign(11), sign(12), sign(13), sign(14), sign(15)};
   return partner + reinterpret_cast<Vec16>(reinterpret_cast<Int16>(v) ^ signs);

@@ -1,9 +1,9 @@
 // Dot products of packed rows with x, compiled once per instruction set; everything has internal linkage.
 //
 // An instruction set provides
-//   Vec               a vector of kLanes floats, with load, fma (a * b + c), zero, store and sum (lanes added in halves)
-//   f16(bits)         fp16 bits -> float
-//   Decoder<B, P>     chunk(bytes, valid, sink) decodes 64 indices (the first `valid` of them are in the row; the rest
+//   Vec               a vector of kLanes floats, with load, fma (a * b + c), zero, store and sum (lanes added in
+//   halves) f16(bits)         fp16 bits -> float Decoder<B, P>     chunk(bytes, valid, sink) decodes 64 indices (the
+//   first `valid` of them are in the row; the rest
 //                     may be anything, x is zero there) and calls sink(offset, Vec) for 64 * P floats in decode order
 // The sums run in the same order in dot_rows and dot_tile: one chain of fma per (row of w, row of x, scale group), in
 // decode order, lanes added up per group, groups in order. So a row of y has the same bits in any batch.
@@ -138,9 +138,10 @@ void dot_tile(const PackedView& w, const float* x, std::int64_t m, std::int64_t 
 }
 
 // The (index_bits, p) pairs that have a decoder: a grid of any other pair needs one more line here and nothing else.
-#define HIGGS_FOR_EACH_DECODER(X) \
-  X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(8, 1) \
-  X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(11, 2) X(12, 2) X(8, 4)
+#define HIGGS_FOR_EACH_DECODER(X)                                                                                    \
+  X(2, 1)                                                                                                            \
+  X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(8, 1) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(11, 2) X(12, 2) \
+      X(8, 4)
 
 template <class Isa>
 void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y) {

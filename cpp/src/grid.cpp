@@ -26,7 +26,11 @@ std::span<const Grid> grids() {
     for (int i = 0; i < detail::kGridDataCount; ++i) {
       const detail::GridData& d = detail::kGridData[i];
       const auto n = static_cast<unsigned>(d.n_points);
-      list.push_back({d.name, d.p, d.n_points, std::countr_zero(n), d.t2,
+      list.push_back({d.name,
+                      d.p,
+                      d.n_points,
+                      std::countr_zero(n),
+                      d.t2,
                       {d.points, static_cast<std::size_t>(d.n_points) * static_cast<std::size_t>(d.p)}});
     }
     return list;

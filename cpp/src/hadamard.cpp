@@ -29,8 +29,8 @@ void check_block(std::int64_t k, int block) {
 
 void check_same_shape(ConstMatrixView in, MatrixView out, std::span<const float> column_scale) {
   if (in.rows != out.rows || in.cols != out.cols) {
-    throw Error(ErrorCode::invalid_argument, "out is " + detail::shape(out.rows, out.cols) + ", expected " +
-                                                 detail::shape(in.rows, in.cols));
+    throw Error(ErrorCode::invalid_argument,
+                "out is " + detail::shape(out.rows, out.cols) + ", expected " + detail::shape(in.rows, in.cols));
   }
   if (!column_scale.empty() && static_cast<std::int64_t>(column_scale.size()) != in.cols) {
     throw Error(ErrorCode::invalid_argument, "column_scale has " + std::to_string(column_scale.size()) +

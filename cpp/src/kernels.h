@@ -9,10 +9,10 @@
 
 namespace higgs::detail {
 
-// Columns are handled in chunks of 64 indices = 64 * p columns, the last chunk of a scale group padded. Inside a chunk x
-// and decoded weights are in "decode order", the one in which look-ups yield them: column order where a look-up fetches a
-// whole point, component-major (index i, component c at c * 64 + i) where one instruction looks up many indices in the
-// table of one component.
+// Columns are handled in chunks of 64 indices = 64 * p columns, the last chunk of a scale group padded. Inside a chunk
+// x and decoded weights are in "decode order", the one in which look-ups yield them: column order where a look-up
+// fetches a whole point, component-major (index i, component c at c * 64 + i) where one instruction looks up many
+// indices in the table of one component.
 inline constexpr int kChunk = 64;
 
 struct DecodeGeometry {
@@ -30,8 +30,8 @@ struct Kernels {
   // Walsh-Hadamard transform of `count` consecutive blocks, times 1 / sqrt(block).
   void (*fwht)(float* data, std::int64_t count, int block);
 
-  // Indices of the nearest points g to values[0, count) * inverse_scale, and the two sums the least-squares scale needs:
-  // sum v g and sum g g, in the summation order of FORMAT.md. count is a multiple of 64.
+  // Indices of the nearest points g to values[0, count) * inverse_scale, and the two sums the least-squares scale
+  // needs: sum v g and sum g g, in the summation order of FORMAT.md. count is a multiple of 64.
   void (*nearest)(const NearestTable& table, const float* values, std::int64_t count, float inverse_scale,
                   std::uint16_t* indices, double* vg, double* gg);
 

@@ -40,12 +40,12 @@ void check(ConstMatrixView x, const PackedView& w, MatrixView y) {
                                                  " columns, the layer has k = " + std::to_string(w.format.k));
   }
   if (y.rows != x.rows || y.cols != w.format.n) {
-    throw Error(ErrorCode::invalid_argument, "matmul: y is " + detail::shape(y.rows, y.cols) + ", expected " +
-                                                 detail::shape(x.rows, w.format.n));
+    throw Error(ErrorCode::invalid_argument,
+                "matmul: y is " + detail::shape(y.rows, y.cols) + ", expected " + detail::shape(x.rows, w.format.n));
   }
   if (y.dtype != x.dtype && y.dtype != DType::f32) {
-    throw Error(ErrorCode::type, std::string("matmul: y is ") + name_of(y.dtype) + "; use x's " + name_of(x.dtype) +
-                                     " or float32");
+    throw Error(ErrorCode::type,
+                std::string("matmul: y is ") + name_of(y.dtype) + "; use x's " + name_of(x.dtype) + " or float32");
   }
 }
 
@@ -84,7 +84,8 @@ std::vector<float> rotate_and_arrange(ConstMatrixView x, const PackedView& w, co
 }
 
 // Rows [begin, end) of W into columns [begin, end) of y.
-void finish(const float* sums, std::int64_t stride, std::int64_t begin, std::int64_t end, const void* bias, MatrixView y) {
+void finish(const float* sums, std::int64_t stride, std::int64_t begin, std::int64_t end, const void* bias,
+            MatrixView y) {
   for (std::int64_t i = 0; i < y.rows; ++i) {
     for (std::int64_t o = begin; o < end; ++o) {
       const float b = bias != nullptr ? load_f32(bias, y.dtype, o) : 0.0f;

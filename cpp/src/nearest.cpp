@@ -7,7 +7,6 @@
 #include <memory>
 #include <mutex>
 
-
 namespace higgs::detail {
 namespace {
 
@@ -18,7 +17,8 @@ struct Box {
 
 // Points not beaten everywhere in the box by a single other one. The difference of two squared distances is linear, so
 // its sign on the corners decides. Every point that is nearest somewhere in the box is kept.
-std::vector<std::uint16_t> undominated(const NearestTable& table, const std::vector<std::uint16_t>& from, const Box& box) {
+std::vector<std::uint16_t> undominated(const NearestTable& table, const std::vector<std::uint16_t>& from,
+                                       const Box& box) {
   const Grid& grid = *table.grid;
   const int p = grid.p;
   const int corners = 1 << p;

@@ -33,5 +33,4 @@ struct NearestTable {
 // lanes that are outside the cells or in a cell with too many candidates.
 [[nodiscard]] std::uint16_t nearest_of_all(const NearestTable& table, const float* u) noexcept;
 
-
 }  // namespace higgs::detail

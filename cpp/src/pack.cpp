@@ -10,7 +10,8 @@ namespace {
 
 void check(std::size_t indices, int index_bits, std::size_t bytes) {
   if (index_bits < kMinIndexBits || index_bits > kMaxIndexBits) {
-    throw Error(ErrorCode::invalid_argument, "index_bits " + std::to_string(index_bits) + " is not supported; use 2 to 12");
+    throw Error(ErrorCode::invalid_argument,
+                "index_bits " + std::to_string(index_bits) + " is not supported; use 2 to 12");
   }
   if (indices * static_cast<std::size_t>(index_bits) != bytes * 8) {
     throw Error(ErrorCode::invalid_argument, std::to_string(indices) + " indices of " + std::to_string(index_bits) +
@@ -27,8 +28,8 @@ void pack(std::span<const std::uint16_t> indices, int index_bits, std::span<std:
   std::size_t out = 0;
   for (const std::uint16_t index : indices) {
     if (index >> index_bits != 0) {
-      throw Error(ErrorCode::invalid_argument, "index " + std::to_string(index) + " does not fit in " +
-                                                   std::to_string(index_bits) + " bits");
+      throw Error(ErrorCode::invalid_argument,
+                  "index " + std::to_string(index) + " does not fit in " + std::to_string(index_bits) + " bits");
     }
     window |= static_cast<std::uint32_t>(index) << filled;
     for (filled += index_bits; filled >= 8; filled -= 8, window >>= 8) bytes[out++] = static_cast<std::uint8_t>(window);

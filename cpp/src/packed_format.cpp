@@ -25,7 +25,8 @@ void check_k(std::int64_t k) {
 
 int default_block(std::int64_t k) {
   check_k(k);
-  return static_cast<int>(std::min<std::int64_t>(kMaxBlock, std::int64_t{1} << std::countr_zero(static_cast<std::uint64_t>(k))));
+  return static_cast<int>(
+      std::min<std::int64_t>(kMaxBlock, std::int64_t{1} << std::countr_zero(static_cast<std::uint64_t>(k))));
 }
 
 std::int64_t default_group(std::int64_t k, int block) {

@@ -47,7 +47,7 @@ struct Portable {
 
 }  // namespace
 
-const Kernels kPortableKernels = {0, fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Portable>,
-                                  dot_tile_any<Portable>};
+const Kernels kPortableKernels = {
+    0, fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Portable>, dot_tile_any<Portable>};
 
 }  // namespace higgs::detail

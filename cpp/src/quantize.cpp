@@ -23,9 +23,8 @@ void check_finite(const std::byte* row, DType dtype, std::int64_t i, std::int64_
   for (std::int64_t j = 0; j < k; ++j) {
     const float v = load_f32(row, dtype, j);
     if (!std::isfinite(v)) {
-      throw Error(ErrorCode::invalid_argument,
-                  "weight [" + std::to_string(i) + ", " + std::to_string(j) + "] is " + std::to_string(v) +
-                      "; only finite weights can be quantized");
+      throw Error(ErrorCode::invalid_argument, "weight [" + std::to_string(i) + ", " + std::to_string(j) + "] is " +
+                                                   std::to_string(v) + "; only finite weights can be quantized");
     }
   }
 }
@@ -41,7 +40,8 @@ GroupResult quantize_group(const Kernels& kernels, const detail::NearestTable& t
   const std::uint16_t rms = f32_to_f16(static_cast<float>(std::sqrt(energy / static_cast<double>(count))));
   const float scale = f16_to_f32(rms);
   if (!std::isfinite(scale)) {
-    throw Error(ErrorCode::invalid_argument, "a scale of " + std::to_string(std::sqrt(energy / static_cast<double>(count))) +
+    throw Error(ErrorCode::invalid_argument, "a scale of " +
+                                                 std::to_string(std::sqrt(energy / static_cast<double>(count))) +
                                                  " does not fit in fp16 (at most 65504)");
   }
   double vg = 0;

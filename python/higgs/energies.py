@@ -1,19 +1,20 @@
 """Column scales: putting the rounding error where the activations are small.
 
-The rotation spreads a block's rounding error evenly over its columns, also onto the few whose activations are huge. With
-input energies a_j = E x_j^2 and weight energies b_j = mean_i w_ij^2 the expected output error of W diag(s) quantized and
-x / s multiplied is proportional to ``sum_j a_j / s_j^2 * sum_j b_j s_j^2``, least at ``s_j = (a_j / b_j)^(1/4)``. The
-a_j are gathered over random tokens unless told otherwise, so the method needs no data.
+The rotation spreads a block's rounding error evenly over its columns, also onto the few whose activations are huge.
+With input energies a_j = E x_j^2 and weight energies b_j = mean_i w_ij^2 the expected output error of W diag(s)
+quantized and x / s multiplied is proportional to ``sum_j a_j / s_j^2 * sum_j b_j s_j^2``, least at
+``s_j = (a_j / b_j)^(1/4)``. The a_j are gathered over random tokens unless told otherwise: the method needs no data.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -61,12 +62,37 @@ class Energies:
         return cls(energies, json.loads(metadata["shared"]), metadata.get("source", "unknown"))
 
 
-def random_tokens(vocab_size: int, tokens: int = 8192, context: int = 512, seed: int = 0) -> Tensor:
+def random_tokens(vocab_size: int, tokens: int = 8192, context: int = 128, seed: int = 0) -> Tensor:
     """Uniformly random token ids, int64 [tokens // context, context]."""
     if tokens < context or context < 2:
         raise ValueError(f"tokens {tokens} must be at least context {context}, and context at least 2")
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (tokens // context, context), generator=generator)
+
+
+@torch.inference_mode()
+def self_tokens(
+    model: nn.Module, tokens: int = 8192, context: int = 256, seed: int = 0, progress: Progress | None = None
+) -> Tensor:
+    """Text that the model samples itself, each sequence from a random first token: int64 [tokens // context, context].
+
+    As free of data as random tokens, and nearer to what the model will see; it takes ``context`` decoding steps.
+    """
+    progress = progress or NullProgress()
+    generator = torch.Generator().manual_seed(seed)
+    ids = random_tokens(_vocab_size(model), tokens, context, seed)[:, :1]
+    device = next(model.parameters()).device
+    cache, last = None, ids
+    progress.start("sample tokens", context - 1)
+    for _ in range(context - 1):
+        output = model(last.to(device), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        probabilities = output.logits[:, -1].float().softmax(-1).cpu()
+        last = torch.multinomial(probabilities, 1, generator=generator)
+        ids = torch.cat([ids, last], 1)
+        progress.advance()
+    progress.finish()
+    return ids
 
 
 def weight_energy(weight: Tensor) -> Tensor:
@@ -125,7 +151,7 @@ def pooled_column_scales(
 
 
 @contextmanager
-def _recorded_inputs(layers: dict[str, nn.Module], record) -> Iterator[None]:
+def _recorded_inputs(layers: Mapping[str, nn.Module], record) -> Iterator[None]:
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
         for name, layer in layers.items()
@@ -208,27 +234,41 @@ def energies_for(
     scales: str,
     *,
     tokens: int = 8192,
-    context: int = 512,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Energies | None:
-    """The input energies that ``--scales`` asks for: "none", "random", an energies file (.safetensors) or a text file.
+    """The input energies that ``--scales`` asks for.
 
-    "random" and a text run the model in ``model_dir`` with transformers; UnsupportedError says why where that cannot be
-    done (transformers missing, unknown architecture, not enough memory).
+    "none"; "random" (tokens), "self" (text sampled from the model) or a text file, which run the model in ``model_dir``
+    with transformers; or a file of energies (.safetensors). UnsupportedError says why where the model cannot be run
+    (transformers missing, unknown architecture, not enough memory).
     """
     if scales == "none":
         return None
     if scales.endswith(".safetensors"):
         return Energies.load(scales)
-    if scales != "random" and not Path(scales).is_file():
-        raise ValueError(f"scales {scales!r} is neither random, none, a text file nor a .safetensors file of energies")
+    if scales not in ("random", "self") and not Path(scales).is_file():
+        raise ValueError(f"scales {scales!r}: use random, self, none, a text file or a .safetensors file of energies")
     model = _load_model(Path(model_dir))
-    if scales == "random":
-        ids = random_tokens(model.config.get_text_config().vocab_size, tokens, context, seed)
+    if scales in ("random", "self"):
+        return own_energies(model, scales, tokens=tokens, seed=seed, progress=progress)
+    ids = text_tokens(model_dir, scales, tokens, context=512)
+    return gather_energies(model, ids, source=Path(scales).name, progress=progress)
+
+
+def _vocab_size(model: Any) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def own_energies(
+    model: nn.Module, source: str, *, tokens: int = 8192, seed: int = 0, progress: Progress | None = None
+) -> Energies:
+    """Energies without data: over "random" tokens, or over text the model samples itself ("self")."""
+    if source == "self":
+        ids = self_tokens(model, tokens, seed=seed, progress=progress)
     else:
-        ids = text_tokens(model_dir, scales, tokens, context)
-    return gather_energies(model, ids, source="random" if scales == "random" else Path(scales).name, progress=progress)
+        ids = random_tokens(_vocab_size(model), tokens, seed=seed)
+    return gather_energies(model, ids, source=source, progress=progress)
 
 
 def _load_model(model_dir: Path) -> nn.Module:

@@ -31,8 +31,8 @@ def load(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.
 def read_text(path: str | Path) -> str:
     """A text file as the evaluation sees it.
 
-    A file in WikiText's layout (a line per row, `` = Title = `` headings) is joined as everyone does: rows, each with its
-    newline, separated by two newlines. Any other file is taken as it is.
+    A file in WikiText's layout (a line per row, `` = Title = `` headings) is joined as everyone does: rows, each with
+    its newline, separated by two newlines. Any other file is taken as it is.
     """
     text = Path(path).read_text(encoding="utf8")
     lines = text.split("\n")[:-1]
@@ -130,7 +130,9 @@ def evaluate(
 
 
 @torch.inference_mode()
-def generate_tokens(model: nn.Module, prompt_ids: Tensor, new_tokens: int, progress: Progress | None = None) -> tuple[Tensor, float]:
+def generate_tokens(
+    model: nn.Module, prompt_ids: Tensor, new_tokens: int, progress: Progress | None = None
+) -> tuple[Tensor, float]:
     """Greedy continuation of ``prompt_ids`` [1, length]; returns all ids and decoded tokens per second."""
     progress = progress or NullProgress()
     progress.start("generate", new_tokens)
@@ -155,7 +157,7 @@ def generate_tokens(model: nn.Module, prompt_ids: Tensor, new_tokens: int, progr
     return ids, decoded / max(time.perf_counter() - start, 1e-9)
 
 
-def _eos_ids(model: nn.Module) -> set[int]:
+def _eos_ids(model: Any) -> set[int]:
     eos = getattr(model, "generation_config", model.config).eos_token_id
     return set(eos) if isinstance(eos, Iterable) else {eos} if eos is not None else set()
 

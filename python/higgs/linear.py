@@ -17,6 +17,11 @@ class HiggsLinear(nn.Module):
     float16 or bfloat16 with any leading shape; y has its dtype. Gradients flow to x and the bias.
     """
 
+    indices: nn.Parameter
+    scales: nn.Parameter
+    column_scale: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         fmt: LayerFormat,
@@ -83,7 +88,7 @@ class HiggsLinear(nn.Module):
         kept = {name: tensor.data for name, tensor in packed.items() if tensor is not None}
         result = super()._apply(fn, recurse)
         for name, data in kept.items():
-            tensor = getattr(self, name)
+            tensor: Tensor = getattr(self, name)
             if tensor.dtype != data.dtype:
                 tensor.data = data.to(tensor.device)
         return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,10 +15,9 @@ from ._ops import LayerFormat, layer_format
 from .config import LayerConfig, QuantizationConfig
 from .energies import (
     Energies,
-    gather_energies,
     linear_layers,
+    own_energies,
     pooled_column_scales,
-    random_tokens,
     weight_energy,
 )
 from .errors import UnsupportedError
@@ -45,17 +45,21 @@ def quantize_(
 
     Exactly one of ``bits`` (the uniform grid of that rate), ``grid`` (its name) and ``allocation`` ({layer name: grid
     name}; other layers stay) says what to use. The output head is left alone unless ``allocation`` names it, and so are
-    layers whose name matches a regular expression in ``skip``. ``scales``: "random" gathers input energies over random
-    tokens (the model is run; needs ``model.config.vocab_size``), "none" does without column scales, or an
-    :class:`~higgs.energies.Energies`. Layers with in_features not divisible by 64 stay as they are and are reported;
-    with ``strict`` they are an error. Nothing is replaced if any layer fails.
+    layers whose name matches a regular expression in ``skip``.
+
+    ``scales``: column scales from input energies over "random" tokens (the model is run) or over text sampled from the
+    model ("self": slower, a little better), from an :class:`~higgs.energies.Energies`, or "none".
+
+    Layers with in_features not divisible by 64 stay as they are and are reported; with ``strict`` they are an error.
+    Nothing is replaced if any layer fails.
     """
     progress = progress or NullProgress()
     grids = _grids_of_layers(model, bits, grid, allocation, list(skip))
     formats: dict[str, LayerFormat] = {}
     report = Report()
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in grids}
     for name, grid_name in grids.items():
-        linear = model.get_submodule(name)
+        linear = linears[name]
         if linear.in_features % 64 != 0:
             reason = f"in_features = {linear.in_features} is not a multiple of 64"
             if strict:
@@ -71,7 +75,7 @@ def quantize_(
     column_scales = {}
     energies = _energies(model, scales, seed, progress)
     if energies is not None:
-        weight_energies = {name: weight_energy(model.get_submodule(name).weight) for name in formats}
+        weight_energies = {name: weight_energy(linears[name].weight) for name in formats}
         blocks = {name: f.block for name, f in formats.items()}
         column_scales = pooled_column_scales(energies, weight_energies, blocks, scale_exponent)
 
@@ -81,13 +85,11 @@ def quantize_(
         start = time.perf_counter()
         column_scale = column_scales.get(name)
         try:
-            replacements[name], t2 = HiggsLinear.from_linear(model.get_submodule(name), fmt, column_scale)
+            replacements[name], t2 = HiggsLinear.from_linear(linears[name], fmt, column_scale)
         except ValueError as e:
             raise ValueError(f"layer {name}: {e}") from e
         seconds = time.perf_counter() - start
-        report.layers.append(
-            LayerReport.of(name, fmt, column_scale=column_scale is not None, t2=t2, seconds=seconds)
-        )
+        report.layers.append(LayerReport.of(name, fmt, column_scale=column_scale is not None, t2=t2, seconds=seconds))
         progress.advance()
     progress.finish()
     for name, module in replacements.items():
@@ -110,7 +112,7 @@ def _grids_of_layers(
             if name not in known:
                 raise ValueError(f"allocation names {name!r}, which is no Linear layer of the model")
         return dict(allocation)
-    name = _core.find_grid(grid).name if grid is not None else _core.grid_for_bits(bits).name
+    name = _core.find_grid(grid).name if grid is not None else _core.grid_for_bits(cast(float, bits)).name
     layers = linear_layers(model)
     return {layer: name for layer in layers if not any(re.search(pattern, layer) for pattern in skip)}
 
@@ -120,13 +122,11 @@ def _energies(model: nn.Module, scales: str | Energies, seed: int, progress: Pro
         return scales
     if scales == "none":
         return None
-    if scales != "random":
-        raise ValueError(f"scales {scales!r} is not supported; use 'random', 'none' or an Energies object")
-    config = getattr(model, "config", None)
-    if config is None:
-        raise UnsupportedError("scales='random' needs a model with a config (vocab_size); use scales='none' or Energies")
-    vocab_size = config.get_text_config().vocab_size
-    return gather_energies(model, random_tokens(vocab_size, seed=seed), progress=progress)
+    if scales not in ("random", "self"):
+        raise ValueError(f"scales {scales!r} is not supported; use 'random', 'self', 'none' or an Energies object")
+    if getattr(model, "config", None) is None:
+        raise UnsupportedError(f"scales={scales!r} needs a model with a config (vocab_size); use 'none' or Energies")
+    return own_energies(model, scales, seed=seed, progress=progress)
 
 
 def quantization_config(model: nn.Module) -> QuantizationConfig:

@@ -28,29 +28,14 @@ std::vector<float> hard_values(const NearestTable& table, Rng& rng, int count) {
   for (int i = 0; i < count; ++i) {
     float v = inside(rng);
     switch (rng() % 8) {
-      case 0:
-        v = -extent + border * static_cast<float>(rng() % 8192);
-        break;
-      case 1:
-        v = std::nextafter(-extent + border * static_cast<float>(rng() % 8192), v);
-        break;
-      case 2:
-        v = std::nextafter(rng() % 2 == 0 ? extent : -extent, v * 100);
-        break;
-      case 3:
-        v = point();
-        break;
-      case 4:
-        v = (point() + point()) / 2;
-        break;
-      case 5:
-        v = std::ldexp(v, static_cast<int>(rng() % 60) - 20);
-        break;
-      case 6:
-        v = rng() % 2 == 0 ? 0.0f : -0.0f;
-        break;
-      default:
-        break;
+      case 0: v = -extent + border * static_cast<float>(rng() % 8192); break;
+      case 1: v = std::nextafter(-extent + border * static_cast<float>(rng() % 8192), v); break;
+      case 2: v = std::nextafter(rng() % 2 == 0 ? extent : -extent, v * 100); break;
+      case 3: v = point(); break;
+      case 4: v = (point() + point()) / 2; break;
+      case 5: v = std::ldexp(v, static_cast<int>(rng() % 60) - 20); break;
+      case 6: v = rng() % 2 == 0 ? 0.0f : -0.0f; break;
+      default: break;
     }
     values.push_back(v);
   }

@@ -75,7 +75,9 @@ def test_quantized_model_is_near_the_original_and_dequantizes(llama: LlamaForCau
 
 
 def test_allocation_quantizes_what_it_names(qwen: Qwen2ForCausalLM) -> None:
-    report = higgs.quantize_(qwen, allocation={"lm_head": "p1_n256", "model.layers.1.mlp.up_proj": "p2_n64"}, scales="none")
+    report = higgs.quantize_(
+        qwen, allocation={"lm_head": "p1_n256", "model.layers.1.mlp.up_proj": "p2_n64"}, scales="none"
+    )
     assert {r.layer: r.grid for r in report.layers} == {"lm_head": "p1_n256", "model.layers.1.mlp.up_proj": "p2_n64"}
     assert isinstance(qwen.lm_head, higgs.HiggsLinear) and qwen.lm_head.column_scale is None
 
@@ -136,6 +138,11 @@ def test_broken_checkpoints_are_refused(llama: LlamaForCausalLM, tmp_path: Path)
         AutoModelForCausalLM.from_pretrained(tmp_path)
     save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(higgs.FormatError, match=f"no tensor {name}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    broken = {**tensors, name.replace("indices", "scales"): tensors[name.replace("indices", "scales")] * torch.nan}
+    save_file(broken, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(higgs.FormatError, match=r"q_proj.scales holds NaN"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     _edit_config(tmp_path, layers={"model.layers.7.nothing": {"grid": "p2_n64", "block": 64, "group": 64}})
@@ -225,6 +232,12 @@ class TestEnergies:
             return ((model(IDS).logits - original).norm() / original.norm()).item()
 
         assert error("random") < 0.6 * error("none")
+        assert error("self") < 0.6 * error("none")
+
+    def test_self_tokens_are_reproducible(self, llama: LlamaForCausalLM) -> None:
+        first = energies.self_tokens(llama, 64, 16, seed=3)
+        assert first.shape == (4, 16) and torch.equal(first, energies.self_tokens(llama, 64, 16, seed=3))
+        assert not torch.equal(first, energies.self_tokens(llama, 64, 16, seed=4))
 
 
 class TestEvaluate:
@@ -237,7 +250,9 @@ class TestEvaluate:
         assert abs(full["perplexity"] - 5.8440) < 0.0006
 
     def test_kl_is_zero_against_itself(self, tmp_path: Path) -> None:
-        result = evaluate.evaluate(DATA / "stories260K", DATA / "tinystories-sample.txt", 128, 2, base=DATA / "stories260K")
+        result = evaluate.evaluate(
+            DATA / "stories260K", DATA / "tinystories-sample.txt", 128, 2, base=DATA / "stories260K"
+        )
         assert result["kl"] == 0.0
 
     def test_wikitext_rows_are_joined(self, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 // y[m, n] = x[m, k] @ W^T (+ bias) on packed weights. W is never rebuilt: x is multiplied by d = sign / column_scale,
 // rotated, and meets the grid points by table look-up inside the loop. The CPU reads the stored layout as it is: the
-// look-up kernels unpack it as fast as any other order, so there is no second copy of the weights and no load-time work.
+// look-up kernels unpack it as fast as any other order, so there is no second copy of the weights and no load-time
+// work.
 #pragma once
 
 #include "higgs/packed_format.h"

@@ -1,6 +1,6 @@
 // AVX2 + FMA + F16C kernels. Eight indices at a time are spread to 32-bit lanes, shifted and masked (any width up to 12
-// bits), then looked up: in registers for up to 16 points of one weight, else by one load for each whole point. Plain loads,
-// because a gather instruction takes two to four times as long on many CPUs.
+// bits), then looked up: in registers for up to 16 points of one weight, else by one load for each whole point. Plain
+// loads, because a gather instruction takes two to four times as long on many CPUs.
 #include <immintrin.h>
 
 #include "../block_loops.h"
@@ -82,7 +82,8 @@ struct Avx2 {
         } else {
           alignas(32) std::uint32_t at[8];
           _mm256_store_si256(reinterpret_cast<__m256i*>(at), index);
-          for (int part = 0; part < 8; part += 32 / static_cast<int>(sizeof(Word))) look_up(at + part, (i + part) * P, sink);
+          for (int part = 0; part < 8; part += 32 / static_cast<int>(sizeof(Word)))
+            look_up(at + part, (i + part) * P, sink);
         }
       }
       for (int i = valid * P; i < kChunk * P; i += 8) sink(i, zero());
@@ -96,8 +97,7 @@ struct Avx2 {
         sink_halves(_mm256_setr_epi64x(word(0), word(1), word(2), word(3)), offset, sink);
       } else {
         const auto word = [&](int lane) { return static_cast<int>(table[at[lane]]); };
-        const __m256i words =
-            _mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7));
+        const __m256i words = _mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7));
         if constexpr (P == 1) {
           sink(offset, _mm256_castsi256_ps(words));
         } else {

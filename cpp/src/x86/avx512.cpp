@@ -2,9 +2,9 @@
 //
 // Up to 8 bits an index: VPERMB and VPMULTISHIFTQB unpack 64 indices of any width in three instructions, and the grid
 // sits in registers as two byte tables per component (low and high byte of the fp16 value), so that one VPERMB or
-// VPERMI2B looks up 64 indices; interleaving the two bytes gives 64 fp16 values. For p2_n256 that is 17 instructions for
-// 128 weights before the conversion to fp32. Wider indices load both components of a point as one 32-bit word, by plain
-// loads: the gather instruction takes more than twice as long on Zen 4 and 5.
+// VPERMI2B looks up 64 indices; interleaving the two bytes gives 64 fp16 values. For p2_n256 that is 17 instructions
+// for 128 weights before the conversion to fp32. Wider indices load both components of a point as one 32-bit word, by
+// plain loads: the gather instruction takes more than twice as long on Zen 4 and 5.
 #include <immintrin.h>
 
 #include "../block_loops.h"
@@ -69,7 +69,8 @@ struct ByteTableDecoder {
     if constexpr (kRegisters == 1) return _mm512_permutexvar_epi8(index, t0);
     const __m512i low = _mm512_permutex2var_epi8(t0, index, _mm512_load_si512(table + 64));
     if constexpr (kRegisters == 2) return low;
-    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), index, _mm512_load_si512(table + 192));
+    const __m512i high =
+        _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), index, _mm512_load_si512(table + 192));
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
   }
 
@@ -151,6 +152,7 @@ struct Avx512 {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {8, fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
+const Kernels kAvx512Kernels = {
+    8, fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
 
 }  // namespace higgs::detail

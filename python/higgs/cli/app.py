@@ -91,7 +91,10 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Key of the random signs, and of random tokens.")] = 0,
     scales: Annotated[
         MaybeText,
-        typer.Option(metavar="random|none|FILE", help="Column scales: random tokens, none, a text, or saved energies."),
+        typer.Option(
+            metavar="random|self|none|FILE",
+            help="Column scales: random tokens, text the model samples, none, a text, or saved energies.",
+        ),
     ] = None,
     scale_exponent: Annotated[float, typer.Option(help="Exponent of the column scales, 0 to 0.5.")] = 0.25,
     scale_tokens: Annotated[int, typer.Option(help="Tokens to gather input energies over.")] = 8192,
@@ -133,8 +136,8 @@ def _energy_choice(model: Path, scales: str, tokens: int, seed: int, progress: A
     if scales.endswith(".safetensors"):
         energies = Energies.load(scales)
         return energies, f"{Path(scales).name} ({describe_energies(energies).rsplit('(', 1)[1]}"
-    label = f"random tokens={tokens}"
-    if scales != "random":
+    label = f"{scales} tokens={tokens}"
+    if scales not in ("random", "self"):
         import hashlib
 
         digest = hashlib.sha256(_text_file(Path(scales)).read_bytes()).hexdigest()[:16]

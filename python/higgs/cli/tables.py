@@ -52,8 +52,7 @@ def demo_text(result: dict[str, Any]) -> str:
     lines = [f"{'method':{width}}  {'bits':>6}  {'MB':>6}  {'perplexity':>10}  {'tokens/s':>8}"]
     for row in rows:
         speed = "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}"
-        lines.append(
-            f"{row['method']:{width}}  {row['bits']:6.3f}  {row['megabytes']:6.1f}  {row['perplexity']:10.2f}  {speed:>8}"
-        )
+        numbers = f"{row['bits']:6.3f}  {row['megabytes']:6.1f}  {row['perplexity']:10.2f}"
+        lines.append(f"{row['method']:{width}}  {numbers}  {speed:>8}")
     lines.append(f"WikiText-2, {result['windows']} windows of {result['context']} tokens; plot: {result['plot']}")
     return "\n".join([*lines, "", result["sentence"]])

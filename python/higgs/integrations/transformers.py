@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -34,7 +34,7 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **_: Any,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # the registry takes plain names
         self.format_version = format_version
         self.seed = seed
         self.layers = layers or {}
@@ -49,6 +49,7 @@ class HiggsHfQuantizer(HfQuantizer):
     """Builds HiggsLinear modules before the weights are loaded."""
 
     requires_calibration = False
+    quantization_config: HiggsQuantConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -77,12 +78,22 @@ class HiggsHfQuantizer(HfQuantizer):
                 raise FormatError(f"quantization_config names layer {name}, which is a {type(linear).__name__}")
             fmt = layer.format(name, linear.out_features, linear.in_features, config.seed)
             module = HiggsLinear(
-                fmt, bias=linear.bias is not None, column_scale=layer.column_scale, dtype=linear.weight.dtype, device="meta"
+                fmt,
+                bias=linear.bias is not None,
+                column_scale=layer.column_scale,
+                dtype=linear.weight.dtype,
+                device="meta",
             )
             for tensor, parameter in module.named_parameters():
                 if stored is not None:
                     _check_shape(f"{name}.{tensor}", tuple(parameter.shape), stored)
             model.set_submodule(module_name, module.train(linear.training))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, module in model.named_modules():
+            if isinstance(module, HiggsLinear):
+                _check_scales(name, module)
+        return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from ..model import dequantize_
@@ -117,10 +128,20 @@ def _check_shape(name: str, expected: tuple[int, ...], stored: dict[str, tuple[i
     if name not in stored:
         raise FormatError(f"the checkpoint has no tensor {name}, which its quantization_config promises")
     if stored[name] != expected:
-        raise FormatError(f"tensor {name} has shape {list(stored[name])}, its quantization_config says {list(expected)}")
+        raise FormatError(
+            f"tensor {name} has shape {list(stored[name])}, its quantization_config says {list(expected)}"
+        )
 
 
-def attach(model: nn.Module, config: QuantizationConfig) -> None:
+def _check_scales(name: str, module: HiggsLinear) -> None:
+    if not (module.scales.isfinite() & (module.scales >= 0)).all():
+        raise FormatError(f"tensor {name}.scales holds NaN, inf or negative values")
+    scale: Tensor | None = module.column_scale
+    if scale is not None and not (scale.isfinite() & (scale > 0)).all():
+        raise FormatError(f"tensor {name}.column_scale holds values that are not positive and finite")
+
+
+def attach(model: Any, config: QuantizationConfig) -> None:
     """Makes ``save_pretrained`` write a quantized checkpoint."""
     hf_config = HiggsQuantConfig(**config.to_dict())
     model.config.quantization_config = hf_config
@@ -128,7 +149,7 @@ def attach(model: nn.Module, config: QuantizationConfig) -> None:
     model.is_quantized = True
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Any) -> None:
     """The model is an ordinary one again."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
