@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "nearest.h"
+#include "kernels.h"
 
 namespace higgs::detail {
 namespace {
@@ -64,23 +64,45 @@ inline Vec16 butterfly(Vec16 v) {
   return partner + reinterpret_cast<Vec16>(reinterpret_cast<Int16>(v) ^ signs);
 }
 
-void fwht_blocks(float* data, std::int64_t count, int block) {
-  const float norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
-  for (std::int64_t b = 0; b < count; ++b, data += block) {
-    for (int i = 0; i < block; i += 16) {
-      store16(data + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load16(data + i))))));
-    }
-    for (int stride = 16; stride < block; stride *= 2) {
-      const float factor = stride * 2 == block ? norm : 1.0f;  // times 1 is exact
-      for (int i = 0; i < block; i += 2 * stride) {
-        for (int j = i; j < i + stride; j += 16) {
-          const Vec16 lower = load16(data + j);
-          const Vec16 upper = load16(data + j + stride);
-          store16(data + j, (lower + upper) * factor);
-          store16(data + j + stride, (lower - upper) * factor);
-        }
+// Walsh-Hadamard transform of `size` floats (a power of two), times 1 / sqrt(size).
+inline void walsh_hadamard(float* data, int size) {
+  const float norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(size)));
+  for (int i = 0; i < size; i += 16) {
+    store16(data + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load16(data + i))))));
+  }
+  for (int stride = 16; stride < size; stride *= 2) {
+    const float factor = stride * 2 == size ? norm : 1.0f;  // times 1 is exact
+    for (int i = 0; i < size; i += 2 * stride) {
+      for (int j = i; j < i + stride; j += 16) {
+        const Vec16 lower = load16(data + j);
+        const Vec16 upper = load16(data + j + stride);
+        store16(data + j, (lower + upper) * factor);
+        store16(data + j + stride, (lower - upper) * factor);
       }
     }
+  }
+}
+
+// Hartley transform across r runs of `size` floats, at every position of the runs.
+inline void hartley(float* data, int r, int size, const float* table) {
+  for (int i = 0; i < size; i += kLanes) {
+    Vec x[15];
+    for (int b = 0; b < r; ++b) std::memcpy(&x[b], data + b * size + i, sizeof x[b]);
+    for (int a = 0; a < r; ++a) {
+      Vec t = x[0] * table[a * r];
+      for (int b = 1; b < r; ++b) t = fused_multiply_add(Vec{} + table[a * r + b], x[b], t);
+      std::memcpy(data + a * size + i, &t, sizeof t);
+    }
+  }
+}
+
+void transform_blocks(float* data, std::int64_t count, int block) {
+  const int size = block & -block;  // the power of two in the block
+  const int r = block / size;
+  const float* table = r == 1 ? nullptr : hartley_table(r);
+  for (std::int64_t b = 0; b < count; ++b, data += block) {
+    for (int run = 0; run < r; ++run) walsh_hadamard(data + run * size, size);
+    if (r > 1) hartley(data, r, size, table);
   }
 }
 

@@ -1,7 +1,9 @@
 #include "higgs/hadamard.h"
 
 #include <algorithm>
-#include <bit>
+#include <array>
+#include <cmath>
+#include <numbers>
 #include <string>
 #include <vector>
 
@@ -17,9 +19,9 @@ namespace {
 constexpr std::int64_t kRowsPerTask = 16;
 
 void check_block(std::int64_t k, int block) {
-  if (block < kMinBlock || block > kMaxBlock || !std::has_single_bit(static_cast<unsigned>(block))) {
+  if (!is_block(block)) {
     throw Error(ErrorCode::invalid_argument,
-                "block " + std::to_string(block) + " is not a power of two in 64..1024; use 64, 128, 256, 512 or 1024");
+                "block " + std::to_string(block) + " is not supported; use a multiple of 64 in 64..1024");
   }
   if (k % block != 0) {
     throw Error(ErrorCode::invalid_argument,
@@ -39,6 +41,26 @@ void check_same_shape(ConstMatrixView in, MatrixView out, std::span<const float>
 }
 
 }  // namespace
+
+namespace detail {
+
+const float* hartley_table(int r) noexcept {
+  static const auto tables = [] {
+    std::array<std::array<float, 15 * 15>, 7> all{};
+    for (int odd = 3; odd <= 15; odd += 2) {
+      for (int a = 0; a < odd; ++a) {
+        for (int b = 0; b < odd; ++b) {
+          const double angle = 2 * std::numbers::pi * (a * b % odd) / odd;
+          all[(odd - 3) / 2][a * odd + b] = static_cast<float>((std::cos(angle) + std::sin(angle)) / std::sqrt(odd));
+        }
+      }
+    }
+    return all;
+  }();
+  return tables[(r - 3) / 2].data();
+}
+
+}  // namespace detail
 
 void fwht(std::span<float> data, int block) {
   check_block(static_cast<std::int64_t>(data.size()), block);

@@ -27,7 +27,7 @@ struct Kernels {
   // Decode order is component-major for grids of up to this many bits an index.
   int component_major_bits;
 
-  // Walsh-Hadamard transform of `count` consecutive blocks, times 1 / sqrt(block).
+  // The orthonormal transform of `count` consecutive blocks (hadamard.h), in place.
   void (*fwht)(float* data, std::int64_t count, int block);
 
   // Indices of the nearest points g to values[0, count) * inverse_scale, and the two sums the least-squares scale
@@ -48,6 +48,10 @@ struct Kernels {
                    float* scratch, float* y, std::int64_t y_stride);
 };
 inline constexpr int kTileRows = 16;
+
+// The coefficients c[a][b] of the Hartley transform of odd length r in 3..15, [r, r]; c[a][b] = cas(2 pi a b / r) /
+// sqrt(r).
+[[nodiscard]] const float* hartley_table(int r) noexcept;
 
 [[nodiscard]] const Kernels& kernels() noexcept;  // of current_isa()
 

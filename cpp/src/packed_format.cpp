@@ -1,7 +1,6 @@
 #include "higgs/packed_format.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -25,8 +24,12 @@ void check_k(std::int64_t k) {
 
 int default_block(std::int64_t k) {
   check_k(k);
-  return static_cast<int>(
-      std::min<std::int64_t>(kMaxBlock, std::int64_t{1} << std::countr_zero(static_cast<std::uint64_t>(k))));
+  constexpr std::int64_t kGoodPowerOfTwo = 256;
+  const std::int64_t power = std::min<std::int64_t>(kMaxBlock, k & -k);
+  if (power >= kGoodPowerOfTwo) return static_cast<int>(power);
+  int block = kMaxBlock;
+  while (k % block != 0) block -= kMinBlock;
+  return block;
 }
 
 std::int64_t default_group(std::int64_t k, int block) {
@@ -50,11 +53,11 @@ void validate(const LayerFormat& f) {
   if (f.n > kMaxWeights / f.k) {
     fail("n = " + std::to_string(f.n) + " times k = " + std::to_string(f.k) + " is more than 2^56 weights");
   }
-  if (f.block < kMinBlock || f.block > kMaxBlock || !std::has_single_bit(static_cast<unsigned>(f.block))) {
-    fail("block " + std::to_string(f.block) + " is not supported; use 64, 128, 256, 512 or 1024");
+  if (!is_block(f.block)) {
+    fail("block " + std::to_string(f.block) + " is not supported; use a multiple of 64 in 64..1024");
   }
   if (f.k % f.block != 0) {
-    fail("block " + std::to_string(f.block) + " does not divide k = " + std::to_string(f.k) + "; use at most " +
+    fail("block " + std::to_string(f.block) + " does not divide k = " + std::to_string(f.k) + "; the default is " +
          std::to_string(default_block(f.k)));
   }
   if (f.group <= 0 || f.group % f.block != 0 || f.group > f.k) {

@@ -48,6 +48,6 @@ struct Portable {
 }  // namespace
 
 const Kernels kPortableKernels = {
-    0, fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Portable>, dot_tile_any<Portable>};
+    0, transform_blocks, nearest_group, sum_of_squares, dot_rows_any<Portable>, dot_tile_any<Portable>};
 
 }  // namespace higgs::detail

@@ -2,10 +2,24 @@
 
 #include <bit>
 #include <cmath>
+#include <numbers>
 
 #include "higgs/hadamard.h"
 
 namespace higgs::reference {
+namespace {
+
+// T[i][j] of hadamard.h.
+double transform_entry(std::int64_t block, std::int64_t i, std::int64_t j) {
+  const std::int64_t size = block & -block;
+  const std::int64_t r = block / size;
+  const auto common = static_cast<std::uint64_t>(i % size & j % size);
+  const double hadamard = std::popcount(common) % 2 != 0 ? -1.0 : 1.0;
+  const double angle = 2 * std::numbers::pi * static_cast<double>((i / size) * (j / size)) / static_cast<double>(r);
+  return hadamard * (std::cos(angle) + std::sin(angle)) / std::sqrt(static_cast<double>(block));
+}
+
+}  // namespace
 
 std::vector<double> dequantize(const PackedView& packed) {
   const LayerFormat& f = packed.format;
@@ -28,12 +42,9 @@ std::vector<double> dequantize(const PackedView& packed) {
     for (std::int64_t j = 0; j < f.k; ++j) {
       const std::int64_t first = j / f.block * f.block;
       double sum = 0;
-      for (std::int64_t t = 0; t < f.block; ++t) {
-        const bool minus = std::popcount(static_cast<std::uint64_t>((j - first) & t)) % 2 != 0;
-        sum += minus ? -r[first + t] : r[first + t];
-      }
+      for (std::int64_t t = 0; t < f.block; ++t) sum += transform_entry(f.block, j - first, t) * r[first + t];
       const double s = packed.column_scale == nullptr ? 1.0 : f16_to_f32(packed.column_scale[j]);
-      out[i * f.k + j] = sign_of(f.seed, j) / s * sum / std::sqrt(static_cast<double>(f.block));
+      out[i * f.k + j] = sign_of(f.seed, j) / s * sum;
     }
   }
   return out;

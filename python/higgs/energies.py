@@ -25,6 +25,7 @@ from .errors import FormatError, UnsupportedError
 from .progress import NullProgress, Progress
 
 _FORMAT = "higgs_energies"
+_BATCH_TOKENS = 1024
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
 
 
@@ -182,7 +183,7 @@ def gather_energies(
 ) -> Energies:
     """Runs ``token_ids`` [windows, context] through ``model`` and averages x_j^2 over tokens for every Linear layer.
 
-    Layers share an input if in the first window their hooks saw the same tensor (same storage, shape and strides).
+    Layers share an input if in the first batch their hooks saw the same tensor (same storage, shape and strides).
     """
     progress = progress or NullProgress()
     layers = linear_layers(model)
@@ -191,20 +192,23 @@ def gather_energies(
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
     counts = dict.fromkeys(layers, 0)
     readers: dict[tuple, list[str]] = {}
-    first_inputs: list[Tensor] = []  # of the first window, kept alive so that no address comes twice
+    first_inputs: list[Tensor] = []  # of the first batch, kept alive so that no address comes twice
 
     def record(name: str, x: Tensor) -> None:
-        if first_window:
+        if first_batch:
             first_inputs.append(x)
             readers.setdefault((x.data_ptr(), tuple(x.shape), x.stride()), []).append(name)
         sums[name] += x.flatten(0, -2).float().square().sum(0, dtype=torch.float64).cpu()
         counts[name] += x.numel() // x.shape[-1]
 
-    progress.start("input energies", len(token_ids))
+    body = getattr(model, "base_model", model)  # without the output head, which takes time and is not asked for
+    device = next(model.parameters()).device
+    batches = token_ids.split(max(1, _BATCH_TOKENS // token_ids.shape[1]))
+    progress.start("input energies", len(batches))
     with _recorded_inputs(layers, record):
-        for i, window in enumerate(token_ids):
-            first_window = i == 0
-            model(window[None].to(next(model.parameters()).device), use_cache=False)
+        for i, batch in enumerate(batches):
+            first_batch = i == 0
+            body(batch.to(device), use_cache=False)
             first_inputs.clear()
             progress.advance()
     progress.finish()

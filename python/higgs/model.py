@@ -148,8 +148,10 @@ def _attach_config(model: nn.Module) -> None:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replaces every HiggsLinear by an ordinary Linear with the dequantized weight, in place. ``dtype``: of the weights;
-    default the model's own. Returns ``model``."""
+    """Replaces every HiggsLinear by an ordinary Linear with the dequantized weight, in place, and returns ``model``.
+
+    ``dtype``: of the weights; default the model's own.
+    """
     dtype = dtype or getattr(model, "dtype", None) or torch.float32
     for name, module in list(model.named_modules()):
         if isinstance(module, HiggsLinear):

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numbers>
 #include <random>
 #include <string>
 #include <vector>
@@ -187,6 +188,28 @@ inline void butterflies(float* v, int block) {
   for (int i = 0; i < block; ++i) v[i] *= norm;
 }
 
+// Step 2 of FORMAT.md for one block.
+inline void transform(float* v, int block) {
+  int size = block;
+  while (size % 2 == 0) size /= 2;
+  const int r = size;
+  size = block / r;
+  for (int run = 0; run < r; ++run) butterflies(v + run * size, size);
+  for (int i = 0; r > 1 && i < size; ++i) {
+    std::vector<float> x;
+    for (int b = 0; b < r; ++b) x.push_back(v[b * size + i]);
+    for (int a = 0; a < r; ++a) {
+      float t = 0;
+      for (int b = 0; b < r; ++b) {
+        const double z = 2 * std::numbers::pi * (a * b % r) / r;
+        const auto c = static_cast<float>((std::cos(z) + std::sin(z)) / std::sqrt(static_cast<double>(r)));
+        t = b == 0 ? c * x[0] : std::fma(c, x[static_cast<std::size_t>(b)], t);
+      }
+      v[a * size + i] = t;
+    }
+  }
+}
+
 inline float sign(std::uint64_t seed, std::int64_t j) {
   std::uint64_t z = seed + (static_cast<std::uint64_t>(j / 64) + 1) * 0x9e3779b97f4a7c15ull;
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -269,7 +292,7 @@ inline std::vector<float> rotated_row(const Matrix& w, std::int64_t i, const Lay
     const float s = column_scale.empty() ? 1.0f : f16_to_f32(column_scale[at]);
     v[at] = sign(f.seed, j) * s * w.at(i, j);
   }
-  for (std::int64_t b = 0; b < f.k; b += f.block) butterflies(&v[static_cast<std::size_t>(b)], f.block);
+  for (std::int64_t b = 0; b < f.k; b += f.block) transform(&v[static_cast<std::size_t>(b)], f.block);
   return v;
 }
 
@@ -317,7 +340,7 @@ inline std::vector<float> dequantize(const Layer& layer, bool rotate_back = true
       row[j] = scale * f.grid->points[static_cast<std::size_t>(index * f.grid->p + j % f.grid->p)];
     }
     if (!rotate_back) continue;
-    for (std::int64_t b = 0; b < f.k; b += f.block) butterflies(row + b, f.block);
+    for (std::int64_t b = 0; b < f.k; b += f.block) transform(row + b, f.block);
     for (std::int64_t j = 0; j < f.k; ++j) {
       const float e = sign(f.seed, j);
       row[j] *= layer.column_scale.empty() ? e : e / f16_to_f32(layer.column_scale[static_cast<std::size_t>(j)]);

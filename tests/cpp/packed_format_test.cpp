@@ -20,8 +20,9 @@ struct Defaults {
 
 TEST(PackedFormat, DefaultBlockAndGroup) {
   const Defaults table[] = {
-      {64, 64, 64},       {128, 128, 128},  {192, 64, 192},     {576, 64, 576},  {640, 128, 640},   {896, 128, 896},
-      {1024, 1024, 1024}, {1536, 512, 512}, {4096, 1024, 1024}, {8384, 64, 512}, {11008, 256, 512}, {14336, 1024, 1024},
+      {64, 64, 64},    {128, 128, 128},   {192, 192, 192},     {576, 576, 576},  {640, 640, 640},
+      {896, 896, 896}, {1152, 576, 576},  {1024, 1024, 1024},  {1536, 512, 512}, {4096, 1024, 1024},
+      {8384, 64, 512}, {11008, 256, 512}, {14336, 1024, 1024},
   };
   for (const Defaults& d : table) {
     EXPECT_EQ(default_block(d.k), d.block) << d.k;
@@ -42,8 +43,14 @@ std::int64_t group_of_the_rule(std::int64_t k, int block) {
 TEST(PackedFormat, DefaultsAreLegalAndFollowTheRuleForEveryK) {
   for (std::int64_t k = 64; k <= 20480; k += 64) {
     const int block = default_block(k);
-    EXPECT_TRUE(block == 1024 || k % (2 * block) != 0) << k;
-    for (int b = 64; b <= block; b *= 2) {
+    const std::int64_t power = std::min<std::int64_t>(1024, k & -k);
+    if (power >= 256) {
+      EXPECT_EQ(block, power) << k;
+    } else {
+      for (int b = block + 64; b <= 1024; b += 64) EXPECT_NE(k % b, 0) << k << " " << b;
+    }
+    for (int b = 64; b <= 1024; b += 64) {
+      if (k % b != 0) continue;
       LayerFormat f = make_format("p2_n256", 1, k, b, default_group(k, b));
       ASSERT_NO_THROW(validate(f)) << k << " " << b;
       ASSERT_EQ(f.group, group_of_the_rule(k, b)) << k << " " << b;
@@ -96,7 +103,7 @@ TEST(PackedFormat, IllegalKIsNamed) {
 }
 
 TEST(PackedFormat, ValidateNamesTheValueAndTheLegalSet) {
-  const LayerFormat good = make_format("p1_n16", 2, 576);
+  const LayerFormat good = make_format("p1_n16", 2, 576, 64);
   EXPECT_NO_THROW(validate(good));
   LayerFormat f = good;
   f.grid = nullptr;
@@ -104,15 +111,16 @@ TEST(PackedFormat, ValidateNamesTheValueAndTheLegalSet) {
   f = good;
   f.n = -1;
   expect_error(ErrorCode::invalid_argument, {"-1"}, [&] { validate(f); });
-  for (const int block : {0, -64, 1, 32, 96, 2048, std::numeric_limits<int>::min(), std::numeric_limits<int>::max()}) {
+  for (const int block :
+       {0, -64, 1, 32, 96, 1088, 2048, std::numeric_limits<int>::min(), std::numeric_limits<int>::max()}) {
     f = good;
     f.block = block;
-    expect_error(ErrorCode::invalid_argument, {std::to_string(block), "64, 128, 256, 512 or 1024"},
+    expect_error(ErrorCode::invalid_argument, {std::to_string(block), "multiple of 64 in 64..1024"},
                  [&] { validate(f); });
   }
   f = good;
   f.block = 128;
-  expect_error(ErrorCode::invalid_argument, {"128", "k = 576", "at most 64"}, [&] { validate(f); });
+  expect_error(ErrorCode::invalid_argument, {"128", "k = 576", "the default is 576"}, [&] { validate(f); });
   for (const std::int64_t group : {std::int64_t{0}, std::int64_t{-64}, std::int64_t{32}, std::int64_t{100},
                                    std::int64_t{640}, std::numeric_limits<std::int64_t>::max()}) {
     f = good;

@@ -1,10 +1,14 @@
 // Randomised block Hadamard rotation (arXiv 2411.17525, section 4.1).
 //
-// With signs e_j = +-1, a block of B columns and the Sylvester-Hadamard matrix H (H[i][j] = (-1)^popcount(i & j)):
-//   rotate:    r = H (e * v) / sqrt(B)          per block
-//   unrotate:  v = e * (H r) / sqrt(B)
-// The butterflies run in the order of strides 1, 2, 4, ... in fp32, so that every instruction set and the GPU give the
-// same bits.
+// With signs e_j = +-1 and an orthonormal symmetric matrix T per block (so T is its own inverse):
+//   rotate:    r = T (e * v)          unrotate:  v = e * (T r)
+// A block of 2^a columns has T = H / sqrt(2^a), the Sylvester-Hadamard matrix H[i][j] = (-1)^popcount(i & j). A block
+// of r * 2^a columns, r odd in 3..15, has T = C (x) H / sqrt(2^a) with the discrete Hartley transform C of length r,
+// C[i][j] = (cos + sin)(2 pi i j / r) / sqrt(r), which is for odd lengths what Hadamard is for powers of two: real,
+// symmetric, orthonormal, its own inverse and nearly flat. Widths such as 576 = 9 * 64 then mix whole rows, not runs
+// of 64.
+//
+// All arithmetic runs in fp32 in the order of FORMAT.md, so that every instruction set and the GPU give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -27,15 +31,14 @@ namespace higgs {
   return ((sign_word(seed, c / 64) >> (c % 64)) & 1u) != 0 ? -1.0f : 1.0f;
 }
 
-// Orthonormal Walsh-Hadamard transform of every `block` consecutive floats, in place. block is a power of two in
-// [64, 1024] that divides data.size().
+// T of every `block` consecutive floats, in place. block is a multiple of 64 in [64, 1024] that divides data.size().
 void fwht(std::span<float> data, int block);
 
-// out[i, :] = H (e * column_scale * in[i, :]) / sqrt(block), the transform of weights. in: [rows, k] of any dtype,
+// out[i, :] = T (e * column_scale * in[i, :]), the transform of weights. in: [rows, k] of any dtype,
 // out: [rows, k] fp32; column_scale: k floats or empty (ones).
 void rotate(ConstMatrixView in, int block, std::uint64_t seed, std::span<const float> column_scale, MatrixView out);
 
-// The inverse of rotate: out[i, :] = e / column_scale * (H in[i, :]) / sqrt(block). in: fp32, out: any dtype.
+// The inverse of rotate: out[i, :] = e / column_scale * (T in[i, :]). in: fp32, out: any dtype.
 void unrotate(ConstMatrixView in, int block, std::uint64_t seed, std::span<const float> column_scale, MatrixView out);
 
 // d[j] = e_j / column_scale[j]: what the matmul kernels multiply x by before rotating it.

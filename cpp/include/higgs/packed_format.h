@@ -28,7 +28,7 @@ struct LayerFormat {
   const Grid* grid = nullptr;
   std::int64_t n = 0;
   std::int64_t k = 0;
-  int block = 0;           // Hadamard block: power of two in [64, 1024], divides k
+  int block = 0;           // Hadamard block: multiple of 64 in [64, 1024], divides k
   std::int64_t group = 0;  // columns per scale: multiple of block, at most k; the last group may be shorter
   std::uint64_t seed = 0;  // key of the signs
 
@@ -46,7 +46,12 @@ struct LayerFormat {
   }
 };
 
-// The largest power of two that divides k, at most 1024. Throws if k is not a positive multiple of 64.
+[[nodiscard]] constexpr bool is_block(int block) noexcept {
+  return block >= kMinBlock && block <= kMaxBlock && block % kMinBlock == 0;
+}
+
+// The largest power of two that divides k, at most 1024, if that is at least 256; else the largest multiple of 64 that
+// divides k, at most 1024. Throws if k is not a positive multiple of 64.
 [[nodiscard]] int default_block(std::int64_t k);
 
 // The smallest multiple of block that divides k and has at least 512 columns (so that a scale costs at most 1/32 bit);

@@ -153,6 +153,6 @@ struct Avx512 {
 }  // namespace
 
 const Kernels kAvx512Kernels = {
-    8, fwht_blocks, nearest_group, sum_of_squares, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
+    8, transform_blocks, nearest_group, sum_of_squares, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
 
 }  // namespace higgs::detail
