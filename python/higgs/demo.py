@@ -46,7 +46,7 @@ def run(work_dir: str | Path, windows: int = 4, progress: Progress | None = None
     Returns ``rows``, ``sentence``, ``plot``, ``windows`` and ``context``.
 
     Perplexity: WikiText-2 (the first ``windows`` windows of 2048 tokens), fp32 arithmetic. Everything is written to
-    ``work_dir`` and reused by a second run.
+    ``work_dir``; a second run reuses the model.
     """
     progress = progress or NullProgress()
     work_dir = Path(work_dir)
@@ -66,7 +66,9 @@ def run(work_dir: str | Path, windows: int = 4, progress: Progress | None = None
     sentence = ""
     for bits, scaled in ((2, True), (3, True), (4, False), (4, True), (8, True)):
         out = work_dir / f"higgs-{bits}bit{'' if scaled else '-unscaled'}"
-        quantize_checkpoint(source, out, bits=bits, energies=energies if scaled else None, progress=progress)
+        quantize_checkpoint(
+            source, out, bits=bits, energies=energies if scaled else None, force=True, progress=progress
+        )
         model, _ = evaluate.load(out)
         text, speed = evaluate.generate_tokens(model, prompt, 32, progress)
         if bits == 4 and scaled:

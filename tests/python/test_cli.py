@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
+import shutil
 from pathlib import Path
 
 import higgs
 import higgs.checkpoint
 import pytest
 import torch
-from conftest import make_checkpoint, run_python
-from higgs import UnsupportedError
+from conftest import DATA, make_checkpoint, run_python
+from higgs import UnsupportedError, demo
 from higgs.cli.app import app
 from higgs.cli.output import LineProgress, to_json
 from higgs.energies import Energies
@@ -171,12 +170,9 @@ def test_changed_setting_and_force(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["quantize", "energies", "eval", "generate", "inspect"])
-def test_models_are_local_directories(command, tmp_path, monkeypatch):
+def test_models_are_local_directories(command, tmp_path):
     text = tmp_path / "t.txt"
     text.write_text("x")
-    fake = types.SimpleNamespace(evaluate=None, generate=None)
-    monkeypatch.setitem(sys.modules, "higgs.evaluate", fake)
-    monkeypatch.setattr("higgs.energies.energies_for", None, raising=False)
     options = {
         "quantize": ["-o", "x"],
         "energies": ["-o", "x"],
@@ -214,39 +210,41 @@ def test_doctor():
     assert "instruction sets:" in text and "registered with transformers:" in text and "p2_n256" in text
 
 
-def test_eval_generate_demo_json(checkpoint, tmp_path, monkeypatch):
-    text = tmp_path / "t.txt"
-    text.write_text("x")
+def test_eval_and_generate(stories260k):
+    words = ["eval", stories260k, "--text", DATA / "tinystories-sample.txt", "--context", 128, "--windows", 2]
+    result = run_json(*words, "--base", stories260k)
+    assert set(result) == {"perplexity", "tokens_per_s", "bits", "kl", "windows", "context"}
+    assert result["kl"] == 0.0 and result["bits"] == 32.0 and 4 < result["perplexity"] < 12
+    assert "KL 0.00000 (2 windows of 128)" in run(*words, "--base", stories260k).stdout
+    words = ["generate", stories260k, "--prompt", "Once upon a time", "--max-new-tokens", 12]
+    assert run_json(*words)["text"] == run(*words).stdout.rstrip("\n")
+    assert run(*words).stdout.startswith("Once upon a time, there was a little girl named Lily")
 
-    def evaluate(model_dir, text_path, context, windows, base=None, progress=None):
-        print("a library that chatters")
-        kl = None if base is None else 0.5
-        return {"perplexity": float("nan"), "tokens_per_s": 9.0, "bits": 4.0, "kl": kl, "windows": windows,
-                "context": context}  # fmt: skip
 
-    def generate(model_dir, prompt, max_new_tokens, progress=None):
-        return f"{prompt} and {max_new_tokens}"
+def test_quantized_real_model(stories260k, tmp_path):
+    """The main job on a real model, small: quantize, then measure against the original."""
+    run_json("quantize", stories260k, "-o", tmp_path / "q", "--bits", 8)
+    words = ["--text", DATA / "tinystories-sample.txt", "--context", 256, "--windows", 4, "--base", stories260k]
+    result = run_json("eval", tmp_path / "q", *words)
+    assert (
+        result["kl"] < 1e-3
+        and abs(result["perplexity"] / run_json("eval", stories260k, *words)["perplexity"] - 1) < 0.01
+    )
 
-    monkeypatch.setitem(sys.modules, "higgs.evaluate", types.SimpleNamespace(evaluate=evaluate, generate=generate))
-    words = ["eval", checkpoint, "--text", text, "--context", 64, "--windows", 2]
-    assert run_json(*words)["kl"] is None
-    assert run_json(*words, "--base", checkpoint) == {
-        "perplexity": None, "tokens_per_s": 9.0, "bits": 4.0, "kl": 0.5, "windows": 2, "context": 64
-    }  # fmt: skip
-    assert "KL 0.50000 (2 windows of 64)" in run(*words, "--base", checkpoint).stdout
-    words = ["generate", checkpoint, "--prompt", "one", "--max-new-tokens", 3]
-    assert run_json(*words) == {"prompt": "one", "text": "one and 3"}
-    assert run(*words).stdout == "one and 3\n"
 
-    def demo(console, *, work_dir, windows):
-        console.print("a table")
-        return {"work_dir": work_dir, "windows": windows}
-
-    module = types.SimpleNamespace(run=demo)
-    monkeypatch.setitem(sys.modules, "higgs.demo", module)
-    monkeypatch.setattr(higgs, "demo", module, raising=False)
-    assert run_json("demo", "--work-dir", tmp_path, "--windows", 2) == {"work_dir": str(tmp_path), "windows": 2}
-    assert "a table" in run("demo", "--work-dir", tmp_path).stdout
+def test_demo(stories260k, tmp_path, monkeypatch):
+    """All of it but the download, on a random model with a real tokenizer."""
+    source = make_checkpoint(tmp_path / "source", vocab=512, dtype=torch.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(stories260k / name, source)
+    monkeypatch.setattr(demo, "get_model", lambda work_dir, progress: source)
+    monkeypatch.setattr(demo, "CONTEXT", 64)
+    result = run_json("demo", "--work-dir", tmp_path / "demo", "--windows", 2)
+    methods = [row["method"] for row in result["rows"]]
+    assert len(methods) == 11 and "higgs p2_n64" in methods and "NF4, groups of 64" in methods
+    assert all(row["perplexity"] > 1 and row["megabytes"] > 0 for row in result["rows"])
+    assert Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert "tokens/s" in run("demo", "--work-dir", tmp_path / "demo", "--windows", 2).stdout  # reuses what is there
 
 
 def test_a_process_of_its_own(checkpoint, tmp_path):
