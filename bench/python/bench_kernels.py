@@ -30,9 +30,12 @@ class Kernels:
 
     def call(self, name: str, *args: object) -> None:
         converted = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor)
-            else a.encode() if isinstance(a, str)
-            else ctypes.c_longlong(a) if isinstance(a, int)
+            ctypes.c_void_p(a.data_ptr())
+            if isinstance(a, torch.Tensor)
+            else a.encode()
+            if isinstance(a, str)
+            else ctypes.c_longlong(a)
+            if isinstance(a, int)
             else a
             for a in args
         ]
@@ -113,12 +116,16 @@ def time_tinygemm(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float
 
 
 def time_read(kernels: Kernels, bytes_each: int) -> float:
-    buffers = [torch.empty(bytes_each, device="cuda", dtype=torch.uint8).random_() for _ in range(copies_for(bytes_each))]
+    buffers = [
+        torch.empty(bytes_each, device="cuda", dtype=torch.uint8).random_() for _ in range(copies_for(bytes_each))
+    ]
     sink = torch.zeros(4, device="cuda", dtype=torch.int32)
     return graph_us(cycle(len(buffers), lambda i: lambda: kernels.call("higgs_read", buffers[i], bytes_each, sink)))
 
 
-def time_linear(kernels: Kernels, grid: str, ns: tuple[int, ...], k: int, ms: list[int], dtype: torch.dtype) -> dict[int, float]:
+def time_linear(
+    kernels: Kernels, grid: str, ns: tuple[int, ...], k: int, ms: list[int], dtype: torch.dtype
+) -> dict[int, float]:
     stored = sum(kernels.sizes(grid, n, k)[3] for n in ns)
     copies = copies_for(stored)
     tiled = []
@@ -145,8 +152,9 @@ def time_linear(kernels: Kernels, grid: str, ns: tuple[int, ...], k: int, ms: li
 
         def make(i: int, m: int = m, x: torch.Tensor = x, y_array: ctypes.Array = y_array, keep: list = keep):
             tiled_array = pointers(tiled[i])
-            return lambda: kernels.call("higgs_linear", grid, ctypes.c_int(len(ns)), n_array, k, code, m, x, d, tiled_array,
-                                        y_array, workspace)
+            return lambda: kernels.call(
+                "higgs_linear", grid, ctypes.c_int(len(ns)), n_array, k, code, m, x, d, tiled_array, y_array, workspace
+            )
 
         out[m] = graph_us(cycle(copies, make))
     return out
@@ -175,7 +183,9 @@ def main() -> None:
     args = parser.parse_args()
     kernels = Kernels(args.library)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.dtype}")
-    print(f"{'shape':16}{'grid':9}{'m':>3}{'us':>8}{'GB/s':>7}{'limit':>8}{'of it':>7}{'bf16':>8}{'x bf16':>8}{'int4':>8}{'x int4':>8}")
+    print(
+        f"{'shape':16}{'grid':9}{'m':>3}{'us':>8}{'GB/s':>7}{'limit':>8}{'of it':>7}{'bf16':>8}{'x bf16':>8}{'int4':>8}{'x int4':>8}"
+    )
     for name in args.shapes:
         ns, k = SHAPES[name]
         bf16 = time_bf16(ns, k, args.m)
@@ -186,8 +196,11 @@ def main() -> None:
             ours = time_linear(kernels, grid, ns, k, args.m, getattr(torch, args.dtype))
             for m in args.m:
                 peer = f"{int4[m]:8.1f}{int4[m] / ours[m]:8.2f}" if m in int4 else ""
-                print(f"{name:16}{grid:9}{m:3}{ours[m]:8.2f}{stored / ours[m] / 1e3:7.0f}{limit:8.2f}{limit / ours[m]:7.2f}"
-                      f"{bf16[m]:8.1f}{bf16[m] / ours[m]:8.2f}{peer}", flush=True)
+                print(
+                    f"{name:16}{grid:9}{m:3}{ours[m]:8.2f}{stored / ours[m] / 1e3:7.0f}{limit:8.2f}{limit / ours[m]:7.2f}"
+                    f"{bf16[m]:8.1f}{bf16[m] / ours[m]:8.2f}{peer}",
+                    flush=True,
+                )
     if args.quantize:
         for grid in args.grids:
             bench_quantize(kernels, grid)

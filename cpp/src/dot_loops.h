@@ -54,6 +54,8 @@ void dot_rows(const PackedView& w, const float* x, std::int64_t begin, std::int6
       Vec acc1 = Isa::zero();
       for (std::int64_t c = 0; c < count; c += kChunk, xg += kChunk * P) {
         const int valid = static_cast<int>(std::min<std::int64_t>(kChunk, count - c));
+        __builtin_prefetch(bytes[0] + c * B / 8 + 2 * layout.row_bytes);  // the next pair of rows
+        __builtin_prefetch(bytes[1] + c * B / 8 + 2 * layout.row_bytes);
         decoder.chunk(bytes[0] + c * B / 8, valid,
                       [&](int offset, Vec v) { acc0 = Isa::fma(v, Isa::load(xg + offset), acc0); });
         decoder.chunk(bytes[1] + c * B / 8, valid,

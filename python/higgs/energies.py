@@ -63,7 +63,7 @@ class Energies:
         return cls(energies, json.loads(metadata["shared"]), metadata.get("source", "unknown"))
 
 
-def random_tokens(vocab_size: int, tokens: int = 8192, context: int = 128, seed: int = 0) -> Tensor:
+def random_tokens(vocab_size: int, tokens: int = 8192, context: int = 512, seed: int = 0) -> Tensor:
     """Uniformly random token ids, int64 [tokens // context, context]."""
     if tokens < context or context < 2:
         raise ValueError(f"tokens {tokens} must be at least context {context}, and context at least 2")
@@ -181,7 +181,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def gather_energies(
     model: nn.Module, token_ids: Tensor, *, source: str = "random", progress: Progress | None = None
 ) -> Energies:
-    """Runs ``token_ids`` [windows, context] through ``model`` and averages x_j^2 over tokens for every Linear layer.
+    """Runs ``token_ids`` [windows, context] through ``model`` and averages x_j^2 over all tokens but each window's
+    first for every Linear layer.
 
     Layers share an input if in the first batch their hooks saw the same tensor (same storage, shape and strides).
     """
@@ -198,6 +199,8 @@ def gather_energies(
         if first_batch:
             first_inputs.append(x)
             readers.setdefault((x.data_ptr(), tuple(x.shape), x.stride()), []).append(name)
+        if x.dim() == 3:
+            x = x[:, 1:]  # the first token is an attention sink, with massive activations like no other's
         sums[name] += x.flatten(0, -2).float().square().sum(0, dtype=torch.float64).cpu()
         counts[name] += x.numel() // x.shape[-1]
 

@@ -1,0 +1,66 @@
+// Which kernel instance, grid and shared memory a linear layer gets: pure host arithmetic, no CUDA call.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "higgs/cuda/device.h"
+#include "higgs/cuda/tiled_format.h"
+#include "higgs/numeric.h"
+
+namespace higgs::cuda {
+
+inline constexpr int kMaxDecodeRows = 16;  // `linear` runs up to this many rows of x
+inline constexpr int kMaxParts = 4;        // weight matrices that share x in one launch
+
+struct LinearProblem {
+  std::int64_t m = 0;                     // rows of x
+  DType dtype = DType::f16;               // of x and y: f16 or bf16
+  std::span<const LayerFormat> matrices;  // same k, block, group and field shape
+};
+
+// The CTAs (clusters, when k is split) [first, first + clusters) work on one matrix.
+struct PartPlan {
+  int first_cluster = 0;
+  int clusters = 0;
+};
+
+// One launch of the decode kernel. A CTA has slices x row_groups warps: warp w multiplies slice w % slices of its k
+// range with row tiles w / slices, + row_groups, ... A cluster of `cluster` CTAs shares row tiles and splits k.
+struct LaunchPlan {
+  FieldShape field;
+  DType dtype = DType::f16;
+  int token_tiles = 1;   // 8 rows of x each: 1 or 2
+  bool regular = false;  // all slices full and inside one scale group: the instance without tail code
+  bool halved = false;   // a warp takes half a slice: m > 8 needs twice the registers per column for x
+  int slices = 0;        // per CTA
+  int row_groups = 0;    // row tiles in flight per CTA
+  int cluster = 1;
+  int k_launches = 1;    // > 1: k is too long for one cluster; partial sums go through the workspace
+  int rounds = 0;        // row tiles per warp
+  int batch = 0;         // rounds between two reductions
+  int rotate_warps = 0;  // warps that rotate x
+  int rows = 0;          // rows of x per launch
+  int inbox_floats = 0;  // per CTA, for sums of the other CTAs of the cluster
+  int shared_bytes = 0;
+  std::vector<PartPlan> parts;
+
+  [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
+  [[nodiscard]] int ctas() const noexcept {
+    return parts.empty() ? 0 : cluster * (parts.back().first_cluster + parts.back().clusters);
+  }
+  [[nodiscard]] std::string to_string() const;
+};
+
+// Whether one launch can serve these matrices together.
+[[nodiscard]] bool can_share_launch(const LayerFormat& a, const LayerFormat& b);
+
+// The slices as the warps of a plan see them: those of the layout, or their halves.
+[[nodiscard]] TiledFormat warp_slices(const LaunchPlan& plan, TiledFormat tiled);
+
+// Throws Error(invalid_argument) for m outside 1..16, no or too many matrices, or matrices that cannot share a launch.
+[[nodiscard]] LaunchPlan plan(const LinearProblem& problem, const DeviceProperties& device);
+
+}  // namespace higgs::cuda

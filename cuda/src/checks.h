@@ -1,0 +1,27 @@
+// Argument checks shared by the launchers.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <string>
+
+#include "higgs/error.h"
+
+namespace higgs::cuda {
+
+inline void check_pointer(const char* op, const char* what, const void* p) {
+  if (p == nullptr) throw Error(ErrorCode::invalid_argument, std::string(op) + ": " + what + " is null");
+  if (reinterpret_cast<std::uintptr_t>(p) % 16 != 0) {
+    throw Error(ErrorCode::invalid_argument, std::string(op) + ": " + what + " is not 16-byte aligned");
+  }
+}
+
+// The rotating kernels know Hadamard blocks only, not those with an odd factor (hadamard.h).
+inline void check_block(const char* op, int block) {
+  if (!std::has_single_bit(static_cast<unsigned>(block))) {
+    throw Error(ErrorCode::unsupported, std::string(op) + ": block " + std::to_string(block) +
+                                            " is not supported on the GPU; use 64, 128, 256, 512 or 1024");
+  }
+}
+
+}  // namespace higgs::cuda

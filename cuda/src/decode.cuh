@@ -1,0 +1,251 @@
+// Decoders: fields of the tiled layout -> A fragments of mma.m16n8k16 by look-up in shared memory.
+//
+// The look-up table is replicated so that every lane reads its own bank: no conflicts, whatever the indices. Where the
+// table is small its entry stride is 256 bytes, so that the byte of a field placed above the lane's offset *is* the
+// address: one PRMT and one load decode a field. Fields of 5 to 7 bits use the same 256 entries, with the bits above
+// them as "don't care" copies; those spare bits of a unit's words carry its remaining fields.
+//
+//   Decoder                 words / unit  shared memory  instructions / look-up
+//   PairDecoder<8>          8             64 KB          PRMT LDS
+//   PairDecoder<5, 6, 7>    5, 6, 7       64 KB          PRMT LDS + 0.2-0.4 to assemble the remaining fields
+//   PairDecoder<9..12>      9..12         64 KB          SHF LOP3 LDS (32, 16, 8, 4 copies: some conflicts from 10
+//   bits) QuadDecoder             4             64 KB          PRMT LDS LDS: one 64-bit load would need moves, as the
+//   halves of
+//                                                        an entry are not neighbours in the A operand
+//   SingleDecoder           16            64 KB          PRMT LDS, and a PRMT per pair
+//
+// Order of the fields of a lane (rows g and g + 8, columns 16 step + 4 t + 0..3 for steps 0..7 of a unit):
+//   pairs:   field 4 step + {0, 1, 2, 3} = (g, 0-1), (g + 8, 0-1), (g, 2-3), (g + 8, 2-3)
+//   quads:   field 2 step + {0, 1}       = (g, 0-3), (g + 8, 0-3)
+//   singles: the pairs' order, two fields each
+// The instruction's k order is a permutation of the columns: its slots 2t, 2t+1, 2t+8, 2t+9 hold columns 4t .. 4t+3,
+// for the weights and for x alike.
+#pragma once
+
+#include <cstdint>
+
+#include "higgs/cuda/tiled_format.h"
+
+namespace higgs::cuda {
+
+inline constexpr int kSteps = kUnitColumns / 16;  // MMA steps of a unit
+
+// Row (0 or 1: g or g + 8) and first column within the step (0..3, without 4 t) of a field within its step.
+__host__ __device__ constexpr int field_row(int weights, int f) {
+  return weights == 4 ? f : weights == 2 ? f & 1 : (f >> 1) & 1;
+}
+__host__ __device__ constexpr int field_column(int weights, int f) {
+  return weights == 4 ? 0 : weights == 2 ? (f >> 1) * 2 : (f >> 2) * 2 + (f & 1);
+}
+
+// --- field f of the words of a unit, the two directions, for repack -------------------------------------------------
+
+// Where the bits of field f live: bit b of the field is bit bit_position(...) of the unit's words.
+__host__ __device__ constexpr int bit_position(FieldShape s, int f, int b) {
+  if (s.bits >= 8) return f * s.bits + b;  // plainly one after another
+  const int direct = s.unit_words() * 4;   // one field in the low bits of every byte
+  const int half = s.bits == 6 ? f / 16 : 0;
+  if (s.bits == 6) {  // two halves of three words: 12 direct fields, 4 in the spare bit pairs
+    const int i = f % 16;
+    return i < 12 ? 8 * (12 * half + i) + b : 32 * (3 * half + b / 2) + 8 * (i - 12) + 6 + b % 2;
+  }
+  if (f < direct) return 8 * f + b;
+  const int byte = 8 * ((f - direct) % 4);
+  if (s.bits == 7) return 32 * b + byte + 7;  // bit b in the spare bit of word b
+  switch ((f - direct) / 4) {                 // 5 bits: three spare bits in each of five words
+    case 0: return b < 3 ? byte + 5 + b : 32 + byte + 5 + (b - 3);
+    case 1: return b < 3 ? 64 + byte + 5 + b : 96 + byte + 5 + (b - 3);
+    default: return b < 3 ? 128 + byte + 5 + b : b == 3 ? 32 + byte + 7 : 96 + byte + 7;
+  }
+}
+
+// --- decoders -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+
+// Byte `b` of `word` above the low byte of `offset`: entry address in a table of 256-byte stride.
+__device__ __forceinline__ uint32_t byte_address(uint32_t word, int b, uint32_t offset) {
+  return __byte_perm(word, offset, 0x5504 | (b << 4));
+}
+
+// Words with one field in every byte, from the words of a unit.
+template <int Bits>
+__device__ __forceinline__ void expand(const uint32_t (&w)[Bits], uint32_t (&e)[8]) {
+  static_assert(Bits >= 5 && Bits <= 8);
+  if constexpr (Bits == 6) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t a = w[3 * h], b = w[3 * h + 1], c = w[3 * h + 2];
+      e[4 * h] = a;
+      e[4 * h + 1] = b;
+      e[4 * h + 2] = c;
+      e[4 * h + 3] = select(0x0f0f0f0f, select(0x03030303, a >> 6, b >> 4), c >> 2);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Bits; ++i) e[i] = w[i];
+    if constexpr (Bits == 7) {
+      e[7] = 0;
+#pragma unroll
+      for (int i = 0; i < 7; ++i) e[7] |= (w[i] >> (7 - i)) & (0x01010101u << i);
+    } else if constexpr (Bits == 5) {
+      e[5] = select(0x07070707, w[0] >> 5, w[1] >> 2);
+      e[6] = select(0x07070707, w[2] >> 5, w[3] >> 2);
+      e[7] = select(0x07070707, w[4] >> 5, select(0x08080808, w[1] >> 4, w[3] >> 3));
+    }
+  }
+}
+
+template <int Bits>
+struct PairDecoder {
+  static_assert(Bits >= 5 && Bits <= 12);
+  static constexpr FieldShape kShape{Bits, 2};
+  static constexpr bool kByteFields = Bits <= 8;
+  static constexpr int kStrideLog = kByteFields ? 8 : 16 - Bits;
+  static constexpr int kTableEntries = kByteFields ? 256 : 1 << Bits;
+  static constexpr int kTableBytes = kTableEntries << kStrideLog;
+  static constexpr int kCopies = kStrideLog >= 7 ? 32 : 1 << (kStrideLog - 2);  // of a 4-byte entry
+
+  uint32_t words[kByteFields ? 8 : Bits];
+
+  __device__ __forceinline__ explicit PairDecoder(const uint32_t (&w)[Bits]) {
+    if constexpr (kByteFields) {
+      expand<Bits>(w, words);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Bits; ++i) words[i] = w[i];
+    }
+  }
+  static __device__ __forceinline__ uint32_t lane_offset(int lane) { return (lane % kCopies) * 4; }
+
+  // The A fragment of step `step`, a constant after unrolling.
+  __device__ __forceinline__ void fragment(int step, const uint8_t* table, uint32_t offset, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[j] = *reinterpret_cast<const uint32_t*>(table + address(4 * step + j, offset));
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t address(int f, uint32_t offset) const {
+    if constexpr (kByteFields) {
+      return byte_address(words[f / 4], f % 4, offset);
+    } else {
+      constexpr uint32_t kMask = ((1u << Bits) - 1) << kStrideLog;
+      const int word = f * Bits / 32;
+      const int shift = f * Bits % 32 - kStrideLog;
+      uint32_t shifted;
+      if (shift < 0) {
+        shifted = words[word] << -shift;
+      } else if (shift + kStrideLog + Bits <= 32) {
+        shifted = words[word] >> shift;
+      } else {
+        shifted = __funnelshift_r(words[word], words[(word + 1) % Bits], shift);
+      }
+      return (shifted & kMask) | offset;
+    }
+  }
+};
+
+struct QuadDecoder {
+  static constexpr FieldShape kShape{8, 4};
+  static constexpr int kStrideLog = 8;
+  static constexpr int kTableEntries = 256;
+  static constexpr int kTableBytes = kTableEntries << kStrideLog;
+  static constexpr int kCopies = 32;
+  static constexpr int kSecondHalf = 128;  // columns 2-3 of all copies follow columns 0-1
+
+  uint32_t words[4];
+
+  __device__ __forceinline__ explicit QuadDecoder(const uint32_t (&w)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = w[i];
+  }
+  static __device__ __forceinline__ uint32_t lane_offset(int lane) { return lane * 4; }
+
+  __device__ __forceinline__ void fragment(int step, const uint8_t* table, uint32_t offset, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint8_t* entry = table + byte_address(words[step / 2], step % 2 * 2 + r, offset);
+      a[r] = *reinterpret_cast<const uint32_t*>(entry);
+      a[2 + r] = *reinterpret_cast<const uint32_t*>(entry + kSecondHalf);
+    }
+  }
+};
+
+struct SingleDecoder {
+  static constexpr FieldShape kShape{8, 1};
+  static constexpr int kStrideLog = 8;
+  static constexpr int kTableEntries = 256;
+  static constexpr int kTableBytes = kTableEntries << kStrideLog;
+  static constexpr int kCopies = 32;
+
+  uint32_t words[16];
+
+  __device__ __forceinline__ explicit SingleDecoder(const uint32_t (&w)[16]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) words[i] = w[i];
+  }
+  static __device__ __forceinline__ uint32_t lane_offset(int lane) { return lane * 4; }
+
+  // The A fragment of step `step`, a constant after unrolling.
+  __device__ __forceinline__ void fragment(int step, const uint8_t* table, uint32_t offset, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t v[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t at = byte_address(words[2 * step + j / 2], j % 2 * 2 + i, offset);
+        v[i] = *reinterpret_cast<const uint32_t*>(table + at);
+      }
+      a[j] = __byte_perm(v[0], v[1], 0x5410);
+    }
+  }
+};
+
+// Copies the table of a matrix (entries in field order) into shared memory, replicated for the lanes. Two steps, so
+// that the first load is under way early. A task is half the copies of an entry (or all, if they are 16 bytes); of an
+// 8-byte entry, the copies of one half.
+template <typename Decoder>
+class TableFill {
+  static constexpr int kEntryBytes = Decoder::kShape.entry_bytes();
+  static constexpr int kPieces = Decoder::kCopies * kEntryBytes / 16;  // 16-byte stores that make one entry's copies
+  static constexpr int kSplit = kPieces > 1 ? 2 : 1;
+  static constexpr int kTasks = Decoder::kTableEntries * kSplit;
+
+ public:
+  // Thread `thread` of `threads`; a negative one has nothing to do.
+  __device__ __forceinline__ TableFill(const uint8_t* table, int thread, int threads)
+      : table_(table), task_(thread >= 0 ? thread : kTasks), threads_(threads) {
+    if (task_ < kTasks) entry_ = load(task_);
+  }
+  __device__ __forceinline__ void store(uint8_t* shared) {
+#pragma unroll 1
+    while (task_ < kTasks) {
+      store_task(shared, task_, entry_);
+      task_ += threads_;
+      if (task_ < kTasks) entry_ = load(task_);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t load(int task) const {
+    const int half = kEntryBytes == 8 ? task % 2 * 4 : 0;
+    return __ldg(
+        reinterpret_cast<const uint32_t*>(table_ + task / kSplit % Decoder::kShape.entries() * kEntryBytes + half));
+  }
+  // Neighbouring threads start at different pieces: 8 threads cover all banks.
+  static __device__ __forceinline__ void store_task(uint8_t* shared, int task, uint32_t e) {
+    constexpr int kEach = kPieces / kSplit;
+    uint8_t* to = shared + (task / kSplit << Decoder::kStrideLog) + task % kSplit * kEach * 16;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      *reinterpret_cast<uint4*>(to + (i + (kEach == 8 ? task : task / kSplit)) % kEach * 16) = make_uint4(e, e, e, e);
+    }
+  }
+
+  const uint8_t* table_;
+  int task_;
+  int threads_;
+  uint32_t entry_ = 0;
+};
+
+}  // namespace higgs::cuda

@@ -1,0 +1,65 @@
+// The kernels of one decoder; compiled once per line of instances.h with HIGGS_DECODER_NAME and HIGGS_DECODER defined.
+#include "decoder_ops.h"
+#include "gemv.cuh"
+#include "launch.h"
+#include "repack.cuh"
+
+namespace higgs::cuda {
+namespace {
+
+using D = HIGGS_DECODER;
+
+template <typename T, int TokenTiles>
+void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
+  if (plan.regular) {
+    launch_gemv<gemv_kernel<GemvConfig<D, T, TokenTiles, true>>>(params, plan, stream);
+  } else {
+    launch_gemv<gemv_kernel<GemvConfig<D, T, TokenTiles, false>>>(params, plan, stream);
+  }
+}
+
+template <typename T>
+void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
+  plan.token_tiles == 1 ? gemv<T, 1>(plan, params, stream) : gemv<T, 2>(plan, params, stream);
+}
+
+void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
+  plan.dtype == DType::f16 ? gemv<__half>(plan, params, stream) : gemv<__nv_bfloat16>(plan, params, stream);
+}
+
+constexpr int kThreads = 128;
+unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
+
+void repack(const TiledLayer& layer, const uint8_t* indices, uint8_t* weights, Stream stream) {
+  repack_kernel<D><<<blocks_for(unit_threads(layer.tiled)), kThreads, 0, to_stream(stream)>>>(
+      layer, indices, reinterpret_cast<uint32_t*>(weights));
+  check(cudaGetLastError(), "repack");
+}
+
+void unrepack(const TiledLayer& layer, const uint8_t* weights, uint8_t* indices, Stream stream) {
+  unrepack_kernel<D><<<blocks_for(layer.n * (layer.k / kColumnAlignment)), kThreads, 0, to_stream(stream)>>>(
+      layer, reinterpret_cast<const uint32_t*>(weights), indices);
+  check(cudaGetLastError(), "unrepack");
+}
+
+void dequantize_rotated(const TiledLayer& layer, const uint8_t* tiled, void* out, DType dtype, Stream stream) {
+  constexpr int kBlock = 512;
+  const auto needed = static_cast<unsigned>((unit_threads(layer.tiled) + kBlock - 1) / kBlock);
+  const unsigned blocks = std::min(needed, 3u * static_cast<unsigned>(current_device().multiprocessors));
+  dispatch(dtype, [&]<typename T>() {
+    allow_shared<dequantize_tiled_kernel<D, T>>(D::kTableBytes);
+    dequantize_tiled_kernel<D, T>
+        <<<blocks, kBlock, D::kTableBytes, to_stream(stream)>>>(layer, tiled, static_cast<T*>(out));
+  });
+  check(cudaGetLastError(), "dequantize_rotated");
+}
+
+}  // namespace
+
+#define HIGGS_CONCAT_(a, b) a##b
+#define HIGGS_CONCAT(a, b) HIGGS_CONCAT_(a, b)
+
+extern const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME);
+const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape, gemv, repack, unrepack, dequantize_rotated};
+
+}  // namespace higgs::cuda

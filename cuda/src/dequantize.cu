@@ -1,0 +1,122 @@
+// dequantize, dequantize_rotated from the stored layout. One warp per 1024 columns of a row; the arithmetic and its
+// order are those of FORMAT.md, "From bytes to weights".
+#include "bits.cuh"
+#include "checks.h"
+#include "fwht.cuh"
+#include "grid_points.h"
+#include "higgs/cuda/ops.h"
+#include "launch.h"
+#include "numeric.cuh"
+
+namespace higgs::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+
+struct StoredLayer {
+  const uint8_t* indices;
+  const uint16_t* scales;
+  const uint16_t* column_scale;
+  int64_t n;
+  int64_t k;
+  int64_t row_bytes;
+  int64_t row_groups;
+  int64_t group;
+  uint64_t seed;
+  int block;
+};
+
+template <typename Points, typename T, bool Unrotate>
+__global__ void __launch_bounds__(kWarps * 32)
+    dequantize_kernel(const __grid_constant__ Points points, const StoredLayer layer, T* out) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  auto* table = reinterpret_cast<uint16_t*>(shared);
+  auto* scratch = reinterpret_cast<float*>(shared + Points::kCapacity * 2);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  for (int i = threadIdx.x; i < points.p << points.index_bits; i += blockDim.x) table[i] = points.values[i];
+  __syncthreads();
+
+  const int64_t chunks = (layer.k + kChunk - 1) / kChunk;
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + warp; item < layer.n * chunks;
+       item += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const int64_t chunk = item % chunks * kChunk;
+    const int64_t row = item / chunks;
+    const int64_t column = chunk + lane * 32;
+    float v[32] = {};
+    if (column < layer.k) {
+      const uint8_t* bytes = layer.indices + row * layer.row_bytes;
+      const uint16_t scale_bits = layer.scales[row * layer.row_groups + column / layer.group];
+      const float scale = __half2float(__ushort_as_half(scale_bits));
+      const auto value = [&](uint32_t index, int c) {
+        return __fmul_rn(scale, __half2float(__ushort_as_half(table[index * points.p + c])));
+      };
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {  // one read of an index per value: cheap next to the rest
+        const int64_t index = (column + i) / points.p;
+        const uint32_t which = read_bits(bytes, layer.row_bytes, index * points.index_bits, points.index_bits);
+        v[i] = value(which, i % points.p);
+      }
+    }
+    if constexpr (Unrotate) {
+      warp_fwht(v, layer.block, scratch + warp * kChunkScratch, lane);
+#pragma unroll
+      for (int j = 0; j < 32; ++j) {
+        const int64_t at = chunk + j * 32 + lane;
+        if (chunk + j * 32 >= layer.k) continue;
+        const float sign = sign_of_column(layer.seed, at);
+        const float d = layer.column_scale == nullptr
+                            ? sign
+                            : __fdiv_rn(sign, __half2float(__ushort_as_half(layer.column_scale[at])));
+        out[row * layer.k + at] = from_float<T>(__fmul_rn(d, v[j]));
+      }
+    } else if (column < layer.k) {
+      constexpr int kPerStore = 16 / sizeof(T);
+#pragma unroll
+      for (int i = 0; i < 32 / kPerStore; ++i) {
+        alignas(16) T packed[kPerStore];
+#pragma unroll
+        for (int j = 0; j < kPerStore; ++j) packed[j] = from_float<T>(v[i * kPerStore + j]);
+        reinterpret_cast<uint4*>(out + row * layer.k + column)[i] = *reinterpret_cast<const uint4*>(packed);
+      }
+    }
+  }
+}
+
+template <bool Unrotate>
+void launch_dequantize(const char* op, const PackedView& packed, void* out, DType out_dtype, Stream stream) {
+  const LayerFormat& f = packed.format;
+  validate(f);
+  if constexpr (Unrotate) check_block(op, f.block);
+  if (f.n == 0) return;
+  check_pointer(op, "indices", packed.indices);
+  check_pointer(op, "scales", packed.scales);
+  check_pointer(op, "out", out);
+  const StoredLayer layer{
+      packed.indices, packed.scales, packed.column_scale, f.n, f.k, f.row_bytes(), f.row_groups(), f.group,
+      f.seed,         f.block};
+  const std::int64_t items = f.n * ((f.k + kChunk - 1) / kChunk);
+  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>((items + kWarps - 1) / kWarps, 1 << 16));
+  with_points(*f.grid, [&](const auto& points) {
+    using Points = std::decay_t<decltype(points)>;
+    constexpr int kShared = Points::kCapacity * 2 + (Unrotate ? kWarps * kChunkScratch * 4 : 0);
+    static_assert(kShared <= 48 * 1024);
+    dispatch(out_dtype, [&]<typename T>() {
+      dequantize_kernel<Points, T, Unrotate>
+          <<<blocks, kWarps * 32, kShared, to_stream(stream)>>>(points, layer, static_cast<T*>(out));
+    });
+  });
+  check(cudaGetLastError(), op);
+}
+
+}  // namespace
+
+void dequantize(const PackedView& packed, void* out, DType out_dtype, Stream stream) {
+  launch_dequantize<true>("dequantize", packed, out, out_dtype, stream);
+}
+
+void dequantize_rotated(const PackedView& packed, void* out, DType out_dtype, Stream stream) {
+  launch_dequantize<false>("dequantize_rotated", packed, out, out_dtype, stream);
+}
+
+}  // namespace higgs::cuda

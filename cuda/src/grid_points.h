@@ -1,0 +1,41 @@
+// Grid points as a kernel argument: launchers need no device copy of the grids and stay CUDA-graph safe.
+#pragma once
+
+#include <cstdint>
+
+#include "higgs/grid.h"
+#include "higgs/numeric.h"
+
+namespace higgs::cuda {
+
+// fp16 values of [n_points, p]; exact, as grid points are representable in fp16.
+template <int Capacity>
+struct GridPoints {
+  static constexpr int kCapacity = Capacity;
+  int p = 0;
+  int index_bits = 0;
+  alignas(16) std::uint16_t values[Capacity] = {};
+};
+
+template <int Capacity>
+GridPoints<Capacity> make_points(const Grid& grid) {
+  GridPoints<Capacity> out;
+  out.p = grid.p;
+  out.index_bits = grid.index_bits;
+  for (std::size_t i = 0; i < grid.points.size(); ++i) out.values[i] = f32_to_f16(grid.points[i]);
+  return out;
+}
+
+// Calls body(points) with the smaller of two argument sizes that fits (2 KB for up to 1024 values, else 16 KB).
+template <typename Body>
+void with_points(const Grid& grid, const Body& body) {
+  constexpr int kSmall = 1024;
+  constexpr int kLarge = 8192;
+  if (grid.points.size() <= kSmall) {
+    body(make_points<kSmall>(grid));
+  } else {
+    body(make_points<kLarge>(grid));
+  }
+}
+
+}  // namespace higgs::cuda

@@ -1,0 +1,298 @@
+// quantize: float weights -> stored layout; FORMAT.md, "From weights to bytes", bit for bit. One block per row:
+//   1. rotate the row into shared memory, one warp per 1024 columns
+//   2. per scale group: energy -> first scale
+//   3. nearest point of every run of p values by trying all points, four runs per thread so that one shared-memory
+//      broadcast of a point serves them all
+//   4. per scale group: least-squares scale; then pack
+// Shared memory: the row (4 k bytes; during rotation also a scratch per warp), indices (at most k bytes), group results
+// (24 bytes each), 256 points at a time.
+#include "checks.h"
+#include "fwht.cuh"
+#include "grid_points.h"
+#include "higgs/cuda/ops.h"
+#include "launch.h"
+#include "numeric.cuh"
+
+namespace higgs::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kPointsAtOnce = 256;
+constexpr int kRuns = 4;  // runs of p values per thread and pass over the points
+
+struct QuantizeLayer {
+  const uint16_t* column_scale;
+  uint8_t* indices;
+  uint16_t* scales;
+  double* row_stats;
+  int64_t row_bytes;
+  uint64_t seed;
+  int k;
+  int block;
+  int group;
+  int row_groups;
+};
+
+template <int P>
+struct alignas(P == 1   ? 8
+               : P == 2 ? 16
+                        : 32) ScoredPoint {
+  float half_norm;
+  float g[P];
+};
+
+struct GroupState {
+  double energy;
+  float scale;    // fp32 of s0
+  float inverse;  // 1 / s0, or 0
+  double error;
+};
+
+// Sum of 16 partial sums in the order of FORMAT.md; lane j of a half-warp holds sum j. Valid in every lane.
+__device__ __forceinline__ double sum_of_parts(double part) {
+#pragma unroll
+  for (int half = 8; half > 0; half /= 2) part = __dadd_rn(part, __shfl_down_sync(~0u, part, half, 16));
+  return __shfl_sync(~0u, part, 0, 16);
+}
+
+template <typename T>
+__device__ void rotate_row(const QuantizeLayer& layer, const T* w, float* row, float* scratch) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  for (int chunk = warp * kChunk; chunk < layer.k; chunk += kWarps * kChunk) {
+    const int column = chunk + lane * 32;
+    float v[32] = {};
+    if (column < layer.k) {
+      load32(w + column, v);
+      const uint64_t signs = sign_word(layer.seed, static_cast<uint64_t>(column) / 64) >> (column % 64);
+#pragma unroll
+      for (int j = 0; j < 32; ++j) {
+        const float e = (signs >> j & 1) != 0 ? -1.0f : 1.0f;
+        const float s =
+            layer.column_scale == nullptr ? 1.0f : __half2float(__ushort_as_half(layer.column_scale[column + j]));
+        v[j] = __fmul_rn(__fmul_rn(e, s), v[j]);
+      }
+    }
+    warp_fwht(v, layer.block, scratch + warp * kChunkScratch, lane);
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+      if (chunk + j * 32 < layer.k) row[chunk + j * 32 + lane] = v[j];
+    }
+  }
+}
+
+// Calls body(group, first column, columns, lane of the half-warp) for every scale group, one half-warp per group; all
+// lanes of a warp stay together so that body may shuffle.
+template <typename Body>
+__device__ __forceinline__ void for_each_group(const QuantizeLayer& layer, const Body& body) {
+  const int half_warp = threadIdx.x / 16;
+  const int rounds = (layer.row_groups + kThreads / 16 - 1) / (kThreads / 16);
+  for (int r = 0; r < rounds; ++r) {
+    const int group = r * (kThreads / 16) + half_warp;
+    const int first = min(group * layer.group, layer.k);
+    body(group, first, min(layer.k - first, layer.group), static_cast<int>(threadIdx.x % 16));
+  }
+}
+
+template <int P, typename Points>
+__device__ __forceinline__ void load_points(const Points& points, int first, ScoredPoint<P>* out) {
+  for (int i = threadIdx.x; i < min(kPointsAtOnce, (1 << points.index_bits) - first); i += kThreads) {
+    ScoredPoint<P> s;
+    double norm = 0;
+    for (int c = 0; c < P; ++c) {
+      s.g[c] = __half2float(__ushort_as_half(points.values[(first + i) * P + c]));
+      norm = __dadd_rn(norm, __dmul_rn(s.g[c], s.g[c]));  // products of fp16 values are exact
+    }
+    s.half_norm = __double2float_rn(norm / 2);
+    out[i] = s;
+  }
+}
+
+// Index of the nearest point for runs base, base + kThreads, ..., to indices (uint8 or uint16).
+template <int P, typename Points, typename Index>
+__device__ void find_nearest(const QuantizeLayer& layer, const Points& points, const float* row,
+                             const GroupState* groups, ScoredPoint<P>* shared_points, Index* indices) {
+  const int runs = layer.k / P;
+  const int n_points = 1 << points.index_bits;
+  for (int base = 0; base < runs; base += kThreads * kRuns) {
+    float u[kRuns][P];
+    float best[kRuns];
+    int at[kRuns] = {};
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const int run = min(base + r * kThreads + static_cast<int>(threadIdx.x), runs - 1);
+      const float inverse = groups[run * P / layer.group].inverse;
+      for (int c = 0; c < P; ++c) u[r][c] = -__fmul_rn(row[run * P + c], inverse);
+      best[r] = __int_as_float(0x7f800000);
+    }
+    for (int first = 0; first < n_points; first += kPointsAtOnce) {
+      if (n_points > kPointsAtOnce) {
+        __syncthreads();
+        load_points<P>(points, first, shared_points);
+        __syncthreads();
+      }
+      const int count = min(kPointsAtOnce, n_points - first);
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        const ScoredPoint<P> s = shared_points[i];
+#pragma unroll
+        for (int r = 0; r < kRuns; ++r) {
+          float t = s.half_norm;
+#pragma unroll
+          for (int c = 0; c < P; ++c) t = __fmaf_rn(u[r][c], s.g[c], t);
+          const bool less = t < best[r];
+          best[r] = less ? t : best[r];
+          at[r] = less ? first + i : at[r];
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const int run = base + r * kThreads + static_cast<int>(threadIdx.x);
+      if (run < runs) indices[run] = static_cast<Index>(at[r]);
+    }
+  }
+}
+
+// The least-squares scale of every group, its error, and the stored scale.
+template <int P, typename Points, typename Index>
+__device__ void refit_scales(const QuantizeLayer& layer, const Points& points, const float* row, GroupState* groups,
+                             const Index* indices, uint16_t* scales) {
+  for_each_group(layer, [&](int group, int first, int columns, int lane) {
+    double vg_part = 0;
+    double gg_part = 0;
+    for (int i = lane; i < columns; i += 16) {
+      const int index = indices[(first + i) / P];
+      const double g = __half2float(__ushort_as_half(points.values[index * P + (first + i) % P]));
+      vg_part = __fma_rn(static_cast<double>(row[first + i]), g, vg_part);
+      gg_part = __fma_rn(g, g, gg_part);
+    }
+    const double vg = sum_of_parts(vg_part);
+    const double gg = sum_of_parts(gg_part);
+    if (lane != 0 || group >= layer.row_groups) return;
+    GroupState& state = groups[group];
+    const auto error = [&](double s) {
+      return __dadd_rn(__dsub_rn(state.energy, __dmul_rn(__dmul_rn(2, s), vg)), __dmul_rn(__dmul_rn(s, s), gg));
+    };
+    const __half refit = __float2half_rn(__double2float_rn(__ddiv_rn(vg, gg)));
+    const float value = __half2float(refit);
+    const bool better = value > 0.0f && isfinite(value) && error(value) < error(state.scale);
+    state.error = error(better ? value : state.scale);
+    scales[group] = __half_as_ushort(better ? refit : __float2half_rn(state.scale));
+  });
+}
+
+template <typename Index>
+__device__ __forceinline__ void pack_row(int count, int index_bits, const Index* indices, uint8_t* out) {
+  for (int i = static_cast<int>(threadIdx.x) * 8; i < count; i += kThreads * 8) {  // 8 indices make index_bits bytes
+    uint8_t* at = out + i / 8 * index_bits;
+    uint32_t pending = 0;
+    int bits = 0;
+    for (int j = 0; j < 8; ++j) {
+      pending |= static_cast<uint32_t>(indices[i + j]) << bits;
+      for (bits += index_bits; bits >= 8; bits -= 8, pending >>= 8) *at++ = static_cast<uint8_t>(pending);
+    }
+  }
+}
+
+template <typename T, int P, typename Points>
+__global__ void __launch_bounds__(kThreads)
+    quantize_kernel(const __grid_constant__ Points points, const QuantizeLayer layer, const T* w) {
+  using Index = std::conditional_t<(P == 2), uint16_t, uint8_t>;
+  extern __shared__ __align__(32) uint8_t shared[];
+  auto* shared_points = reinterpret_cast<ScoredPoint<P>*>(shared);
+  auto* groups = reinterpret_cast<GroupState*>(shared_points + kPointsAtOnce);
+  auto* row = reinterpret_cast<float*>(groups + layer.row_groups);
+  auto* indices = reinterpret_cast<Index*>(row + layer.k);
+  auto* scratch = reinterpret_cast<float*>(indices);  // rotation comes before the indices
+  const int64_t n_row = blockIdx.x;
+
+  rotate_row(layer, w + n_row * layer.k, row, scratch);
+  load_points<P>(points, 0, shared_points);
+  __syncthreads();
+  for_each_group(layer, [&](int group, int first, int columns, int lane) {
+    double part = 0;
+    for (int i = lane; i < columns; i += 16) {
+      const double v = row[first + i];
+      part = __fma_rn(v, v, part);
+    }
+    const double energy = sum_of_parts(part);
+    if (lane != 0 || group >= layer.row_groups) return;
+    const float rms = __double2float_rn(__dsqrt_rn(__ddiv_rn(energy, static_cast<double>(columns))));
+    const float scale = __half2float(__float2half_rn(rms));
+    groups[group] = {energy, scale, scale > 0.0f ? __frcp_rn(scale) : 0.0f, 0.0};
+  });
+  __syncthreads();
+  find_nearest<P>(layer, points, row, groups, shared_points, indices);
+  __syncthreads();
+  refit_scales<P>(layer, points, row, groups, indices, layer.scales + n_row * layer.row_groups);
+  pack_row(layer.k / P, points.index_bits, indices, layer.indices + n_row * layer.row_bytes);
+  if (layer.row_stats == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double error = 0;
+    double energy = 0;
+    for (int g = 0; g < layer.row_groups; ++g) {
+      error += groups[g].error;
+      energy += groups[g].energy;
+    }
+    layer.row_stats[2 * n_row] = error;
+    layer.row_stats[2 * n_row + 1] = energy;
+  }
+}
+
+template <typename T, int P, typename Points>
+void launch_quantize(const Points& points, const QuantizeLayer& layer, int64_t n, const void* w, Stream stream) {
+  const int after_row = std::max(kWarps * kChunkScratch * 4, P == 2 ? layer.k : layer.k / P);
+  const int shared = kPointsAtOnce * static_cast<int>(sizeof(ScoredPoint<P>)) +
+                     layer.row_groups * static_cast<int>(sizeof(GroupState)) + layer.k * 4 + after_row;
+  const int limit = current_device().shared_bytes_per_block;
+  if (shared > limit) {
+    throw Error(ErrorCode::unsupported, "quantize: a row of k = " + std::to_string(layer.k) + " needs " +
+                                            std::to_string(shared) + " bytes of shared memory; this device has " +
+                                            std::to_string(limit));
+  }
+  allow_shared<quantize_kernel<T, P, Points>>(limit);
+  quantize_kernel<T, P, Points>
+      <<<static_cast<unsigned>(n), kThreads, static_cast<std::size_t>(shared), to_stream(stream)>>>(
+          points, layer, static_cast<const T*>(w));
+}
+
+}  // namespace
+
+void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std::uint16_t* column_scale,
+              std::uint8_t* indices, std::uint16_t* scales, double* row_stats, Stream stream) {
+  validate(format);
+  check_block("quantize", format.block);
+  if (format.n == 0) return;
+  if (format.k > kMaxQuantizeColumns) {
+    throw Error(ErrorCode::unsupported, "quantize: k = " + std::to_string(format.k) + "; the GPU takes at most " +
+                                            std::to_string(kMaxQuantizeColumns));
+  }
+  check_pointer("quantize", "w", w);
+  check_pointer("quantize", "indices", indices);
+  check_pointer("quantize", "scales", scales);
+  const QuantizeLayer layer{column_scale,
+                            indices,
+                            scales,
+                            row_stats,
+                            format.row_bytes(),
+                            format.seed,
+                            static_cast<int>(format.k),
+                            format.block,
+                            static_cast<int>(format.group),
+                            static_cast<int>(format.row_groups())};
+  with_points(*format.grid, [&](const auto& points) {
+    dispatch(w_dtype, [&]<typename T>() {
+      switch (format.grid->p) {
+        case 1: return launch_quantize<T, 1>(points, layer, format.n, w, stream);
+        case 2: return launch_quantize<T, 2>(points, layer, format.n, w, stream);
+        default: return launch_quantize<T, 4>(points, layer, format.n, w, stream);
+      }
+    });
+  });
+  check(cudaGetLastError(), "quantize");
+}
+
+}  // namespace higgs::cuda

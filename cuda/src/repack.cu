@@ -1,0 +1,95 @@
+// repack, unrepack and dequantize_rotated of the tiled layout: tables and scales here, index words per decoder.
+#include "checks.h"
+#include "decoder_ops.h"
+#include "grid_points.h"
+#include "higgs/cuda/ops.h"
+#include "launch.h"
+#include "numeric.cuh"
+
+namespace higgs::cuda {
+namespace {
+
+// Field value -> `weights` points in fp16 and bf16 (a single one twice). Indices of a field: lowest bits first.
+template <typename Points>
+__global__ void table_kernel(const __grid_constant__ Points points, FieldShape field, __half* f16,
+                             __nv_bfloat16* bf16) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int values = field.weights == 4 ? 4 : 2;
+  if (i >= values * field.entries()) return;
+  const int c = field.weights == 1 ? 0 : i % values;
+  const int index = (i / values >> (c / points.p * points.index_bits)) & ((1 << points.index_bits) - 1);
+  const __half point = __ushort_as_half(points.values[index * points.p + c % points.p]);
+  f16[i] = point;
+  bf16[i] = __float2bfloat16_rn(__half2float(point));
+}
+
+// stored [n, groups] -> tiled [row tile][group][16]
+__global__ void tile_scales_kernel(const TiledLayer layer, const uint16_t* stored, uint16_t* tiled) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t groups = layer.tiled.row_groups;
+  if (i >= layer.tiled.row_tiles * groups * kTileRows) return;
+  const int64_t row = i / (kTileRows * groups) * kTileRows + i % kTileRows;
+  tiled[i] = row < layer.n ? stored[row * groups + i / kTileRows % groups] : 0;
+}
+
+__global__ void untile_scales_kernel(const TiledLayer layer, const uint16_t* tiled, uint16_t* stored) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t groups = layer.tiled.row_groups;
+  if (i >= layer.n * groups) return;
+  const int64_t row = i / groups;
+  stored[i] = tiled[((row / kTileRows) * groups + i % groups) * kTileRows + row % kTileRows];
+}
+
+constexpr int kThreads = 256;
+unsigned blocks_for(std::int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
+
+TiledLayer tiled_layer(const LayerFormat& f) { return {tiled_format(f), f.n, f.k, f.group, f.row_bytes()}; }
+
+}  // namespace
+
+void repack(const PackedView& packed, std::byte* tiled, Stream stream) {
+  const LayerFormat& f = packed.format;
+  const TiledLayer layer = tiled_layer(f);
+  const DecoderOps& ops = decoder_ops(layer.tiled.field);
+  check_pointer("repack", "tiled", tiled);
+  auto* out = reinterpret_cast<std::uint8_t*>(tiled);
+  with_points(*f.grid, [&](const auto& points) {
+    table_kernel<<<blocks_for(layer.tiled.field.entries() * 4), kThreads, 0, to_stream(stream)>>>(
+        points, layer.tiled.field, reinterpret_cast<__half*>(out + layer.tiled.table_f16),
+        reinterpret_cast<__nv_bfloat16*>(out + layer.tiled.table_bf16));
+  });
+  check(cudaGetLastError(), "repack");
+  if (f.n == 0) return;
+  check_pointer("repack", "indices", packed.indices);
+  check_pointer("repack", "scales", packed.scales);
+  tile_scales_kernel<<<blocks_for(layer.tiled.row_tiles * layer.tiled.row_groups * kTileRows), kThreads, 0,
+                       to_stream(stream)>>>(layer, packed.scales,
+                                            reinterpret_cast<std::uint16_t*>(out + layer.tiled.scales));
+  check(cudaGetLastError(), "repack");
+  ops.repack(layer, packed.indices, out + layer.tiled.weights, stream);
+}
+
+void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scales, Stream stream) {
+  const LayerFormat& f = tiled.format;
+  const TiledLayer layer = tiled_layer(f);
+  if (f.n == 0) return;
+  check_pointer("unrepack", "tiled", tiled.data);
+  check_pointer("unrepack", "indices", indices);
+  check_pointer("unrepack", "scales", scales);
+  const auto* data = reinterpret_cast<const std::uint8_t*>(tiled.data);
+  untile_scales_kernel<<<blocks_for(f.n * layer.tiled.row_groups), kThreads, 0, to_stream(stream)>>>(
+      layer, reinterpret_cast<const std::uint16_t*>(data + layer.tiled.scales), scales);
+  check(cudaGetLastError(), "unrepack");
+  decoder_ops(layer.tiled.field).unrepack(layer, data + layer.tiled.weights, indices, stream);
+}
+
+void dequantize_rotated(const TiledView& tiled, void* out, DType out_dtype, Stream stream) {
+  const TiledLayer layer = tiled_layer(tiled.format);
+  if (tiled.format.n == 0) return;
+  check_pointer("dequantize_rotated", "tiled", tiled.data);
+  check_pointer("dequantize_rotated", "out", out);
+  decoder_ops(layer.tiled.field)
+      .dequantize_rotated(layer, reinterpret_cast<const std::uint8_t*>(tiled.data), out, out_dtype, stream);
+}
+
+}  // namespace higgs::cuda

@@ -1,0 +1,83 @@
+// rotate: out = H (vector * in) / sqrt(block), and the vectors. One warp per 1024 columns of a row.
+#include "checks.h"
+#include "fwht.cuh"
+#include "higgs/cuda/ops.h"
+#include "launch.h"
+#include "numeric.cuh"
+
+namespace higgs::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+
+template <typename In, typename Out>
+__global__ void __launch_bounds__(kWarps * 32)
+    rotate_kernel(const In* in, int64_t rows, int64_t k, int block, const float* vector, Out* out) {
+  __shared__ float scratch[kWarps][kChunkScratch];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int64_t chunks = (k + kChunk - 1) / kChunk;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  if (item >= rows * chunks) return;
+  const int64_t chunk = item % chunks * kChunk;
+  const int64_t row = item / chunks * k;
+  const int64_t column = chunk + lane * 32;
+  float v[32] = {};
+  if (column < k) {
+    load32(in + row + column, v);
+    if (vector != nullptr) {
+      float d[32];
+      load32(vector + column, d);
+#pragma unroll
+      for (int j = 0; j < 32; ++j) v[j] = __fmul_rn(d[j], v[j]);
+    }
+  }
+  warp_fwht(v, block, scratch[warp], lane);
+#pragma unroll
+  for (int j = 0; j < 32; ++j) {
+    if (chunk + j * 32 < k) out[row + chunk + j * 32 + lane] = from_float<Out>(v[j]);
+  }
+}
+
+__global__ void vector_kernel(VectorKind kind, uint64_t seed, const uint16_t* column_scale, int64_t k, float* out) {
+  const int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (j >= k) return;
+  const float sign = sign_of_column(seed, j);
+  const float scale = column_scale == nullptr ? 1.0f : __half2float(__ushort_as_half(column_scale[j]));
+  out[j] = kind == VectorKind::input ? __fdiv_rn(sign, scale) : __fmul_rn(sign, scale);
+}
+
+}  // namespace
+
+void rotation_vector(VectorKind kind, std::uint64_t seed, const std::uint16_t* column_scale, std::int64_t k, float* out,
+                     Stream stream) {
+  if (k <= 0 || k % kColumnAlignment != 0) {
+    throw Error(ErrorCode::invalid_argument,
+                "rotation_vector: k = " + std::to_string(k) + "; use a positive multiple of 64");
+  }
+  check_pointer("rotation_vector", "out", out);
+  vector_kernel<<<static_cast<unsigned>((k + 255) / 256), 256, 0, to_stream(stream)>>>(kind, seed, column_scale, k,
+                                                                                       out);
+  check(cudaGetLastError(), "rotation_vector");
+}
+
+void rotate(const void* in, DType in_dtype, std::int64_t rows, std::int64_t k, int block, const float* vector,
+            void* out, DType out_dtype, Stream stream) {
+  validate(LayerFormat{&grids()[0], rows, k, block, block, 0});
+  check_block("rotate", block);
+  if (rows == 0) return;
+  check_pointer("rotate", "in", in);
+  check_pointer("rotate", "out", out);
+  if (vector != nullptr) check_pointer("rotate", "vector", vector);
+  const std::int64_t items = rows * ((k + kChunk - 1) / kChunk);
+  const auto blocks = static_cast<unsigned>((items + kWarps - 1) / kWarps);
+  dispatch(in_dtype, [&]<typename In>() {
+    dispatch(out_dtype, [&]<typename Out>() {
+      rotate_kernel<<<blocks, kWarps * 32, 0, to_stream(stream)>>>(static_cast<const In*>(in), rows, k, block, vector,
+                                                                   static_cast<Out*>(out));
+    });
+  });
+  check(cudaGetLastError(), "rotate");
+}
+
+}  // namespace higgs::cuda

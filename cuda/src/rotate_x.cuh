@@ -1,0 +1,145 @@
+// Rotation of x inside the decode kernel, on the tensor cores: 1024 columns of a row by one warp, no shared memory, no
+// shuffles. The Hadamard matrix of a block is a Kronecker product over column bits; a 16 x 16 factor is the A operand
+// of an MMA, and the result of one MMA is, packed to 16 bits, the B operand of the next:
+//
+//   load       lane 4 g + t holds, for j = 0..7, columns 128 j + 16 g + 4 t .. + 3: times d, rounded to T
+//   MMA 1      column bits 0-3 (k: t and the register), for every j; columns bits 4-6 are n
+//   MMA 2      column bits 4-7 (k: t, register and j bit 0), for every j / 2; column bits 0-3 are n and the register
+//   butterfly  column bits 8-9 across registers, fp32
+//   store      lane 4 g + t holds columns 256 j' + 128 c + 16 g + 4 t .. + 3: 8 bytes, 256 consecutive per warp
+//
+// Bits beyond the Hadamard block get an identity factor. Against a rotation in fp32 this adds two roundings to T: that
+// of x * d (exact without column scales) and that between the MMAs.
+#pragma once
+
+#include <type_traits>
+
+#include "fwht.cuh"
+#include "numeric.cuh"
+#include "ptx.cuh"
+
+namespace higgs::cuda {
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float lo, float hi);
+template <>
+__device__ __forceinline__ uint32_t pack2<__half>(float lo, float hi) {
+  const __half2 v = __floats2half2_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+template <>
+__device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// Rotated x in shared memory: rows are 32 bytes apart modulo 128, so that the 8-byte fragment loads of a half-warp
+// (4 rows x 4 lanes) cover all banks.
+__host__ __device__ constexpr int xs_stride(int chunks) { return chunks * kChunk + 16; }
+
+// The A operand: Hadamard over the lowest `bits` (2 to 4) of four bits, identity over the others, times `one` (T
+// twice). Rows g, g + 8; columns 2 t, 2 t + 1, + 8: for both MMAs the four bits of a row and of a column mean the same
+// column bits of x.
+__device__ __forceinline__ void hadamard_fragment(int bits, int lane, uint32_t one, uint32_t (&a)[4]) {
+  const int g = lane / 4;
+  const int column = lane % 4 * 2;
+  const int common = g & column & ((1 << bits) - 1);
+  const uint32_t odd = (common ^ (common >> 1) ^ (common >> 2)) & 1u;  // sign of (g, column)
+  const uint32_t odd_next = odd ^ (g & 1u);                            // of (g, column + 1)
+  uint32_t low = one | odd << 15 | odd_next << 31;
+  if (bits == 2 && ((g ^ column) & 4) != 0) low = 0;
+  a[0] = low;
+  a[1] = a[2] = bits == 4 ? low : 0;
+  a[3] = bits == 4 ? low ^ 0x80008000u : low;
+}
+
+// The norm 1 / sqrt(block) is split: 1/4 in the first factor, a power of two in the second, and for blocks of 128 and
+// 512 sqrt(1/2) in remaining_norm(), which goes into the weights' scales.
+__device__ __forceinline__ float remaining_norm(int block) { return block == 128 || block == 512 ? 0.70710678f : 1.0f; }
+
+template <typename T>
+struct Rotation {
+  uint32_t first[4];   // column bits 0-3
+  uint32_t second[4];  // column bits 4-7
+  int block;
+
+  __device__ __forceinline__ Rotation(int block, int lane) : block(block) {
+    constexpr bool kHalf = std::is_same_v<T, __half>;
+    const uint32_t step = kHalf ? 0x04000400u : 0x00800080u;  // a factor of two
+    uint32_t one = kHalf ? 0x38003800u : 0x3f003f00u;         // 1/2
+    hadamard_fragment(4, lane, one - step, first);
+    if (block >= 256) one -= step;
+    if (block >= 1024) one -= step;
+    hadamard_fragment(block == 64 ? 2 : block == 128 ? 3 : 4, lane, one, second);
+  }
+
+  static __device__ __forceinline__ int first_column(int lane) { return lane / 4 * 16 + lane % 4 * 4; }
+
+  // d[4 j + i] = p[128 j + first_column + i]; p is a chunk with `count` columns.
+  __device__ __forceinline__ void load_d(const float* p, int count, int lane, float (&d)[32]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int column = 128 * j + first_column(lane);
+      float4 v = {};
+      if (column < count) v = *reinterpret_cast<const float4*>(p + column);
+      d[4 * j] = v.x;
+      d[4 * j + 1] = v.y;
+      d[4 * j + 2] = v.z;
+      d[4 * j + 3] = v.w;
+    }
+  }
+
+  static __device__ __forceinline__ void load_x(const T* x, int count, int lane, uint2 (&raw)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int column = 128 * j + first_column(lane);
+      raw[j] = {};
+      if (column < count) raw[j] = *reinterpret_cast<const uint2*>(x + column);
+    }
+  }
+
+  __device__ __forceinline__ void rotate(const uint2 (&raw)[8], const float (&d)[32], T* out, int lane) const {
+    float y[4][2][4];
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      float mid[2][4] = {};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int j = 2 * pair + i;
+        const T* v = reinterpret_cast<const T*>(&raw[j]);
+        const uint2 b = {pack2<T>(to_float(v[0]) * d[4 * j], to_float(v[1]) * d[4 * j + 1]),
+                         pack2<T>(to_float(v[2]) * d[4 * j + 2], to_float(v[3]) * d[4 * j + 3])};
+        mma_m16n8k16<T>(mid[i], first, b);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (float& value : y[pair][h]) value = 0;
+        mma_m16n8k16<T>(y[pair][h], second,
+                        {pack2<T>(mid[0][2 * h], mid[0][2 * h + 1]), pack2<T>(mid[1][2 * h], mid[1][2 * h + 1])});
+      }
+    }
+#pragma unroll
+    for (int stride = 1; stride < 4; stride *= 2) {
+      if (block <= 256 * stride) break;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int pair = i / 8;
+        if ((pair & stride) != 0) continue;
+        const float a = y[pair][i / 4 % 2][i % 4];
+        const float b = y[pair | stride][i / 4 % 2][i % 4];
+        y[pair][i / 4 % 2][i % 4] = a + b;
+        y[pair | stride][i / 4 % 2][i % 4] = a - b;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const auto& part = y[i / 2];
+      const int c = i % 2 * 2;
+      *reinterpret_cast<uint2*>(out + 128 * i + first_column(lane)) = {pack2<T>(part[0][c], part[0][c + 1]),
+                                                                       pack2<T>(part[1][c], part[1][c + 1])};
+    }
+  }
+};
+
+}  // namespace higgs::cuda

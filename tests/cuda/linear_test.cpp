@@ -1,0 +1,167 @@
+// linear against the float64 oracle: error at most twice that of a matmul in the same dtype on dequantized weights.
+#include <memory>
+
+#include "helpers.h"
+
+namespace higgs::cuda::test {
+namespace {
+
+struct Case {
+  std::int64_t m;
+  DType dtype;
+  bool bias;
+};
+
+double norm_of_difference(const std::vector<double>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
+  return std::sqrt(sum);
+}
+
+// The error of torch.matmul in `dtype`: weights rounded once, exact sums, result rounded once.
+double matmul_error(const std::vector<float>& x, const std::vector<double>& w, const std::vector<float>& bias,
+                    const std::vector<double>& expected, const LayerFormat& f, std::int64_t m, DType dtype) {
+  std::vector<float> y(expected.size());
+  std::vector<float> rounded_w(w.size());
+  for (std::size_t i = 0; i < w.size(); ++i) rounded_w[i] = rounded(static_cast<float>(w[i]), dtype);
+  for (std::int64_t t = 0; t < m; ++t) {
+    for (std::int64_t i = 0; i < f.n; ++i) {
+      double sum = bias.empty() ? 0.0 : bias[static_cast<std::size_t>(i)];
+      for (std::int64_t j = 0; j < f.k; ++j) sum += static_cast<double>(x[t * f.k + j]) * rounded_w[i * f.k + j];
+      y[static_cast<std::size_t>(t * f.n + i)] = rounded(static_cast<float>(sum), dtype);
+    }
+  }
+  return norm_of_difference(expected, y);
+}
+
+std::vector<std::uint8_t> run(const Layer& layer, const Buffer<std::byte>& tiled, const Buffer<std::uint8_t>& x,
+                              const Buffer<float>& d, const void* bias, const Case& c) {
+  Buffer<std::uint8_t> y(static_cast<std::size_t>(c.m * layer.format.n) * 2);
+  const LinearPart part{{layer.format, tiled.data()}, bias, y.data()};
+  Buffer<std::uint8_t> workspace(static_cast<std::size_t>(linear_workspace_bytes(c.m, c.dtype, {&part, 1})));
+  linear(x.data(), c.dtype, c.m, d.data(), {&part, 1}, workspace.data(), nullptr);
+  return y.host();
+}
+
+// Error over that of a matmul in the same dtype, root mean square over the cases of a test.
+struct Ratios {
+  double sum = 0;
+  int count = 0;
+  void add(double ratio) { sum += ratio * ratio, ++count; }
+  ~Ratios() { EXPECT_LE(std::sqrt(sum / count), 2.0); }
+};
+
+void check_layer(const Layer& layer, std::span<const Case> cases, Ratios& ratios) {
+  const LayerFormat& f = layer.format;
+  Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(f).bytes));
+  repack(layer.device(), tiled.data(), nullptr);
+  Buffer<float> d(static_cast<std::size_t>(f.k));
+  rotation_vector(VectorKind::input, f.seed, layer.device_column_scale.data(), f.k, d.data(), nullptr);
+  const std::vector<double> w = reference::dequantize(layer.host());
+  for (const Case& c : cases) {
+    SCOPED_TRACE(layer.name() + " m=" + std::to_string(c.m) + " " + name_of(c.dtype));
+    const std::vector<std::uint8_t> x_bytes = stored(gaussian(static_cast<std::size_t>(c.m * f.k)), c.dtype);
+    const std::vector<std::uint8_t> bias_bytes = stored(gaussian(static_cast<std::size_t>(c.bias ? f.n : 0)), c.dtype);
+    const std::vector<float> x = loaded(x_bytes, c.dtype);
+    const std::vector<float> bias = loaded(bias_bytes, c.dtype);
+    const Buffer<std::uint8_t> device_x(x_bytes);
+    const Buffer<std::uint8_t> device_bias(bias_bytes);
+    const void* bias_pointer = c.bias ? device_bias.data() : nullptr;
+    const std::vector<std::uint8_t> y = run(layer, tiled, device_x, d, bias_pointer, c);
+    EXPECT_EQ(run(layer, tiled, device_x, d, bias_pointer, c), y) << "second run";
+    EXPECT_EQ(run(layer, tiled, device_x, d, bias_pointer, c), y) << "third run";
+
+    std::vector<double> expected(static_cast<std::size_t>(c.m * f.n));
+    for (std::int64_t t = 0; t < c.m; ++t) {
+      for (std::int64_t i = 0; i < f.n; ++i) {
+        double sum = c.bias ? bias[static_cast<std::size_t>(i)] : 0.0;
+        for (std::int64_t j = 0; j < f.k; ++j) sum += x[t * f.k + j] * w[static_cast<std::size_t>(i * f.k + j)];
+        expected[static_cast<std::size_t>(t * f.n + i)] = sum;
+      }
+    }
+    const double error = norm_of_difference(expected, loaded(y, c.dtype));
+    const double baseline = matmul_error(x, w, bias, expected, f, c.m, c.dtype);
+    // Few outputs are a small sample of rounding errors: their bound is looser, the mean over all cases is not.
+    EXPECT_LE(error, (expected.size() < 256 ? 6 : 2) * baseline);  // false for NaN: every output was written
+    ratios.add(error / baseline);
+  }
+}
+
+constexpr Case kAllCases[] = {{1, DType::f16, false}, {1, DType::bf16, true}, {3, DType::bf16, false},
+                              {8, DType::f16, true},  {9, DType::f16, false}, {16, DType::bf16, true}};
+constexpr Case kFewCases[] = {{1, DType::f16, true}, {5, DType::bf16, false}, {13, DType::f16, true}};
+
+TEST(CudaLinear, EveryGridOnFullSlices) {
+  HIGGS_NEEDS_GPU();
+  Ratios ratios;
+  for (const Grid& grid : grids()) check_layer(Layer(grid, 72, 3072, 1024, 1024 * 3), kAllCases, ratios);
+}
+
+TEST(CudaLinear, EveryGridOnRaggedShapes) {
+  HIGGS_NEEDS_GPU();
+  Ratios ratios;
+  for (const Grid& grid : grids()) {
+    check_layer(Layer(grid, 41, 576, 64, 576), kAllCases, ratios);
+    check_layer(Layer(grid, 23, 64 * 35, 64, 640), kFewCases, ratios);
+    check_layer(Layer(grid, 7, 64, 64, 64), kFewCases, ratios);
+    check_layer(Layer(grid, 20, 64 * 13, 64, 64), kFewCases, ratios);
+  }
+}
+
+class CudaLinearRealShapes : public testing::TestWithParam<const char*> {};
+
+TEST_P(CudaLinearRealShapes, MatchTheOracle) {
+  HIGGS_NEEDS_GPU();
+  Ratios ratios;
+  for (const Shape& s : {Shape{4112, 1024, 1024, 1024}, Shape{300, 4096, 1024, 1024}, Shape{130, 8192, 1024, 1024},
+                         Shape{70, 14336, 1024, 1024}, Shape{70, 11008, 256, 1024}, Shape{40, 28672, 1024, 1024}}) {
+    check_layer(Layer(find_grid(GetParam()), s.n, s.k, s.block, s.group), kAllCases, ratios);
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes, testing::Values("p2_n256", "p2_n64", "p4_n256"));
+
+TEST(CudaLinear, MatricesThatShareX) {
+  HIGGS_NEEDS_GPU();
+  constexpr std::int64_t kColumns = 2048;
+  const Layer q(find_grid("p2_n256"), 300, kColumns, 1024, 1024);
+  const Layer k(find_grid("p1_n16"), 72, kColumns, 1024, 1024);
+  const Layer v(find_grid("p2_n64"), 65, kColumns, 1024, 1024);
+  Buffer<float> d(kColumns);
+  rotation_vector(VectorKind::input, 5, nullptr, kColumns, d.data(), nullptr);
+  for (const std::int64_t m : {1, 6, 16}) {
+    const Buffer<std::uint8_t> x(stored(gaussian(static_cast<std::size_t>(m * kColumns)), DType::bf16));
+    std::vector<LinearPart> parts;
+    std::vector<std::unique_ptr<Buffer<std::byte>>> tiled;
+    std::vector<std::unique_ptr<Buffer<std::uint8_t>>> together;
+    for (const Layer* layer : {&q, &k, &v}) {
+      tiled.push_back(std::make_unique<Buffer<std::byte>>(static_cast<std::size_t>(tiled_format(layer->format).bytes)));
+      together.push_back(std::make_unique<Buffer<std::uint8_t>>(static_cast<std::size_t>(m * layer->format.n * 2)));
+      repack(layer->device(), tiled.back()->data(), nullptr);
+      parts.push_back({{layer->format, tiled.back()->data()}, nullptr, together.back()->data()});
+    }
+    linear(x.data(), DType::bf16, m, d.data(), parts, nullptr, nullptr);
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      Buffer<std::uint8_t> alone(static_cast<std::size_t>(m * parts[i].weights.format.n * 2));
+      LinearPart part = parts[i];
+      part.y = alone.data();
+      linear(x.data(), DType::bf16, m, d.data(), {&part, 1}, nullptr, nullptr);
+      const std::vector<float> a = loaded(together[i]->host(), DType::bf16);
+      const std::vector<float> b = loaded(alone.host(), DType::bf16);
+      for (std::size_t j = 0; j < a.size(); ++j) EXPECT_NEAR(a[j], b[j], 0.02f + 0.01f * std::abs(b[j]));
+    }
+  }
+}
+
+TEST(CudaLinear, NoRowsAndBadArguments) {
+  HIGGS_NEEDS_GPU();
+  const Layer layer(find_grid("p2_n256"), 16, 256, 256, 256);
+  Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(layer.format).bytes));
+  const LinearPart part{{layer.format, tiled.data()}, nullptr, nullptr};
+  EXPECT_NO_THROW(linear(nullptr, DType::f16, 0, nullptr, {&part, 1}, nullptr, nullptr));
+  EXPECT_THROW(linear(nullptr, DType::f16, 1, nullptr, {&part, 1}, nullptr, nullptr), Error);
+  EXPECT_THROW(linear(nullptr, DType::f32, 0, nullptr, {&part, 1}, nullptr, nullptr), Error);
+  EXPECT_THROW(linear(nullptr, DType::f16, 17, nullptr, {&part, 1}, nullptr, nullptr), Error);
+}
+
+}  // namespace
+}  // namespace higgs::cuda::test

@@ -1,0 +1,124 @@
+// plan() over all grids, many shapes and devices; needs no GPU.
+#include "higgs/cuda/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <set>
+#include <string>
+
+#include "decoder_ops.h"
+#include "higgs/higgs.h"
+
+namespace higgs::cuda {
+namespace {
+
+DeviceProperties device(int major, int minor, int multiprocessors, int shared_kb) {
+  return {"sm_" + std::to_string(10 * major + minor), major, minor, multiprocessors, shared_kb * 1024};
+}
+const DeviceProperties kDevices[] = {device(8, 0, 108, 163), device(8, 6, 84, 99),    device(8, 9, 128, 99),
+                                     device(9, 0, 132, 227), device(10, 0, 148, 227), device(12, 0, 170, 99)};
+
+LayerFormat format(const Grid& grid, std::int64_t n, std::int64_t k) {
+  const int block = static_cast<int>(std::min<std::int64_t>(1024, k & -k));  // powers of two only on the GPU
+  return {&grid, n, k, block, default_group(k, block), 0};
+}
+
+void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, std::int64_t m,
+                  const DeviceProperties& d) {
+  const TiledFormat t = warp_slices(p, tiled_format(matrices[0]));
+  EXPECT_LE(p.threads(), 512);
+  EXPECT_GE(p.slices, 1);
+  EXPECT_GE(p.row_groups, 1);
+  EXPECT_LE(p.shared_bytes, d.shared_bytes_per_block);
+  EXPECT_LE(p.cluster, d.has_clusters() ? 8 : 1);
+  EXPECT_GE(p.slices * p.cluster * p.k_launches, t.slices) << "some columns have no warp";
+  EXPECT_LT(p.slices * p.cluster * (p.k_launches - 1), t.slices) << "a launch without columns";
+  EXPECT_GE(p.rows, 1);
+  EXPECT_LE(p.rows, m);
+  EXPECT_GE(p.token_tiles * 8, p.rows);
+  EXPECT_GE(p.batch, 1);
+  EXPECT_GE(p.rotate_warps, 1);
+  ASSERT_EQ(p.parts.size(), matrices.size());
+  int next = 0;
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    EXPECT_EQ(p.parts[i].first_cluster, next);
+    EXPECT_GE(p.parts[i].clusters, 1);
+    next += p.parts[i].clusters;
+    const std::int64_t tiles = (matrices[i].n + kTileRows - 1) / kTileRows;
+    EXPECT_GE(std::int64_t{p.rounds} * p.parts[i].clusters * p.row_groups, tiles);
+  }
+  EXPECT_LE(p.ctas(), std::max(d.multiprocessors, p.cluster * static_cast<int>(matrices.size())));
+  EXPECT_EQ(decoder_ops(p.field).field, t.field);
+}
+
+TEST(Plan, EverySupportedProblemHasAnInstance) {
+  for (const DeviceProperties& d : kDevices) {
+    for (const Grid& grid : grids()) {
+      for (const std::int64_t k : {64, 192, 576, 1024, 4096, 5120, 8192, 11008, 14336, 28672, 53248, 64 * 1001}) {
+        for (const std::int64_t n : {0, 1, 17, 576, 4096, 28672, 128256}) {
+          for (const std::int64_t m : {1, 3, 8, 9, 16}) {
+            const LayerFormat f = format(grid, n, k);
+            const LaunchPlan p = plan({m, DType::bf16, {&f, 1}}, d);
+            SCOPED_TRACE(d.name + " " + std::string(grid.name) + " " + std::to_string(m) + " x " + std::to_string(n) +
+                         " x " + std::to_string(k) + ": " + p.to_string());
+            expect_valid(p, {&f, 1}, m, d);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Plan, EveryInstanceIsReachable) {
+  std::set<std::pair<int, int>> seen;
+  for (const Grid& grid : grids()) {
+    const FieldShape s = field_shape(grid);
+    seen.insert({s.bits, s.weights});
+  }
+  EXPECT_EQ(seen.size(), 10u);
+}
+
+TEST(Plan, MatricesThatShareXGetClustersInProportion) {
+  const Grid& grid = find_grid("p2_n256");
+  const LayerFormat qkv[] = {format(grid, 4096, 4096), format(grid, 1024, 4096), format(grid, 1024, 4096)};
+  const LaunchPlan p = plan({1, DType::bf16, qkv}, kDevices[3]);
+  expect_valid(p, qkv, 1, kDevices[3]);
+  EXPECT_EQ(p.parts[0].clusters, 4 * p.parts[1].clusters);
+  EXPECT_EQ(p.parts[1].clusters, p.parts[2].clusters);
+}
+
+TEST(Plan, FullSlicesInOneScaleGroupUseTheRegularInstance) {
+  const Grid& grid = find_grid("p2_n256");
+  LayerFormat f = format(grid, 4096, 4096);
+  EXPECT_TRUE(plan({1, DType::f16, {&f, 1}}, kDevices[3]).regular);
+  f.group = 64;
+  f.block = 64;
+  EXPECT_FALSE(plan({1, DType::f16, {&f, 1}}, kDevices[3]).regular);
+}
+
+TEST(Plan, RejectsBadProblems) {
+  const Grid& grid = find_grid("p2_n256");
+  const LayerFormat a = format(grid, 64, 1024);
+  const LayerFormat b = format(grid, 64, 2048);
+  const LayerFormat both[] = {a, b};
+  EXPECT_THROW((void)plan({0, DType::f16, {&a, 1}}, kDevices[3]), Error);
+  EXPECT_THROW((void)plan({17, DType::f16, {&a, 1}}, kDevices[3]), Error);
+  EXPECT_THROW((void)plan({1, DType::f32, {&a, 1}}, kDevices[3]), Error);
+  EXPECT_THROW((void)plan({1, DType::f16, {}}, kDevices[3]), Error);
+  EXPECT_THROW((void)plan({1, DType::f16, both}, kDevices[3]), Error);
+}
+
+TEST(Plan, BlocksWithAnOddFactorAreRefused) {
+  const LayerFormat f{&find_grid("p2_n256"), 64, 576, 576, 576, 0};
+  try {
+    (void)plan({1, DType::f16, {&f, 1}}, kDevices[3]);
+    FAIL() << "accepted";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ErrorCode::unsupported);
+    EXPECT_NE(std::string(e.what()).find("block 576"), std::string::npos) << e.what();
+  }
+}
+
+}  // namespace
+}  // namespace higgs::cuda
