@@ -4,8 +4,8 @@
     python bench/python/bench_kernels.py BUILD/cuda/libhiggs_cuda_bench.so --shapes 8b_gate_up 8b_o --m 1 8 16
 
 Every number is the median over replays of a CUDA graph of dependent launches that walks over enough copies of the
-weights to defeat the L2 cache; the rotation of x is part of each call. Columns: us per call, GB/s of stored bytes, share
-of the memory limit (read kernel / ours), times faster than bf16 linear and than the int4 kernel (tinygemm).
+weights to defeat the L2 cache; the rotation of x is part of each call. Columns: us per call, GB/s of stored bytes,
+share of the memory limit (read kernel / ours), times faster than bf16 linear and than the int4 kernel (tinygemm).
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from shapes import BITS, MAIN, SHAPES  # noqa: E402
+from shapes import BITS, MAIN, SHAPES
 
 L2_BYTES = 256 << 20  # walk over at least this much
 CALLS = 24  # per graph, at least
@@ -94,7 +94,7 @@ def time_bf16(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float]:
     for m in ms:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-        out[m] = graph_us(cycle(copies, lambda i: lambda: torch.mm(x, weights[i].t(), out=y)))
+        out[m] = graph_us(cycle(copies, lambda i, x=x, y=y: lambda: torch.mm(x, weights[i].t(), out=y)))
     return out
 
 
@@ -111,7 +111,7 @@ def time_tinygemm(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float
     out = {}
     for m in ms:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        out[m] = graph_us(cycle(copies, lambda i: lambda: torch._weight_int4pack_mm(x, weights[i], group, scales)))
+        out[m] = graph_us(cycle(copies, lambda i, x=x: lambda: torch._weight_int4pack_mm(x, weights[i], group, scales)))
     return out
 
 
@@ -184,7 +184,8 @@ def main() -> None:
     kernels = Kernels(args.library)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.dtype}")
     print(
-        f"{'shape':16}{'grid':9}{'m':>3}{'us':>8}{'GB/s':>7}{'limit':>8}{'of it':>7}{'bf16':>8}{'x bf16':>8}{'int4':>8}{'x int4':>8}"
+        f"{'shape':16}{'grid':9}{'m':>3}{'us':>8}{'GB/s':>7}{'limit':>8}{'of it':>7}"
+        f"{'bf16':>8}{'x bf16':>8}{'int4':>8}{'x int4':>8}"
     )
     for name in args.shapes:
         ns, k = SHAPES[name]
@@ -197,8 +198,8 @@ def main() -> None:
             for m in args.m:
                 peer = f"{int4[m]:8.1f}{int4[m] / ours[m]:8.2f}" if m in int4 else ""
                 print(
-                    f"{name:16}{grid:9}{m:3}{ours[m]:8.2f}{stored / ours[m] / 1e3:7.0f}{limit:8.2f}{limit / ours[m]:7.2f}"
-                    f"{bf16[m]:8.1f}{bf16[m] / ours[m]:8.2f}{peer}",
+                    f"{name:16}{grid:9}{m:3}{ours[m]:8.2f}{stored / ours[m] / 1e3:7.0f}{limit:8.2f}"
+                    f"{limit / ours[m]:7.2f}{bf16[m]:8.1f}{bf16[m] / ours[m]:8.2f}{peer}",
                     flush=True,
                 )
     if args.quantize:

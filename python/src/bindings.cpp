@@ -83,64 +83,69 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("index_bits", &higgs::Grid::index_bits)
       .def_readonly("t2", &higgs::Grid::t2, "E ||x - Q(x)||^2 / p for x ~ N(0, I_p)")
       .def_property_readonly("rate", &higgs::Grid::rate, "bits per weight without scales")
-      .def_property_readonly("points", [](const higgs::Grid& g) {
-        py::list rows;
-        for (int i = 0; i < g.n_points; ++i) {
-          py::list row;
-          for (int c = 0; c < g.p; ++c) row.append(g.points[static_cast<std::size_t>(i) * g.p + c]);
-          rows.append(row);
-        }
-        return rows;
-      })
+      .def_property_readonly("points",
+                             [](const higgs::Grid& g) {
+                               py::list rows;
+                               for (int i = 0; i < g.n_points; ++i) {
+                                 py::list row;
+                                 for (int c = 0; c < g.p; ++c)
+                                   row.append(g.points[static_cast<std::size_t>(i) * g.p + c]);
+                                 rows.append(row);
+                               }
+                               return rows;
+                             })
       .def("__repr__", [](const higgs::Grid& g) { return "<higgs grid " + std::string(g.name) + ">"; });
   m.def("grids", [] {
     py::list list;
     for (const higgs::Grid& g : higgs::grids()) list.append(py::cast(g, py::return_value_policy::reference));
     return list;
   });
-  m.def("find_grid", [](const std::string& name) { return &higgs::find_grid(name); },
-        py::return_value_policy::reference);
+  m.def(
+      "find_grid", [](const std::string& name) { return &higgs::find_grid(name); }, py::return_value_policy::reference);
   m.def("grid_for_bits", [](double bits) { return &higgs::grid_for_bits(bits); }, py::return_value_policy::reference);
 
   m.def("default_block", &higgs::default_block);
   m.def("default_group", &higgs::default_group);
-  m.def("check_format", [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group) {
-    const higgs::LayerFormat f = layer_format(grid, n, k, block, group, 0);
-    return py::make_tuple(f.row_bytes(), f.row_groups());
-  }, "(bytes of indices, number of scales) of one row; raises ValueError if the format is not legal");
+  m.def(
+      "check_format",
+      [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group) {
+        const higgs::LayerFormat f = layer_format(grid, n, k, block, group, 0);
+        return py::make_tuple(f.row_bytes(), f.row_groups());
+      },
+      "(bytes of indices, number of scales) of one row; raises ValueError if the format is not legal");
   m.def("format_bits", [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group,
                           bool column_scale) { return layer_format(grid, n, k, block, group, 0).bits(column_scale); });
 
-  m.def("quantize", [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group,
-                       std::uint64_t seed, Address w, int w_dtype, Address column_scale, Address indices,
-                       Address scales) {
-    const higgs::LayerFormat f = layer_format(grid, n, k, block, group, seed);
-    const py::gil_scoped_release release;
-    const higgs::QuantizeResult r =
-        higgs::quantize(in_view(w, w_dtype, n, k), f, pointer<const std::uint16_t>(column_scale),
-                        pointer<std::uint8_t>(indices), pointer<std::uint16_t>(scales));
-    return r.t2();
-  });
-  m.def("dequantize", [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group,
-                         std::uint64_t seed, Address indices, Address scales, Address column_scale, Address out,
-                         int out_dtype) {
-    const higgs::LayerFormat f = layer_format(grid, n, k, block, group, seed);
-    const py::gil_scoped_release release;
-    higgs::dequantize(packed_view(f, indices, scales, column_scale), out_view(out, out_dtype, n, k));
-  });
+  m.def("quantize",
+        [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group, std::uint64_t seed,
+           Address w, int w_dtype, Address column_scale, Address indices, Address scales) {
+          const higgs::LayerFormat f = layer_format(grid, n, k, block, group, seed);
+          const py::gil_scoped_release release;
+          const higgs::QuantizeResult r =
+              higgs::quantize(in_view(w, w_dtype, n, k), f, pointer<const std::uint16_t>(column_scale),
+                              pointer<std::uint8_t>(indices), pointer<std::uint16_t>(scales));
+          return r.t2();
+        });
+  m.def("dequantize",
+        [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group, std::uint64_t seed,
+           Address indices, Address scales, Address column_scale, Address out, int out_dtype) {
+          const higgs::LayerFormat f = layer_format(grid, n, k, block, group, seed);
+          const py::gil_scoped_release release;
+          higgs::dequantize(packed_view(f, indices, scales, column_scale), out_view(out, out_dtype, n, k));
+        });
   m.def("linear", [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group,
                      std::uint64_t seed, Address indices, Address scales, Address column_scale, Address x, int x_dtype,
                      std::int64_t rows, Address bias, Address y, int y_dtype) {
     const higgs::LayerFormat f = layer_format(grid, n, k, block, group, seed);
     const py::gil_scoped_release release;
-    higgs::matmul(in_view(x, x_dtype, rows, k), packed_view(f, indices, scales, column_scale), pointer<const void>(bias),
-                  out_view(y, y_dtype, rows, n));
+    higgs::matmul(in_view(x, x_dtype, rows, k), packed_view(f, indices, scales, column_scale),
+                  pointer<const void>(bias), out_view(y, y_dtype, rows, n));
   });
-  m.def("rotate", [](Address in, int dtype, std::int64_t rows, std::int64_t cols, int block, std::uint64_t seed,
-                     Address out) {
-    const py::gil_scoped_release release;
-    higgs::rotate(in_view(in, dtype, rows, cols), block, seed, {}, out_view(out, 0, rows, cols));
-  });
+  m.def("rotate",
+        [](Address in, int dtype, std::int64_t rows, std::int64_t cols, int block, std::uint64_t seed, Address out) {
+          const py::gil_scoped_release release;
+          higgs::rotate(in_view(in, dtype, rows, cols), block, seed, {}, out_view(out, 0, rows, cols));
+        });
   m.def("unrotate", [](Address in, std::int64_t rows, std::int64_t cols, int block, std::uint64_t seed, Address out) {
     const py::gil_scoped_release release;
     higgs::unrotate(in_view(in, 0, rows, cols), block, seed, {}, out_view(out, 0, rows, cols));
