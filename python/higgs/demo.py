@@ -103,7 +103,7 @@ def get_model(work_dir: Path, progress: Progress) -> Path:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as e:
-        raise HiggsError("the demo needs transformers and gguf: pip install 'higgs-quant[demo]'") from e
+        raise HiggsError("the demo needs transformers, accelerate and gguf: pip install 'higgs-quant[demo]'") from e
     tokenizer = AutoTokenizer.from_pretrained(work_dir, gguf_file=_GGUF)
     loaded = AutoModelForCausalLM.from_pretrained(work_dir, gguf_file=_GGUF, dtype=torch.float32)
     progress.advance()

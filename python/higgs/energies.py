@@ -97,7 +97,7 @@ def self_tokens(
 
 
 def weight_energy(weight: Tensor) -> Tensor:
-    """Sum over rows of w_ij^2: float32 [k]. Sums, so that layers that share an input are pooled by adding."""
+    """Sum over rows of w_ij^2: float32 [k]."""
     total = torch.zeros(weight.shape[1], dtype=torch.float64)
     for rows in weight.detach().split(max(1, 2**18 // weight.shape[1])):  # fp64 copies stay small
         total += rows.double().square().sum(0)
@@ -134,19 +134,30 @@ def _floored(energy: Tensor) -> Tensor:
     return (energy / mean).clamp(min=1e-6) if mean > 0 else torch.ones_like(energy)
 
 
+def pooled_energy(input_energy: Tensor, weight_energies: list[Tensor]) -> Tensor:
+    """b_j of layers that read the same input: float64 [k].
+
+    Each layer counts by 1 / sum_j a_j b_j, the inverse energy of its output (for uncorrelated inputs), so that the sum
+    of the relative output errors is least and a large q does not drown a small, sensitive v.
+    """
+    a = input_energy.double()
+    return torch.stack([b.double() / (a * b).sum().clamp(min=1e-30) for b in weight_energies]).sum(0)
+
+
 def pooled_column_scales(
     energies: Energies, weight_energies: dict[str, Tensor], blocks: dict[str, int], exponent: float = 0.25
 ) -> dict[str, Tensor]:
     """Column scales of the layers in ``weight_energies`` ({layer: :func:`weight_energy`}), one for all layers that read
-    the same input, with b_j pooled over them, so that one rotated x serves them all. Layers whose input energy is not
+    the same input (b_j: :func:`pooled_energy`), so that one rotated x serves them all. Layers whose input energy is not
     known get none. ``blocks``: Hadamard block of each layer."""
     scales = {}
     for names in energies.shared:
         names = [name for name in names if name in weight_energies and name in energies.energies]
         if not names:
             continue
-        pooled = torch.stack([weight_energies[name] for name in names]).sum(0)
-        shared = column_scale(energies.energies[names[0]], pooled, exponent, blocks[names[0]])
+        a = energies.energies[names[0]]
+        pooled = pooled_energy(a, [weight_energies[name] for name in names])
+        shared = column_scale(a, pooled, exponent, blocks[names[0]])
         scales.update(dict.fromkeys(names, shared))
     return scales
 

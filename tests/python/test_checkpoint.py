@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import contents, load, make_checkpoint, random_energies, write_checkpoint
 from higgs import FormatError, UnsupportedError, _ops, layer_format
+from higgs._core import default_block
 from higgs.checkpoint import Checkpoint, find_linear_weights, inspect_checkpoint, quantize_checkpoint
 from higgs.checkpoint.files import read_header
-from higgs.energies import Energies, column_scale, weight_energy
+from higgs.energies import Energies, column_scale, pooled_energy, weight_energy
 from higgs.report import Report
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,8 +63,9 @@ def test_layers_with_one_input_share_a_column_scale(sharded, tmp_path):
     before, after = load(sharded), load(tmp_path / "out")
     assert all(layer.column_scale for layer in report.layers)
     for group in energies.shared:
-        pooled = torch.stack([weight_energy(before[f"{name}.weight"]) for name in group]).sum(0)
-        expected = column_scale(energies.energies[group[0]], pooled, 0.2)
+        a = energies.energies[group[0]]
+        pooled = pooled_energy(a, [weight_energy(before[f"{name}.weight"]) for name in group])
+        expected = column_scale(a, pooled, 0.2, block=default_block(len(a)))
         for name in group:
             assert torch.equal(after[f"{name}.column_scale"], expected)
     name = energies.shared[0][1]

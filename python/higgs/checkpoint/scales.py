@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
+from ..energies import column_scale, pooled_energy, weight_energy
 from .files import Checkpoint
 from .plan import LayerPlan, Plan
 
@@ -69,8 +70,8 @@ class ColumnScales:
             return None
         key = tuple(member.name for member in sharing)
         if key not in self._scales:
-            pooled = torch.stack([self._weight_energy(member) for member in sharing]).sum(0)
-            self._scales[key] = self._scale(layer, pooled)
+            energies = [self._weight_energy(member) for member in sharing]
+            self._scales[key] = self._scale(layer, pooled_energy(self._inputs[layer.module], energies))
         return self._scales[key]
 
     def pooling_cost(self, layer: LayerPlan) -> float | None:
@@ -84,13 +85,9 @@ class ColumnScales:
         return self._expected_error(layer, shared) / expected - 1 if expected else 0.0
 
     def _scale(self, layer: LayerPlan, weight_energy: Tensor) -> Tensor:
-        from ..energies import column_scale
-
         return column_scale(self._inputs[layer.module], weight_energy, self._exponent, layer.fmt.block)
 
     def _weight_energy(self, layer: LayerPlan) -> Tensor:
-        from ..energies import weight_energy
-
         if layer.name not in self._weight_energies:
             weight = self._checkpoint.read(layer.source)
             energy = weight_energy(weight)
