@@ -1,10 +1,11 @@
 // Dot products of packed rows with x, compiled once per instruction set; everything has internal linkage.
 //
-// An instruction set provides
-//   Vec               a vector of kLanes floats, with load, fma (a * b + c), zero, store and sum (lanes added in
-//   halves) f16(bits)         fp16 bits -> float Decoder<B, P>     chunk(bytes, valid, sink) decodes 64 indices (the
-//   first `valid` of them are in the row; the rest
-//                     may be anything, x is zero there) and calls sink(offset, Vec) for 64 * P floats in decode order
+// An instruction set provides:
+// - Vec, a vector of kLanes floats, with load, store, zero, fma (a * b + c) and sum (lanes added in halves);
+// - f16(bits), fp16 bits -> float;
+// - Decoder<B, P> with chunk(bytes, valid, sink): decodes 64 indices, of which the first `valid` are in the row (the
+//   rest may be anything, x is zero there), and calls sink(offset, Vec) for 64 * P floats in decode order.
+//
 // The sums run in the same order in dot_rows and dot_tile: one chain of fma per (row of w, row of x, scale group), in
 // decode order, lanes added up per group, groups in order. So a row of y has the same bits in any batch.
 #pragma once

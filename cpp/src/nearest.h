@@ -29,8 +29,8 @@ struct NearestTable {
 // Built on first use, kept for the life of the process. Thread safe.
 [[nodiscard]] const NearestTable& nearest_table(const Grid& grid);
 
-// Index of the nearest point to u[0, p): the definition the vector versions are tested against, and their way out for
-// lanes that are outside the cells or in a cell with too many candidates.
+// Index of the nearest point to u[0, p) by trying all: for values outside the cells or in a cell with too many
+// candidates, and what the search by cells is tested against.
 [[nodiscard]] std::uint16_t nearest_of_all(const NearestTable& table, const float* u) noexcept;
 
 }  // namespace higgs::detail

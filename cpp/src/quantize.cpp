@@ -1,8 +1,6 @@
 #include "higgs/quantize.h"
 
-#include <atomic>
 #include <cmath>
-#include <mutex>
 #include <string>
 #include <vector>
 
