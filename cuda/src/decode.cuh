@@ -5,14 +5,13 @@
 // address: one PRMT and one load decode a field. Fields of 5 to 7 bits use the same 256 entries, with the bits above
 // them as "don't care" copies; those spare bits of a unit's words carry its remaining fields.
 //
-//   Decoder                 words / unit  shared memory  instructions / look-up
-//   PairDecoder<8>          8             64 KB          PRMT LDS
-//   PairDecoder<5, 6, 7>    5, 6, 7       64 KB          PRMT LDS + 0.2-0.4 to assemble the remaining fields
-//   PairDecoder<9..12>      9..12         64 KB          SHF LOP3 LDS (32, 16, 8, 4 copies: some conflicts from 10
-//   bits) QuadDecoder             4             64 KB          PRMT LDS LDS: one 64-bit load would need moves, as the
-//   halves of
-//                                                        an entry are not neighbours in the A operand
-//   SingleDecoder           16            64 KB          PRMT LDS, and a PRMT per pair
+//   Decoder               words / unit  instructions / look-up (64 KB of shared memory each)
+//   PairDecoder<8>        8             PRMT LDS
+//   PairDecoder<5, 6, 7>  5, 6, 7       PRMT LDS, 0.2-0.4 more to assemble the remaining fields
+//   PairDecoder<9..12>    9..12         SHF LOP3 LDS; 32, 16, 8, 4 copies of the table: some conflicts from 10 bits
+//   QuadDecoder           4             PRMT LDS LDS: one 64-bit load would need moves, as the halves of an entry
+//                                       are not neighbours in the A operand
+//   SingleDecoder         16            PRMT LDS, and a PRMT per pair
 //
 // Order of the fields of a lane (rows g and g + 8, columns 16 step + 4 t + 0..3 for steps 0..7 of a unit):
 //   pairs:   field 4 step + {0, 1, 2, 3} = (g, 0-1), (g + 8, 0-1), (g, 2-3), (g + 8, 2-3)

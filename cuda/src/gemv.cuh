@@ -1,6 +1,6 @@
 // Decode kernel: y[m, n] = rotate(x * d)[m, k] . (scale * table[index])[n, k]^T (+ bias), m <= 16, in one launch.
 //
-//   x        [m, k] fp16 or bf16; multiplied by d, rotated in fp32 and rounded to x's type by every CTA for its columns
+//   x        [m, k] fp16 or bf16; multiplied by d and rotated (rotate_x.cuh) by every CTA for its columns
 //   weights  tiled layout (tiled_format.h); table and scales from the same buffer
 //   y        [m, n] in x's type, accumulated in fp32
 //
