@@ -20,6 +20,7 @@ from shapes import BITS, MAIN, SHAPES
 
 L2_BYTES = 256 << 20  # walk over at least this much
 CALLS = 24  # per graph, at least
+MAX_INT4_ROWS = 64  # tinygemm's time grows with m
 
 
 class Kernels:
@@ -39,14 +40,15 @@ class Kernels:
             else a
             for a in args
         ]
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        if getattr(self.lib, name)(*converted, stream) != 0:
+        self.check(name, *converted, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+
+    def check(self, name: str, *args: object) -> None:
+        if getattr(self.lib, name)(*args) != 0:
             raise RuntimeError(f"{name}: {self.lib.higgs_last_error().decode()}")
 
     def sizes(self, grid: str, n: int, k: int) -> list[int]:
         out = (ctypes.c_longlong * 4)()
-        if self.lib.higgs_sizes(grid.encode(), ctypes.c_longlong(n), ctypes.c_longlong(k), out) != 0:
-            raise RuntimeError(self.lib.higgs_last_error().decode())
+        self.check("higgs_sizes", grid.encode(), ctypes.c_longlong(n), ctypes.c_longlong(k), out)
         return list(out)
 
 
@@ -143,14 +145,20 @@ def time_linear(
     kernels.call("higgs_vector", k, d)
     code = ctypes.c_int({torch.float16: 1, torch.bfloat16: 2}[dtype])
     n_array = (ctypes.c_longlong * len(ns))(*ns)
-    workspace = torch.empty(16 * sum(ns), device="cuda")
     out = {}
     for m in ms:
+        bytes_needed = ctypes.c_longlong()
+        kernels.check(
+            "higgs_linear_workspace", grid.encode(), len(ns), n_array, ctypes.c_longlong(k), code, ctypes.c_longlong(m),
+            ctypes.byref(bytes_needed),
+        )  # fmt: skip
+        workspace = torch.empty(max(16, bytes_needed.value), device="cuda", dtype=torch.uint8)
         x = torch.randn(m, k, device="cuda", dtype=dtype)
         ys = [torch.empty(m, n, device="cuda", dtype=dtype) for n in ns]
         y_array, keep = pointers(ys), [x, ys]
 
-        def make(i: int, m: int = m, x: torch.Tensor = x, y_array: ctypes.Array = y_array, keep: list = keep):
+        def make(i: int, m: int = m, x: torch.Tensor = x, y_array: ctypes.Array = y_array, keep: list = keep,
+                 workspace: torch.Tensor = workspace):  # fmt: skip
             tiled_array = pointers(tiled[i])
             return lambda: kernels.call(
                 "higgs_linear", grid, ctypes.c_int(len(ns)), n_array, k, code, m, x, d, tiled_array, y_array, workspace
@@ -184,13 +192,13 @@ def main() -> None:
     kernels = Kernels(args.library)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.dtype}")
     print(
-        f"{'shape':16}{'grid':9}{'m':>3}{'us':>8}{'GB/s':>7}{'limit':>8}{'of it':>7}"
+        f"{'shape':16}{'grid':9}{'m':>5}{'us':>8}{'GB/s':>7}{'limit':>8}{'of it':>7}"
         f"{'bf16':>8}{'x bf16':>8}{'int4':>8}{'x int4':>8}"
     )
     for name in args.shapes:
         ns, k = SHAPES[name]
         bf16 = time_bf16(ns, k, args.m)
-        int4 = {} if args.no_peers else time_tinygemm(ns, k, args.m)
+        int4 = {} if args.no_peers else time_tinygemm(ns, k, [m for m in args.m if m <= MAX_INT4_ROWS])
         for grid in args.grids:
             stored = sum(kernels.sizes(grid, n, k)[3] for n in ns)
             limit = time_read(kernels, stored // 16 * 16)
@@ -198,7 +206,7 @@ def main() -> None:
             for m in args.m:
                 peer = f"{int4[m]:8.1f}{int4[m] / ours[m]:8.2f}" if m in int4 else ""
                 print(
-                    f"{name:16}{grid:9}{m:3}{ours[m]:8.2f}{stored / ours[m] / 1e3:7.0f}{limit:8.2f}"
+                    f"{name:16}{grid:9}{m:5}{ours[m]:8.2f}{stored / ours[m] / 1e3:7.0f}{limit:8.2f}"
                     f"{limit / ours[m]:7.2f}{bf16[m]:8.1f}{bf16[m] / ours[m]:8.2f}{peer}",
                     flush=True,
                 )

@@ -93,6 +93,15 @@ int higgs_linear(const char* grid, int parts, const long long* n, long long k, i
   });
 }
 
+int higgs_linear_workspace(const char* grid, int parts, const long long* n, long long k, int dtype, long long m,
+                           long long* bytes) {
+  return guarded([&] {
+    std::vector<higgs::cuda::LinearPart> list;
+    for (int i = 0; i < parts; ++i) list.push_back({{make_format(grid, n[i], k), nullptr}, nullptr, nullptr});
+    *bytes = higgs::cuda::linear_workspace_bytes(m, static_cast<higgs::DType>(dtype), list);
+  });
+}
+
 const char* higgs_plan(const char* grid, int parts, const long long* n, long long k, int dtype, long long m) {
   static std::string text;
   guarded([&] {

@@ -62,9 +62,21 @@ __host__ __device__ constexpr int bit_position(FieldShape s, int f, int b) {
 
 __device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 
-// Byte `b` of `word` above the low byte of `offset`: entry address in a table of 256-byte stride.
+// A table that is addressed from the start of the shared window: `offset` holds its address.
+struct SharedWindow {};
+
+__device__ __forceinline__ uint32_t look_up(const uint8_t* table, uint32_t at) {
+  return *reinterpret_cast<const uint32_t*>(table + at);
+}
+__device__ __forceinline__ uint32_t look_up(SharedWindow, uint32_t at) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at));
+  return v;
+}
+
+// `offset` with byte `b` of `word` as its second byte: entry address in a table of 256-byte stride.
 __device__ __forceinline__ uint32_t byte_address(uint32_t word, int b, uint32_t offset) {
-  return __byte_perm(word, offset, 0x5504 | (b << 4));
+  return __byte_perm(word, offset, 0x7604 | (b << 4));
 }
 
 // Words with one field in every byte, from the words of a unit.
@@ -118,9 +130,10 @@ struct PairDecoder {
   static __device__ __forceinline__ uint32_t lane_offset(int lane) { return (lane % kCopies) * 4; }
 
   // The A fragment of step `step`, a constant after unrolling.
-  __device__ __forceinline__ void fragment(int step, const uint8_t* table, uint32_t offset, uint32_t (&a)[4]) const {
+  template <typename Table>
+  __device__ __forceinline__ void fragment(int step, Table table, uint32_t offset, uint32_t (&a)[4]) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) a[j] = *reinterpret_cast<const uint32_t*>(table + address(4 * step + j, offset));
+    for (int j = 0; j < 4; ++j) a[j] = look_up(table, address(4 * step + j, offset));
   }
 
  private:
@@ -160,12 +173,13 @@ struct QuadDecoder {
   }
   static __device__ __forceinline__ uint32_t lane_offset(int lane) { return lane * 4; }
 
-  __device__ __forceinline__ void fragment(int step, const uint8_t* table, uint32_t offset, uint32_t (&a)[4]) const {
+  template <typename Table>
+  __device__ __forceinline__ void fragment(int step, Table table, uint32_t offset, uint32_t (&a)[4]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint8_t* entry = table + byte_address(words[step / 2], step % 2 * 2 + r, offset);
-      a[r] = *reinterpret_cast<const uint32_t*>(entry);
-      a[2 + r] = *reinterpret_cast<const uint32_t*>(entry + kSecondHalf);
+      const uint32_t at = byte_address(words[step / 2], step % 2 * 2 + r, offset);
+      a[r] = look_up(table, at);
+      a[2 + r] = look_up(table, at + kSecondHalf);
     }
   }
 };
@@ -186,14 +200,15 @@ struct SingleDecoder {
   static __device__ __forceinline__ uint32_t lane_offset(int lane) { return lane * 4; }
 
   // The A fragment of step `step`, a constant after unrolling.
-  __device__ __forceinline__ void fragment(int step, const uint8_t* table, uint32_t offset, uint32_t (&a)[4]) const {
+  template <typename Table>
+  __device__ __forceinline__ void fragment(int step, Table table, uint32_t offset, uint32_t (&a)[4]) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t v[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t at = byte_address(words[2 * step + j / 2], j % 2 * 2 + i, offset);
-        v[i] = *reinterpret_cast<const uint32_t*>(table + at);
+        v[i] = look_up(table, at);
       }
       a[j] = __byte_perm(v[0], v[1], 0x5410);
     }

@@ -1,5 +1,6 @@
 // The kernels of one decoder; compiled once per line of instances.h with HIGGS_DECODER_NAME and HIGGS_DECODER defined.
 #include "decoder_ops.h"
+#include "gemm_sm90.cuh"
 #include "gemv.cuh"
 #include "launch.h"
 #include "repack.cuh"
@@ -8,6 +9,13 @@ namespace higgs::cuda {
 namespace {
 
 using D = HIGGS_DECODER;
+
+template <typename Config>
+void launch_gemm(const GemmParams& params, const GemmPlan& plan, Stream stream) {
+  static_assert(Config::kWarpgroups * 64 == gemm_rows(Config::kN));
+  launch_dependent<gemm_kernel<Config>>(params, plan.ctas(), Config::kThreads, Config::kSharedBytes, stream,
+                                        plan.cluster_size);
+}
 
 template <typename T, int TokenTiles>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
@@ -25,6 +33,29 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
 
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
   plan.dtype == DType::f16 ? gemv<__half>(plan, params, stream) : gemv<__nv_bfloat16>(plan, params, stream);
+}
+
+template <typename T, bool Regular>
+void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
+  switch (plan.tokens) {
+    case 16: return launch_gemm<GemmConfig<D, T, 16, Regular>>(params, plan, stream);
+    case 32: return launch_gemm<GemmConfig<D, T, 32, Regular>>(params, plan, stream);
+    case 64: return launch_gemm<GemmConfig<D, T, 64, Regular>>(params, plan, stream);
+    case 128: return launch_gemm<GemmConfig<D, T, 128, Regular>>(params, plan, stream);
+    default:
+      if constexpr (gemm_max_tokens(D::kShape, Regular) == 256) {
+        return launch_gemm<GemmConfig<D, T, 256, Regular>>(params, plan, stream);
+      }
+  }
+}
+
+template <typename T>
+void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
+  plan.regular ? gemm<T, true>(plan, params, stream) : gemm<T, false>(plan, params, stream);
+}
+
+void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
+  plan.dtype == DType::f16 ? gemm<__half>(plan, params, stream) : gemm<__nv_bfloat16>(plan, params, stream);
 }
 
 constexpr int kThreads = 128;
@@ -60,6 +91,6 @@ void dequantize_rotated(const TiledLayer& layer, const uint8_t* tiled, void* out
 #define HIGGS_CONCAT(a, b) HIGGS_CONCAT_(a, b)
 
 extern const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME);
-const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape, gemv, repack, unrepack, dequantize_rotated};
+const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape, gemv, gemm, repack, unrepack, dequantize_rotated};
 
 }  // namespace higgs::cuda

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "gemm_params.h"
 #include "gemv_params.h"
 #include "higgs/cuda/plan.h"
 #include "higgs/cuda/tiled_format.h"
@@ -21,6 +22,7 @@ struct TiledLayer {
 struct DecoderOps {
   FieldShape field;
   void (*gemv)(const LaunchPlan& plan, const GemvParams& params, Stream stream);
+  void (*gemm)(const GemmPlan& plan, const GemmParams& params, Stream stream);
   void (*repack)(const TiledLayer& layer, const std::uint8_t* indices, std::uint8_t* weights, Stream stream);
   void (*unrepack)(const TiledLayer& layer, const std::uint8_t* weights, std::uint8_t* indices, Stream stream);
   void (*dequantize_rotated)(const TiledLayer& layer, const std::uint8_t* tiled, void* out, DType dtype, Stream stream);

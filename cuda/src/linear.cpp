@@ -9,6 +9,7 @@
 #include "higgs/cuda/ops.h"
 #include "higgs/cuda/plan.h"
 #include "launch.h"
+#include "pack_x.h"
 
 namespace higgs::cuda {
 
@@ -37,9 +38,9 @@ LaunchPlan plan_group(std::int64_t m, DType dtype, std::span<const LinearPart> p
 
 void check_parts(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts) {
   if (dtype == DType::f32) throw Error(ErrorCode::type, "linear: x is float32; use float16 or bfloat16");
-  if (m < 0 || m > kMaxDecodeRows) {
-    throw Error(ErrorCode::invalid_argument, "linear: m = " + std::to_string(m) +
-                                                 " rows of x; use 0..16, and rotate + dequantize_rotated + GEMM above");
+  if (m < 0 || m > kMaxLinearRows) {
+    throw Error(ErrorCode::invalid_argument,
+                "linear: m = " + std::to_string(m) + " rows of x; use 0.." + std::to_string(kMaxLinearRows));
   }
   if (parts.empty()) throw Error(ErrorCode::invalid_argument, "linear: no matrices");
   for (const LinearPart& part : parts) {
@@ -105,25 +106,91 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   return p;
 }
 
-}  // namespace
+bool uses_gemm(std::int64_t m) { return m > kMaxDecodeRows; }
 
-std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
-  std::int64_t bytes = 0;
-  if (m == 0) return 0;
-  for (const auto& group : launch_groups(parts)) {
-    const LaunchPlan plan = plan_group(m, dtype, group);
-    if (plan.k_launches == 1) continue;
-    std::int64_t rows = 0;
-    for (const LinearPart& part : group) rows += part.weights.format.n;
-    bytes = std::max(bytes, rows * plan.rows * 4);
-  }
-  return bytes;
+GemmPlan plan_gemm_group(std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
+  std::array<LayerFormat, kMaxParts> formats;
+  for (std::size_t i = 0; i < parts.size(); ++i) formats[i] = parts[i].weights.format;
+  return plan_gemm({m, dtype, {formats.data(), parts.size()}}, current_device());
 }
 
-void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
-            void* workspace, Stream stream) {
-  check_parts(x, dtype, m, d, parts);
-  if (m == 0) return;
+GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> parts) {
+  const LayerFormat& f = parts[0].weights.format;
+  const TiledFormat t = tiled_format(f);
+  GemmParams p;
+  p.padded_m = plan.padded_m;
+  p.k_blocks = static_cast<int>(f.k / kColumnAlignment);
+  p.group_blocks = static_cast<int>(f.group / kColumnAlignment);
+  p.scale_groups = static_cast<int>(t.row_groups);
+  p.slices = t.slices;
+  p.units_per_slice = t.units_per_slice;
+  p.last_units = t.last_units;
+  p.slice_bytes = static_cast<int>(t.slice_bytes);
+  p.tile_bytes = static_cast<int>(t.tile_bytes);
+  p.tiles = plan.tiles;
+  p.split_tiles = plan.split_tiles;
+  p.clusters = plan.clusters;
+  p.slices_per_cluster = plan.slices_per_cluster();
+  p.longer_clusters = plan.longer_clusters();
+  p.part_count = static_cast<int>(parts.size());
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const TiledFormat layout = tiled_format(parts[i].weights.format);
+    GemmPart& part = p.parts[i];
+    part.data = reinterpret_cast<const std::uint8_t*>(parts[i].weights.data);
+    part.weights_offset = static_cast<std::uint32_t>(layout.weights / kTiledAlignment);
+    part.bias = parts[i].bias;
+    part.y = parts[i].y;
+    part.n = static_cast<int>(parts[i].weights.format.n);
+    part.row_tiles = static_cast<int>(layout.row_tiles);
+    part.first_row_block = p.row_blocks;
+    p.row_blocks += plan.row_blocks[i];
+  }
+  return p;
+}
+
+// Workspace: packed x | partial sums of the largest launch | flags of all launches.
+struct GemmWorkspace {
+  std::int64_t x_bytes = 0;
+  std::int64_t partial_bytes = 0;
+  std::int64_t flag_bytes = 0;
+
+  void add(const GemmPlan& plan) {
+    x_bytes = plan.x_bytes;  // the same for all: k and m are
+    partial_bytes = std::max(partial_bytes, plan.partial_bytes);
+    flag_bytes += plan.flag_bytes;
+  }
+  [[nodiscard]] std::int64_t bytes() const { return x_bytes + partial_bytes + flag_bytes; }
+};
+
+void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
+              void* workspace, Stream stream) {
+  check_pointer("linear", "workspace", workspace);
+  const auto groups = launch_groups(parts);
+  std::vector<GemmPlan> plans;
+  GemmWorkspace sizes;
+  for (const auto& group : groups) {
+    plans.push_back(plan_gemm_group(m, dtype, group));
+    sizes.add(plans.back());
+  }
+  auto* const base = static_cast<std::byte*>(workspace);
+  auto* flags = reinterpret_cast<std::uint32_t*>(base + sizes.x_bytes + sizes.partial_bytes);
+  const LayerFormat& f = parts[0].weights.format;
+  pack_x({x, d, base, flags, static_cast<int>(sizes.flag_bytes / 4), static_cast<int>(m), plans[0].padded_m,
+          static_cast<int>(f.k), f.block},
+         dtype, stream);
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    GemmParams params = make_gemm_params(plans[i], groups[i]);
+    params.x = base;
+    params.m = static_cast<int>(m);
+    params.partials = reinterpret_cast<float*>(base + sizes.x_bytes);
+    params.flags = flags;
+    flags += plans[i].flag_bytes / 4;
+    decoder_ops(plans[i].field).gemm(plans[i], params, stream);
+  }
+}
+
+void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
+                void* workspace, Stream stream) {
   for (const auto& group : launch_groups(parts)) {
     const LaunchPlan full = plan_group(m, dtype, group);
     if (full.k_launches > 1) check_pointer("linear", "workspace", workspace);
@@ -141,6 +208,36 @@ void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::spa
       }
     }
   }
+}
+
+}  // namespace
+
+std::int64_t linear_max_rows() { return supports_gemm(current_device()) ? kMaxLinearRows : kMaxDecodeRows; }
+
+std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
+  std::int64_t bytes = 0;
+  if (m == 0) return 0;
+  if (uses_gemm(m)) {
+    GemmWorkspace sizes;
+    for (const auto& group : launch_groups(parts)) sizes.add(plan_gemm_group(m, dtype, group));
+    return sizes.bytes();
+  }
+  for (const auto& group : launch_groups(parts)) {
+    const LaunchPlan plan = plan_group(m, dtype, group);
+    if (plan.k_launches == 1) continue;
+    std::int64_t rows = 0;
+    for (const LinearPart& part : group) rows += part.weights.format.n;
+    bytes = std::max(bytes, rows * plan.rows * 4);
+  }
+  return bytes;
+}
+
+void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
+            void* workspace, Stream stream) {
+  check_parts(x, dtype, m, d, parts);
+  if (m == 0) return;
+  uses_gemm(m) ? run_gemm(x, dtype, m, d, parts, workspace, stream)
+               : run_decode(x, dtype, m, d, parts, workspace, stream);
 }
 
 }  // namespace higgs::cuda

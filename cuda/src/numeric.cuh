@@ -30,6 +30,19 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+// out[0..7] = p[0..7]; p is 16-byte aligned.
+template <typename T>
+__device__ __forceinline__ void load8(const T* p, float (&out)[8]) {
+  constexpr int kPerLoad = 16 / sizeof(T);
+#pragma unroll
+  for (int i = 0; i < 8 / kPerLoad; ++i) {
+    const uint4 raw = reinterpret_cast<const uint4*>(p)[i];
+    const T* values = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+    for (int j = 0; j < kPerLoad; ++j) out[i * kPerLoad + j] = to_float(values[j]);
+  }
+}
+
 // out[0..31] = p[0..31]; p is 64-byte aligned.
 template <typename T>
 __device__ __forceinline__ void load32(const T* p, float (&out)[32]) {

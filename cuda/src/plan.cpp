@@ -90,24 +90,6 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, s
   return use.bytes > 0;
 }
 
-void check_problem(const LinearProblem& p) {
-  if (p.m < 1 || p.m > kMaxDecodeRows) {
-    throw Error(ErrorCode::invalid_argument,
-                "linear: m = " + std::to_string(p.m) + " rows of x; the decode kernel takes 1..16");
-  }
-  if (p.dtype == DType::f32) throw Error(ErrorCode::type, "linear: x is float32; use float16 or bfloat16");
-  if (p.matrices.empty() || p.matrices.size() > kMaxParts) {
-    throw Error(ErrorCode::invalid_argument,
-                "linear: " + std::to_string(p.matrices.size()) + " matrices in one launch; use 1..4");
-  }
-  for (const LayerFormat& f : p.matrices) {
-    if (!can_share_launch(p.matrices[0], f)) {
-      throw Error(ErrorCode::invalid_argument,
-                  "linear: matrices of one launch need the same k, block, group and decoder");
-    }
-  }
-}
-
 // Splits the clusters among the matrices in proportion to their row tiles, at least one each.
 std::vector<PartPlan> split_clusters(const std::vector<std::int64_t>& tiles, int clusters) {
   std::int64_t total = 0;
@@ -141,8 +123,26 @@ bool can_share_launch(const LayerFormat& a, const LayerFormat& b) {
   return a.k == b.k && a.block == b.block && a.group == b.group && field_shape(*a.grid) == field_shape(*b.grid);
 }
 
+void check_matrices(const LinearProblem& p) {
+  if (p.dtype == DType::f32) throw Error(ErrorCode::type, "linear: x is float32; use float16 or bfloat16");
+  if (p.matrices.empty() || p.matrices.size() > kMaxParts) {
+    throw Error(ErrorCode::invalid_argument,
+                "linear: " + std::to_string(p.matrices.size()) + " matrices in one launch; use 1..4");
+  }
+  for (const LayerFormat& f : p.matrices) {
+    if (!can_share_launch(p.matrices[0], f)) {
+      throw Error(ErrorCode::invalid_argument,
+                  "linear: matrices of one launch need the same k, block, group and decoder");
+    }
+  }
+}
+
 LaunchPlan plan(const LinearProblem& problem, const DeviceProperties& device) {
-  check_problem(problem);
+  if (problem.m < 1 || problem.m > kMaxDecodeRows) {
+    throw Error(ErrorCode::invalid_argument,
+                "linear: m = " + std::to_string(problem.m) + " rows of x; the decode kernel takes 1..16");
+  }
+  check_matrices(problem);
   check_block("linear", problem.matrices[0].block);
   const TiledFormat t = tiled_format(problem.matrices[0]);
   LaunchPlan p;

@@ -89,6 +89,8 @@ void check_layer(const Layer& layer, std::span<const Case> cases, Ratios& ratios
 
 constexpr Case kAllCases[] = {{1, DType::f16, false}, {1, DType::bf16, true}, {3, DType::bf16, false},
                               {8, DType::f16, true},  {9, DType::f16, false}, {16, DType::bf16, true}};
+constexpr Case kGemmCases[] = {{17, DType::f16, true},   {33, DType::bf16, false}, {100, DType::f16, false},
+                               {200, DType::bf16, true}, {300, DType::f16, true},  {515, DType::bf16, false}};
 constexpr Case kFewCases[] = {{1, DType::f16, true}, {5, DType::bf16, false}, {13, DType::f16, true}};
 
 TEST(CudaLinear, EveryGridOnFullSlices) {
@@ -105,6 +107,33 @@ TEST(CudaLinear, EveryGridOnRaggedShapes) {
     check_layer(Layer(grid, 23, 64 * 35, 64, 640), kFewCases, ratios);
     check_layer(Layer(grid, 7, 64, 64, 64), kFewCases, ratios);
     check_layer(Layer(grid, 20, 64 * 13, 64, 64), kFewCases, ratios);
+  }
+}
+
+#define HIGGS_NEEDS_GEMM() \
+  HIGGS_NEEDS_GPU();       \
+  if (!supports_gemm(current_device())) GTEST_SKIP() << "no GEMM kernel for " << current_device().name
+
+TEST(CudaLinear, GemmOnEveryGrid) {
+  HIGGS_NEEDS_GEMM();
+  Ratios ratios;
+  for (const Grid& grid : grids()) {
+    check_layer(Layer(grid, 72, 3072, 1024, 1024 * 3), kGemmCases, ratios);
+    check_layer(Layer(grid, 41, 576, 64, 576), kGemmCases, ratios);
+    check_layer(Layer(grid, 23, 64 * 35, 64, 640), kGemmCases, ratios);
+    check_layer(Layer(grid, 7, 64, 64, 64), kGemmCases, ratios);
+    check_layer(Layer(grid, 20, 64 * 13, 64, 64), kGemmCases, ratios);
+  }
+}
+
+// Tiles shared among CTAs, whole tiles, and both.
+TEST(CudaLinear, GemmSchedules) {
+  HIGGS_NEEDS_GEMM();
+  Ratios ratios;
+  const Grid& grid = find_grid("p2_n256");
+  constexpr Case kCases[] = {{24, DType::bf16, false}, {60, DType::bf16, false}, {150, DType::f16, false}};
+  for (const Shape& s : {Shape{2064, 1024, 1024, 1024}, Shape{300, 4096, 1024, 1024}, Shape{20000, 512, 512, 512}}) {
+    check_layer(Layer(grid, s.n, s.k, s.block, s.group), kCases, ratios);
   }
 }
 
@@ -128,7 +157,8 @@ TEST(CudaLinear, MatricesThatShareX) {
   const Layer v(find_grid("p2_n64"), 65, kColumns, 1024, 1024);
   Buffer<float> d(kColumns);
   rotation_vector(VectorKind::input, 5, nullptr, kColumns, d.data(), nullptr);
-  for (const std::int64_t m : {1, 6, 16}) {
+  for (const std::int64_t m : {1, 6, 16, 40, 200}) {
+    if (m > linear_max_rows()) continue;
     const Buffer<std::uint8_t> x(stored(gaussian(static_cast<std::size_t>(m * kColumns)), DType::bf16));
     std::vector<LinearPart> parts;
     std::vector<std::unique_ptr<Buffer<std::byte>>> tiled;
@@ -139,12 +169,13 @@ TEST(CudaLinear, MatricesThatShareX) {
       repack(layer->device(), tiled.back()->data(), nullptr);
       parts.push_back({{layer->format, tiled.back()->data()}, nullptr, together.back()->data()});
     }
-    linear(x.data(), DType::bf16, m, d.data(), parts, nullptr, nullptr);
+    Buffer<std::uint8_t> workspace(static_cast<std::size_t>(linear_workspace_bytes(m, DType::bf16, parts)));
+    linear(x.data(), DType::bf16, m, d.data(), parts, workspace.data(), nullptr);
     for (std::size_t i = 0; i < parts.size(); ++i) {
       Buffer<std::uint8_t> alone(static_cast<std::size_t>(m * parts[i].weights.format.n * 2));
       LinearPart part = parts[i];
       part.y = alone.data();
-      linear(x.data(), DType::bf16, m, d.data(), {&part, 1}, nullptr, nullptr);
+      linear(x.data(), DType::bf16, m, d.data(), {&part, 1}, workspace.data(), nullptr);
       const std::vector<float> a = loaded(together[i]->host(), DType::bf16);
       const std::vector<float> b = loaded(alone.host(), DType::bf16);
       for (std::size_t j = 0; j < a.size(); ++j) EXPECT_NEAR(a[j], b[j], 0.02f + 0.01f * std::abs(b[j]));
@@ -160,7 +191,7 @@ TEST(CudaLinear, NoRowsAndBadArguments) {
   EXPECT_NO_THROW(linear(nullptr, DType::f16, 0, nullptr, {&part, 1}, nullptr, nullptr));
   EXPECT_THROW(linear(nullptr, DType::f16, 1, nullptr, {&part, 1}, nullptr, nullptr), Error);
   EXPECT_THROW(linear(nullptr, DType::f32, 0, nullptr, {&part, 1}, nullptr, nullptr), Error);
-  EXPECT_THROW(linear(nullptr, DType::f16, 17, nullptr, {&part, 1}, nullptr, nullptr), Error);
+  EXPECT_THROW(linear(nullptr, DType::f16, -1, nullptr, {&part, 1}, nullptr, nullptr), Error);
 }
 
 }  // namespace

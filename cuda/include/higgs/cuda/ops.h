@@ -48,15 +48,18 @@ void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std
 void repack(const PackedView& packed, std::byte* tiled, Stream stream);
 void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scales, Stream stream);
 
-// y[m, n] = x[m, k] @ W^T (+ bias) for m <= kMaxDecodeRows; x is multiplied by d and rotated inside the kernel. fp32
-// accumulation in a fixed order: the same input gives the same bits, and rows do not influence each other.
-// Up to kMaxParts matrices that share x (same k, block, group) go in one call; those with the same decoder go in one
-// launch. With bf16 the rotated x and the grid points are rounded to bf16 (about sqrt(2) times the rounding error of a
-// bf16 matmul on dequantized weights); with fp16, x * d is rounded to fp16 and rotated in two steps:
-// |x * d| must stay below about 32000.
+// y[m, n] = x[m, k] @ W^T (+ bias), x multiplied by d and rotated. fp32 accumulation in a fixed order: the same input
+// gives the same bits, and rows do not influence each other. Up to kMaxParts matrices that share x (same k, block,
+// group) go in one call; those with the same decoder go in one launch.
 //
-// For larger m: rotate x (VectorKind::input), dequantize_rotated into a [n, k] buffer of x's dtype, and multiply by any
-// GEMM. Rounding scale * point to the dtype is what makes it differ from this kernel.
+// Up to kMaxDecodeRows rows one kernel does all. With bf16 the rotated x and the grid points are rounded to bf16 (about
+// sqrt(2) times the rounding error of a bf16 matmul on dequantized weights); with fp16, x * d is rounded to fp16 and
+// rotated in two steps: |x * d| must stay below about 32000.
+//
+// More rows, up to kMaxLinearRows, take two: x rotated as by `rotate`, then a GEMM (sm_90 only: elsewhere
+// Error(unsupported), see linear_max_rows). There, rotate x (VectorKind::input), dequantize_rotated into a [n, k]
+// buffer and multiply by any GEMM; rounding scale * point to the dtype is what makes that differ.
+inline constexpr std::int64_t kMaxLinearRows = 1 << 20;
 struct LinearPart {
   TiledView weights;
   const void* bias = nullptr;  // n values of y's dtype, or null
@@ -65,6 +68,8 @@ struct LinearPart {
 // d: fp32[k] from rotation_vector(VectorKind::input). workspace: linear_workspace_bytes(...) bytes, or null if 0.
 void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
             void* workspace, Stream stream);
+// The most rows `linear` takes on the current device.
+[[nodiscard]] std::int64_t linear_max_rows();
 [[nodiscard]] std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts);
 
 }  // namespace higgs::cuda

@@ -12,7 +12,7 @@
 
 namespace higgs::cuda {
 
-inline constexpr int kMaxDecodeRows = 16;  // `linear` runs up to this many rows of x
+inline constexpr int kMaxDecodeRows = 16;  // of x, in the decode kernel; more rows take the GEMM kernel
 inline constexpr int kMaxParts = 4;        // weight matrices that share x in one launch
 
 struct LinearProblem {
@@ -57,10 +57,58 @@ struct LaunchPlan {
 // Whether one launch can serve these matrices together.
 [[nodiscard]] bool can_share_launch(const LayerFormat& a, const LayerFormat& b);
 
+// Throws Error unless one launch can take these matrices and this dtype.
+void check_matrices(const LinearProblem& problem);
+
 // The slices as the warps of a plan see them: those of the layout, or their halves.
 [[nodiscard]] TiledFormat warp_slices(const LaunchPlan& plan, TiledFormat tiled);
 
 // Throws Error(invalid_argument) for m outside 1..16, no or too many matrices, or matrices that cannot share a launch.
 [[nodiscard]] LaunchPlan plan(const LinearProblem& problem, const DeviceProperties& device);
+
+// One launch of the GEMM kernel (gemm_sm90.cuh), for more than kMaxDecodeRows rows of x. A cluster works on tiles of
+// cluster_size * `rows` rows of W by `tokens` rows of x, token tile by token tile. The first `split_tiles` are shared
+// out slice by slice.
+struct GemmPlan {
+  FieldShape field;
+  DType dtype = DType::f16;
+  bool regular = false;  // as in LaunchPlan
+  int tokens = 0;
+  int rows = 0;
+  int padded_m = 0;
+  int slices = 0;  // of a tile
+  int tiles = 0;
+  int split_tiles = 0;
+  int clusters = 0;
+  int cluster_size = 1;
+  std::vector<int> row_blocks;  // of each matrix
+  std::int64_t x_bytes = 0;     // of the workspace: packed x, partial sums, flags
+  std::int64_t partial_bytes = 0;
+  std::int64_t flag_bytes = 0;
+
+  [[nodiscard]] int ctas() const noexcept { return clusters * cluster_size; }
+  [[nodiscard]] int slices_per_cluster() const noexcept { return split_tiles * slices / clusters; }
+  [[nodiscard]] int longer_clusters() const noexcept { return split_tiles * slices % clusters; }
+  [[nodiscard]] std::string to_string() const;
+};
+
+// Whether `device` runs the GEMM kernel: sm_90 so far.
+[[nodiscard]] bool supports_gemm(const DeviceProperties& device);
+
+// Rows of W in a tile of `tokens` rows of x.
+[[nodiscard]] constexpr int gemm_rows(int tokens) { return tokens <= 64 ? 192 : 128; }
+
+// CTAs that share the copies of x: where x is what the L2 delivers most of.
+[[nodiscard]] constexpr int gemm_cluster_size(int tokens) { return tokens == 256 ? 2 : 1; }
+
+// The widest tile: one of 256 needs the words of a slice, or of each half of it, in few registers.
+[[nodiscard]] constexpr int gemm_max_tokens(const FieldShape& field, bool regular) {
+  const int units = field.max_units();
+  const int loads = (units * field.unit_words() + 3) / 4;
+  return regular && (loads <= 5 || (loads % 2 == 0 && units % 2 == 0)) ? 256 : 128;
+}
+
+// As plan; Error(unsupported) where supports_gemm() is false.
+[[nodiscard]] GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device);
 
 }  // namespace higgs::cuda

@@ -1,0 +1,44 @@
+// Arguments of the GEMM kernel (gemm_sm90.cuh), filled in by linear.cpp from a GemmPlan.
+#pragma once
+
+#include <cstdint>
+
+#include "higgs/cuda/plan.h"
+
+namespace higgs::cuda {
+
+struct GemmPart {
+  const std::uint8_t* data = nullptr;  // the tiled buffer
+  void* y = nullptr;
+  const void* bias = nullptr;
+  std::uint32_t weights_offset = 0;  // in units of kTiledAlignment
+  int n = 0;
+  int row_tiles = 0;
+  int first_row_block = 0;
+};
+
+struct GemmParams {
+  const void* x = nullptr;  // packed by pack_x: [k / 64][padded_m][64 columns], swizzled
+  float* partials = nullptr;
+  std::uint32_t* flags = nullptr;  // one per CTA and warpgroup, cleared by pack_x
+  int m = 0;
+  int padded_m = 0;
+  int k_blocks = 0;      // of 64 columns
+  int group_blocks = 0;  // of a scale group
+  int scale_groups = 0;  // of a row
+  int slices = 0;
+  int units_per_slice = 0;
+  int last_units = 0;
+  int slice_bytes = 0;
+  int tile_bytes = 0;
+  int row_blocks = 0;   // of all parts
+  int tiles = 0;        // row blocks x token tiles, token tile by token tile
+  int split_tiles = 0;  // the first tiles are shared out slice by slice, the others whole
+  int clusters = 0;
+  int slices_per_cluster = 0;  // of the shared tiles; the first `longer_clusters` take one more
+  int longer_clusters = 0;
+  int part_count = 0;
+  GemmPart parts[kMaxParts];
+};
+
+}  // namespace higgs::cuda

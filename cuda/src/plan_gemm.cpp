@@ -1,0 +1,82 @@
+#include <algorithm>
+#include <string>
+
+#include "checks.h"
+#include "higgs/cuda/plan.h"
+#include "higgs/error.h"
+
+namespace higgs::cuda {
+namespace {
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Tokens per tile: the least padded work; a tile of 128 keeps the tensor cores less busy than one of 256.
+int tokens_of_tile(std::int64_t m, int most) {
+  for (const int tokens : {16, 32, 64, 128}) {
+    if (m <= tokens) return tokens;
+  }
+  if (most == 128) return 128;
+  const std::int64_t wide = ceil_div(m, 256) * 256;
+  const std::int64_t narrow = ceil_div(m, 128) * 128;
+  return 8 * wide <= 9 * narrow ? 256 : 128;
+}
+
+}  // namespace
+
+bool supports_gemm(const DeviceProperties& device) { return device.sm() == 90; }
+
+GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device) {
+  check_matrices(problem);
+  if (problem.m < 1) {
+    throw Error(ErrorCode::invalid_argument, "linear: m = " + std::to_string(problem.m) + " rows of x; use 1 or more");
+  }
+  check_block("linear", problem.matrices[0].block);
+  if (!supports_gemm(device)) {
+    throw Error(ErrorCode::unsupported, "linear: the kernel for m > 16 needs sm_90, not sm_" +
+                                            std::to_string(device.sm()) + "; use dequantize_rotated and any GEMM");
+  }
+  const TiledFormat t = tiled_format(problem.matrices[0]);
+  GemmPlan p;
+  p.field = t.field;
+  p.dtype = problem.dtype;
+  p.regular = t.regular(problem.matrices[0]);
+  p.tokens = tokens_of_tile(problem.m, gemm_max_tokens(t.field, p.regular));
+  p.rows = gemm_rows(p.tokens);
+  p.padded_m = static_cast<int>(ceil_div(problem.m, p.tokens) * p.tokens);
+  p.slices = t.slices;
+  p.cluster_size = gemm_cluster_size(p.tokens);
+  int row_blocks = 0;
+  for (const LayerFormat& f : problem.matrices) {
+    p.row_blocks.push_back(static_cast<int>(ceil_div(f.n, p.rows * p.cluster_size)));
+    row_blocks += p.row_blocks.back();
+  }
+  p.tiles = row_blocks * (p.padded_m / p.tokens);
+  p.clusters = static_cast<int>(
+      std::clamp<std::int64_t>(std::int64_t{p.tiles} * p.slices, 1, device.max_clusters(p.cluster_size)));
+  const int rounds = p.tiles / p.clusters;
+  p.split_tiles = p.tiles % p.clusters == 0 ? 0 : p.tiles - std::max(0, rounds - 1) * p.clusters;
+  p.x_bytes = problem.matrices[0].k * p.padded_m * 2;
+  p.partial_bytes = std::int64_t{p.ctas()} * p.rows * p.tokens * 4;
+  p.flag_bytes = std::int64_t{p.ctas()} * (p.rows / 64) * 4;
+  return p;
+}
+
+std::string GemmPlan::to_string() const {
+  std::string s =
+      "gemm field " + std::to_string(field.bits) + "b/" + std::to_string(field.weights) + "w " + name_of(dtype);
+  const auto add = [&](const char* name, std::int64_t value) {
+    s += std::string(" ") + name + "=" + std::to_string(value);
+  };
+  add("regular", regular ? 1 : 0);
+  add("rows", rows);
+  add("tokens", tokens);
+  add("tiles", tiles);
+  add("split_tiles", split_tiles);
+  add("slices", slices);
+  add("clusters", clusters);
+  add("cluster_size", cluster_size);
+  add("padded_m", padded_m);
+  return s;
+}
+
+}  // namespace higgs::cuda
