@@ -16,11 +16,11 @@ inline void check_pointer(const char* op, const char* what, const void* p) {
   }
 }
 
-// The rotating kernels know Hadamard blocks only, not those with an odd factor (hadamard.h).
+// The kernels that rotate x while they multiply know no blocks with an odd factor (hadamard.h).
 inline void check_block(const char* op, int block) {
   if (!std::has_single_bit(static_cast<unsigned>(block))) {
     throw Error(ErrorCode::unsupported, std::string(op) + ": block " + std::to_string(block) +
-                                            " is not supported on the GPU; use 64, 128, 256, 512 or 1024");
+                                            " has an odd factor; use rotate, dequantize_rotated and a GEMM");
   }
 }
 

@@ -1,9 +1,9 @@
-// rotate: out = H (vector * in) / sqrt(block), and the vectors. One warp per 1024 columns of a row.
+// rotate: out = T (vector * in), and the vectors. One warp per chunk (at most 1024 columns) of a row.
 #include "checks.h"
-#include "fwht.cuh"
 #include "higgs/cuda/ops.h"
 #include "launch.h"
 #include "numeric.cuh"
+#include "transform.cuh"
 
 namespace higgs::cuda {
 namespace {
@@ -12,18 +12,20 @@ constexpr int kWarps = 8;
 
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kWarps * 32)
-    rotate_kernel(const In* in, int64_t rows, int64_t k, int block, const float* vector, Out* out) {
+    rotate_kernel(const In* in, int64_t rows, int64_t k, const __grid_constant__ BlockTransform transform,
+                  const float* vector, Out* out) {
   __shared__ float scratch[kWarps][kChunkScratch];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int64_t chunks = (k + kChunk - 1) / kChunk;
+  const int64_t chunks = chunks_of(transform, k);
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (item >= rows * chunks) return;
-  const int64_t chunk = item % chunks * kChunk;
+  const int64_t chunk = item % chunks * transform.columns;
   const int64_t row = item / chunks * k;
+  const int64_t count = min(k - chunk, static_cast<int64_t>(transform.columns));
   const int64_t column = chunk + lane * 32;
   float v[32] = {};
-  if (column < k) {
+  if (lane * 32 < count) {
     load32(in + row + column, v);
     if (vector != nullptr) {
       float d[32];
@@ -32,10 +34,10 @@ __global__ void __launch_bounds__(kWarps * 32)
       for (int j = 0; j < 32; ++j) v[j] = __fmul_rn(d[j], v[j]);
     }
   }
-  warp_fwht(v, block, scratch[warp], lane);
+  warp_transform(v, transform, scratch[warp], lane);
 #pragma unroll
   for (int j = 0; j < 32; ++j) {
-    if (chunk + j * 32 < k) out[row + chunk + j * 32 + lane] = from_float<Out>(v[j]);
+    if (j * 32 < count) out[row + chunk + j * 32 + lane] = from_float<Out>(v[j]);
   }
 }
 
@@ -64,17 +66,17 @@ void rotation_vector(VectorKind kind, std::uint64_t seed, const std::uint16_t* c
 void rotate(const void* in, DType in_dtype, std::int64_t rows, std::int64_t k, int block, const float* vector,
             void* out, DType out_dtype, Stream stream) {
   validate(LayerFormat{&grids()[0], rows, k, block, block, 0});
-  check_block("rotate", block);
   if (rows == 0) return;
   check_pointer("rotate", "in", in);
   check_pointer("rotate", "out", out);
   if (vector != nullptr) check_pointer("rotate", "vector", vector);
-  const std::int64_t items = rows * ((k + kChunk - 1) / kChunk);
+  const BlockTransform transform = block_transform(block);
+  const std::int64_t items = rows * chunks_of(transform, k);
   const auto blocks = static_cast<unsigned>((items + kWarps - 1) / kWarps);
   dispatch(in_dtype, [&]<typename In>() {
     dispatch(out_dtype, [&]<typename Out>() {
-      rotate_kernel<<<blocks, kWarps * 32, 0, to_stream(stream)>>>(static_cast<const In*>(in), rows, k, block, vector,
-                                                                   static_cast<Out*>(out));
+      rotate_kernel<<<blocks, kWarps * 32, 0, to_stream(stream)>>>(static_cast<const In*>(in), rows, k, transform,
+                                                                   vector, static_cast<Out*>(out));
     });
   });
   check(cudaGetLastError(), "rotate");

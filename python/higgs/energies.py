@@ -97,11 +97,11 @@ def self_tokens(
 
 
 def weight_energy(weight: Tensor) -> Tensor:
-    """Sum over rows of w_ij^2: float32 [k]."""
-    total = torch.zeros(weight.shape[1], dtype=torch.float64)
+    """Sum over rows of w_ij^2: float32 [k], on the CPU."""
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for rows in weight.detach().split(max(1, 2**18 // weight.shape[1])):  # fp64 copies stay small
         total += rows.double().square().sum(0)
-    return total.float()
+    return total.float().cpu()
 
 
 def column_scale(

@@ -93,6 +93,7 @@ class HiggsHfQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, HiggsLinear):
                 _check_scales(name, module)
+                module.tile_()
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
