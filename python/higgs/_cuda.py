@@ -1,7 +1,8 @@
 """The operators on CUDA devices.
 
-Kernels read the *tiled* layout, a flat uint8 tensor that :func:`repack` makes of the stored one. All work goes to torch's
-current stream of the tensors' device and all memory comes from torch's allocator, so calls can be captured in a graph.
+Kernels read the *tiled* layout, a flat uint8 tensor that :func:`repack` makes of the stored one. All work goes to
+torch's current stream of the tensors' device and all memory comes from torch's allocator, so calls can be captured in a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def quantize(weight: Tensor, fmt: LayerFormat, column_scale: Tensor | None) -> t
     if column_scale is not None:
         bad = (~(column_scale.isfinite() & (column_scale > 0))).nonzero()
         if len(bad):
-            at = bad[0].item()
+            at = int(bad[0])
             raise ValueError(f"column_scale[{at}] is {column_scale[at].item()}; column scales are positive and finite")
     indices, scales = _empty_stored(fmt, weight.device)
     stats = torch.empty(fmt.n, 2, dtype=torch.float64, device=weight.device)  # squared error and energy of each row

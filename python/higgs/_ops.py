@@ -1,8 +1,8 @@
 """The torch operators of higgs: declarations, shapes, gradients.
 
-Declared with ``torch.library.Library.define`` / ``impl`` on data pointers: no link to libtorch, so one binary serves every
-torch version. ``_cpu`` and ``_cuda`` implement them, and they alone touch the buffers through ``higgs._core``. C++ checks
-values; what only torch knows (device, dtype, contiguity) is checked there.
+Declared with ``torch.library.Library.define`` / ``impl`` on data pointers: no link to libtorch, so one binary serves
+every torch version. ``_cpu`` and ``_cuda`` implement them and check what only torch knows (device, dtype, contiguity);
+C++ checks values.
 
     linear        stored layout; on CUDA it is repacked in every call
     linear_tiled  CUDA only: layers that share x, in the layout the kernels read
@@ -24,8 +24,8 @@ _DEVICES = {"cpu": _cpu, "cuda": _cuda}
 def quantize(weight: Tensor, fmt: LayerFormat, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
     """Quantizes ``weight`` [n, k] (float32, float16 or bfloat16, finite; arXiv 2411.17525, algorithm 1) on its device.
 
-    Returns ``indices`` uint8 [n, row_bytes], ``scales`` float16 [n, row_groups] (the same bytes on every device) and t2,
-    the relative squared error (in the column-scaled space if there is a ``column_scale``, float16 [k], on any device).
+    Returns ``indices`` uint8 [n, row_bytes], ``scales`` float16 [n, row_groups] (the same bytes on every device) and
+    t2, the relative squared error (in the column-scaled space if there is a ``column_scale``: float16 [k], anywhere).
     """
     device = _DEVICES.get(weight.device.type)
     if device is None:
@@ -114,7 +114,7 @@ def _linear_tiled_backward(ctx, grads):
             [grads[i] for i in used], [tiled[i] for i in used], input_vector,
             [ctx.grids[i] for i in used], [ctx.groups[i] for i in used], ctx.block,
         )  # fmt: skip
-    biases = [_bias_gradient(grad) if has and grad is not None else None for has, grad in zip(ctx.has_bias, grads)]
+    biases = [_bias_gradient(grads[i]) if has and i in used else None for i, has in enumerate(ctx.has_bias)]
     return grad_x, [None] * len(tiled), None, biases, None, None, None, None
 
 
@@ -126,6 +126,18 @@ torch.library.register_autograd("higgs::linear", _linear_backward, setup_context
 torch.library.register_autograd(
     "higgs::linear_tiled", _linear_tiled_backward, setup_context=_linear_tiled_setup, lib=_library
 )
+
+
+def direct(x: Tensor) -> bool:
+    """Whether an operator may be called as the function it is. The dispatcher takes longer than a kernel for one token,
+    and without gradients, tracing or a dispatch mode it has nothing to do."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+    )
+
 
 linear = torch.ops.higgs.linear
 linear_tiled = torch.ops.higgs.linear_tiled

@@ -14,17 +14,17 @@ from ._formats import LayerFormat
 
 
 class HiggsLinear(nn.Module):
-    """y = x @ W^T + bias with W on a grid. x may be float32, float16 or bfloat16 with any leading shape; y has its dtype.
-    Gradients flow to x and the bias.
+    """y = x @ W^T + bias with W on a grid. x may be float32, float16 or bfloat16 with any leading shape; y has its
+    dtype. Gradients flow to x and the bias.
 
     In the stored layout (FORMAT.md) the module has ``indices`` uint8 [out_features, row_bytes], ``scales`` float16
     [out_features, groups], ``column_scale`` float16 [in_features] or None, ``bias`` [out_features] or None. All but the
     bias are constants.
 
     On a CUDA device ``indices`` and ``scales`` are None, and ``tiled`` (uint8, a permutation of their bytes) holds what
-    the kernels read, so that the weights are in memory once. Moving the module, loading into it, copying and pickling go
-    through the stored layout, to which the way back is exact; ``state_dict`` and files hold nothing else. A module whose
-    parameters were set on a CUDA device by other means stays in the stored layout, and is slow, until :meth:`tile_`.
+    the kernels read, so that the weights are in memory once. Moving the module, loading into it, copying and pickling
+    go through the stored layout, to which the way back is exact; ``state_dict`` and files hold nothing else. A module
+    whose parameters got to a CUDA device by other means stays in the stored layout, and is slow, until :meth:`tile_`.
     """
 
     indices: nn.Parameter | None
@@ -175,10 +175,10 @@ class HiggsLinear(nn.Module):
 
 
 def linear_shared(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
-    """``[layer(x) for layer in layers]`` for layers that read the same input (q/k/v, gate/up), each on a grid of its own.
+    """``[layer(x) for layer in layers]`` for layers that read the same input (q/k/v, gate/up), each on any grid.
 
-    On a CUDA device, layers with the same in_features, block, seed and column scale rotate x once, and those whose grids
-    share a decoder go in one launch; other layers, and the CPU, are called one by one.
+    On a CUDA device, layers with the same in_features, block, seed and column scale are one call, in which neighbours
+    whose grids share a decoder share a launch and the rotation of x; other layers, and the CPU, are called one by one.
     """
     key = layers[0].input_key
     if key is None or any(layer.input_key != key for layer in layers):
@@ -188,7 +188,8 @@ def linear_shared(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
 
 def _linear_tiled(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
     formats = [layer.format for layer in layers]
-    return _ops.linear_tiled(
+    call: Any = _cuda.linear_tiled if _ops.direct(x) else _ops.linear_tiled
+    return call(
         x, [layer.tiled for layer in layers], layers[0].input_vector, [layer.bias for layer in layers],
         [f.grid for f in formats], [f.n for f in formats], [f.group for f in formats], formats[0].block,
     )  # fmt: skip

@@ -135,7 +135,8 @@ def _check_shape(name: str, expected: tuple[int, ...], stored: dict[str, tuple[i
 
 
 def _check_scales(name: str, module: HiggsLinear) -> None:
-    if not (module.scales.isfinite() & (module.scales >= 0)).all():
+    _, scales = module.stored()
+    if not (scales.isfinite() & (scales >= 0)).all():
         raise FormatError(f"tensor {name}.scales holds NaN, inf or negative values")
     scale: Tensor | None = module.column_scale
     if scale is not None and not (scale.isfinite() & (scale > 0)).all():
