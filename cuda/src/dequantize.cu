@@ -1,5 +1,5 @@
-// dequantize, dequantize_rotated from the stored layout. One warp per chunk (at most 1024 columns) of a row; the arithmetic and its
-// order are those of FORMAT.md, "From bytes to weights".
+// dequantize, dequantize_rotated from the stored layout. One warp per chunk (at most 1024 columns) of a row; the
+// arithmetic and its order are those of FORMAT.md, "From bytes to weights".
 #include "bits.cuh"
 #include "checks.h"
 #include "grid_points.h"
@@ -92,9 +92,8 @@ void launch_dequantize(const char* op, const PackedView& packed, void* out, DTyp
   check_pointer(op, "indices", packed.indices);
   check_pointer(op, "scales", packed.scales);
   check_pointer(op, "out", out);
-  const StoredLayer layer{
-      packed.indices, packed.scales, packed.column_scale, f.n, f.k, f.row_bytes(), f.row_groups(), f.group,
-      f.seed};
+  const StoredLayer layer{packed.indices, packed.scales, packed.column_scale, f.n, f.k, f.row_bytes(), f.row_groups(),
+                          f.group,        f.seed};
   const BlockTransform transform = block_transform(Unrotate ? f.block : kMaxBlock);
   const std::int64_t items = f.n * chunks_of(transform, f.k);
   const auto blocks = static_cast<unsigned>(std::min<std::int64_t>((items + kWarps - 1) / kWarps, 1 << 16));

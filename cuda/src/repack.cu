@@ -91,9 +91,9 @@ void dequantize_rotated(const TiledView& tiled, std::int64_t first_row, std::int
                         Stream stream) {
   TiledLayer layer = tiled_layer(tiled.format);
   if (first_row < 0 || first_row % kTileRows != 0 || rows < 0 || rows > layer.n - first_row) {
-    throw Error(ErrorCode::invalid_argument,
-                "dequantize_rotated: rows " + std::to_string(first_row) + " + " + std::to_string(rows) + " of " +
-                    std::to_string(layer.n) + "; start at a multiple of 16 and stay inside");
+    throw Error(ErrorCode::invalid_argument, "dequantize_rotated: rows " + std::to_string(first_row) + " + " +
+                                                 std::to_string(rows) + " of " + std::to_string(layer.n) +
+                                                 "; start at a multiple of 16 and stay inside");
   }
   if (rows == 0) return;
   // The rows as a layer of their own: its tables stay where they are.

@@ -1,5 +1,5 @@
-// The orthonormal transform of any Hadamard block (hadamard.h) by one warp, with the bits of FORMAT.md: Walsh-Hadamard in
-// runs of a power of two, then, where the block has an odd factor, the Hartley transform across the runs.
+// The orthonormal transform of any Hadamard block (hadamard.h) by one warp, with the bits of FORMAT.md: Walsh-Hadamard
+// in runs of a power of two, then, where the block has an odd factor, the Hartley transform across the runs.
 #pragma once
 
 #include <algorithm>

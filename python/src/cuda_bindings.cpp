@@ -13,9 +13,7 @@ using Addresses = std::vector<Address>;
 
 cuda::Stream stream_of(Address stream) { return pointer<void>(stream); }
 
-cuda::TiledView tiled_view(const LayerFormat& format, Address data) {
-  return {format, pointer<const std::byte>(data)};
-}
+cuda::TiledView tiled_view(const LayerFormat& format, Address data) { return {format, pointer<const std::byte>(data)}; }
 
 std::vector<cuda::LinearPart> linear_parts(const Formats& formats, const Addresses& tiled, const Addresses& biases,
                                            const Addresses& ys) {

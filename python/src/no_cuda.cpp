@@ -8,7 +8,8 @@ namespace {
 
 [[noreturn]] void unsupported() {
   throw Error(ErrorCode::unsupported,
-              "this build of higgs has no CUDA kernels; use the CPU, or build with -DHIGGS_CUDA=ON");
+              "this build of higgs has no CUDA kernels; use the CPU, or install with "
+              "pip install . -C cmake.define.HIGGS_CUDA=ON");
 }
 
 }  // namespace

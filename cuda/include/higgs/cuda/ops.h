@@ -23,8 +23,8 @@ void rotation_vector(VectorKind kind, std::uint64_t seed, const std::uint16_t* c
                      Stream stream);
 
 // out[i, :] = T (vector * in[i, :]) in fp32 with the orthonormal transform T of hadamard.h, rounded once to out_dtype.
-// in, out: [rows, k], may be the same buffer if the dtypes have the same size; vector: fp32[k] or null (ones). Same bits
-// as higgs::rotate.
+// in, out: [rows, k], may be the same buffer if the dtypes have the same size; vector: fp32[k] or null (ones). Same
+// bits as higgs::rotate.
 void rotate(const void* in, DType in_dtype, std::int64_t rows, std::int64_t k, int block, const float* vector,
             void* out, DType out_dtype, Stream stream);
 
@@ -59,8 +59,8 @@ void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scal
 // bf16 matmul on dequantized weights); with fp16, x * d is rounded to fp16 and rotated in two steps:
 // |x * d| must stay below about 32000.
 //
-// For more rows: rotate x (VectorKind::input), dequantize_rotated into a [n, k] buffer of x's dtype, and multiply by any
-// GEMM. Rounding scale * point to the dtype is what makes it differ from this kernel.
+// For more rows: rotate x (VectorKind::input), dequantize_rotated into a [n, k] buffer of x's dtype, and multiply by
+// any GEMM. Rounding scale * point to the dtype is what makes it differ from this kernel.
 struct LinearPart {
   TiledView weights;
   const void* bias = nullptr;  // n values of y's dtype, or null
