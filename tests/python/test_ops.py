@@ -157,7 +157,7 @@ def test_cuda_is_there_or_says_that_it_is_not() -> None:
         assert _core.cuda_linear_max_rows(fmt, 1) >= 16 and _core.cuda_linear_max_rows(fmt, 0) == 0
     else:
         assert _core.cuda_device_count() == 0
-        with pytest.raises(higgs.UnsupportedError, match="no CUDA kernels; .* HIGGS_CUDA=ON"):
+        with pytest.raises(higgs.UnsupportedError, match="no CUDA kernels; .*HIGGS_CUDA=ON"):
             _core.cuda_tiled_bytes(fmt)
         with pytest.raises(higgs.UnsupportedError, match="no CUDA kernels"):
             _core.cuda_current_device()
