@@ -37,7 +37,7 @@ def linear(
     check_packed(indices, scales, column_scale, fmt)
     check_x(x, fmt.k, indices)
     if bias is not None:
-        check("bias", bias, (fmt.n,), tuple(DTYPE_CODES), indices)
+        check("bias", bias, (fmt.n,), DTYPE_CODES, indices)
         bias = bias.to(x.dtype).contiguous()
     x = x.contiguous()
     y = torch.empty(*x.shape[:-1], fmt.n, dtype=x.dtype)

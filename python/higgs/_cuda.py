@@ -29,6 +29,7 @@ from ._formats import (
 
 _CHUNK_BYTES = 64 << 20  # weights decoded at once where the kernels do not multiply themselves
 _TILE_ROWS = 16
+_BYTES = (torch.uint8,)
 
 
 def _launch(device: torch.device, call: Any, *arguments: Any) -> None:
@@ -105,7 +106,7 @@ def repack(indices: Tensor, scales: Tensor, fmt: LayerFormat) -> Tensor:
 def unrepack(tiled: Tensor, fmt: LayerFormat) -> tuple[Tensor, Tensor]:
     """Tiled layout -> ``indices`` and ``scales`` of the stored one, the bytes that :func:`repack` was given."""
     core = core_format(fmt)
-    check("tiled", tiled, (_core.cuda_tiled_bytes(core),), (torch.uint8,), tiled)
+    check("tiled", tiled, (_core.cuda_tiled_bytes(core),), _BYTES, tiled)
     indices, scales = _empty_stored(fmt, tiled.device)
     _launch(tiled.device, _core.cuda_unrepack, core, address(tiled), address(indices), address(scales))
     return indices, scales
@@ -126,11 +127,12 @@ def linear(
     fmt = format_of(indices, grid, block, group, seed)
     check_packed(indices, scales, column_scale, fmt)
     tiled, vector = repack(indices, scales, fmt), input_vector(column_scale, fmt, indices.device)
-    return linear_tiled(x, [tiled], vector, [bias], [grid], [fmt.n], [group], block)[0]
+    biases = [] if bias is None else [bias]
+    return linear_tiled(x, [tiled], vector, biases, [bias is not None], [grid], [fmt.n], [group], block)[0]
 
 
 def linear_tiled(
-    x: Tensor, tiled: list[Tensor], input_vector: Tensor, biases: list[Tensor | None],
+    x: Tensor, tiled: list[Tensor], input_vector: Tensor, biases: list[Tensor], has_bias: list[bool],
     grids: list[str], rows: list[int], groups: list[int], block: int,
 ) -> list[Tensor]:  # fmt: skip
     """Up to ``linear_max_rows`` rows of x: one launch. More, and float32: x is rotated once, the weights are decoded in
@@ -138,7 +140,8 @@ def linear_tiled(
     k = input_vector.shape[0]
     check_x(x, k, input_vector)
     formats = _tiled_formats(tiled, input_vector, grids, rows, groups, block)
-    prepared = [_prepared_bias(bias, n, x) for bias, n in zip(biases, rows, strict=True)]
+    given = iter(biases)
+    prepared = [_prepared_bias(next(given), n, x) if has else None for has, n in zip(has_bias, rows, strict=True)]
     flat = _aligned(x).view(-1, k)
     m, code = flat.shape[0], code_of(x.dtype)
     if m > min(_core.cuda_linear_max_rows(core, code) for core in formats):
@@ -186,7 +189,7 @@ def _tiled_formats(
     formats = []
     for weights, grid, n, group in zip(tiled, grids, rows, groups, strict=True):
         core, nbytes = _tiled_format(grid, n, input_vector.shape[0], block, group)
-        check("tiled", weights, (nbytes,), (torch.uint8,), input_vector)
+        check("tiled", weights, (nbytes,), _BYTES, input_vector)
         formats.append(core)
     return tuple(formats)
 
@@ -197,11 +200,9 @@ def _workspace_bytes(formats: tuple[_core.Format, ...], m: int, code: int, devic
         return _core.cuda_linear_workspace_bytes(formats, m, code)
 
 
-def _prepared_bias(bias: Tensor | None, n: int, x: Tensor) -> Tensor | None:
-    if bias is None:
-        return None
-    check("bias", bias, (n,), tuple(DTYPE_CODES), x)
-    return _aligned(bias.to(x.dtype))
+def _prepared_bias(bias: Tensor, n: int, x: Tensor) -> Tensor:
+    check("bias", bias, (n,), DTYPE_CODES, x)
+    return _aligned(bias if bias.dtype == x.dtype else bias.to(x.dtype))
 
 
 def _rotate(x: Tensor, vector: Tensor | None, block: int, dtype: torch.dtype) -> Tensor:

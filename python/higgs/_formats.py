@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -73,13 +74,13 @@ def format_of(indices: Tensor, grid: str, block: int, group: int, seed: int) -> 
     return LayerFormat(grid, indices.shape[0], indices.shape[1] * 8 // g.index_bits * g.p, block, group, seed)
 
 
-def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Collection[torch.dtype], like: Tensor) -> None:
     """``tensor`` is on the device of ``like`` and has this shape and one of the dtypes."""
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, other tensors are on {like.device}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} is {tensor.dtype}; use {' or '.join(map(str, dtypes))}")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
@@ -101,7 +102,7 @@ def check_column_scale(column_scale: Tensor, k: int, like: Tensor) -> None:
 def check_x(x: Tensor, k: int, like: Tensor) -> None:
     if x.shape[-1] != k:
         raise ValueError(f"x has {x.shape[-1]} features, the layer has in_features = {k}")
-    check("x", x, tuple(x.shape), tuple(DTYPE_CODES), like)
+    check("x", x, x.shape, DTYPE_CODES, like)
 
 
 def code_of(dtype: torch.dtype) -> int:

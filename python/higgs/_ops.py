@@ -30,7 +30,7 @@ def quantize(weight: Tensor, fmt: LayerFormat, column_scale: Tensor | None = Non
     device = _DEVICES.get(weight.device.type)
     if device is None:
         raise UnsupportedError(f"weight is on {weight.device}; use the CPU or a CUDA device")
-    check("weight", weight, (fmt.n, fmt.k), tuple(DTYPE_CODES), weight)
+    check("weight", weight, (fmt.n, fmt.k), DTYPE_CODES, weight)
     if column_scale is not None:
         column_scale = column_scale.to(weight.device)
         check_column_scale(column_scale, fmt.k, weight)
@@ -43,7 +43,7 @@ _library.define(
     " str grid, int block, int group, int seed) -> Tensor"
 )
 _library.define(
-    "linear_tiled(Tensor x, Tensor[] tiled, Tensor input_vector, Tensor?[] biases,"
+    "linear_tiled(Tensor x, Tensor[] tiled, Tensor input_vector, Tensor[] biases, bool[] has_bias,"
     " str[] grids, int[] rows, int[] groups, int block) -> Tensor[]"
 )
 _library.define(
@@ -67,7 +67,7 @@ def _linear_fake(x, indices, scales, column_scale, bias, grid, block, group, see
 
 
 @torch.library.register_fake("higgs::linear_tiled", lib=_library)
-def _linear_tiled_fake(x, tiled, input_vector, biases, grids, rows, groups, block):
+def _linear_tiled_fake(x, tiled, input_vector, biases, has_bias, grids, rows, groups, block):
     return [x.new_empty(*x.shape[:-1], n) for n in rows]
 
 
@@ -100,8 +100,7 @@ def _linear_backward(ctx, grad):
 
 
 def _linear_tiled_setup(ctx, inputs, output) -> None:
-    _, tiled, input_vector, biases, ctx.grids, _, ctx.groups, ctx.block = inputs
-    ctx.has_bias = [bias is not None and bias.requires_grad for bias in biases]
+    _, tiled, input_vector, _, ctx.has_bias, ctx.grids, _, ctx.groups, ctx.block = inputs
     ctx.save_for_backward(*tiled, input_vector)
 
 
@@ -114,8 +113,12 @@ def _linear_tiled_backward(ctx, grads):
             [grads[i] for i in used], [tiled[i] for i in used], input_vector,
             [ctx.grids[i] for i in used], [ctx.groups[i] for i in used], ctx.block,
         )  # fmt: skip
-    biases = [_bias_gradient(grads[i]) if has and i in used else None for i, has in enumerate(ctx.has_bias)]
-    return grad_x, [None] * len(tiled), None, biases, None, None, None, None
+    of_biases = [grad for grad, has_bias in zip(grads, ctx.has_bias, strict=True) if has_bias]
+    biases = [
+        _bias_gradient(grad) if needed and grad is not None else None
+        for grad, needed in zip(of_biases, ctx.needs_input_grad[3], strict=True)
+    ]
+    return grad_x, [None] * len(tiled), None, biases, None, None, None, None, None
 
 
 def _bias_gradient(grad: Tensor) -> Tensor:

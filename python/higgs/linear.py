@@ -86,7 +86,11 @@ class HiggsLinear(nn.Module):
         if tuple(self.indices.shape) == (f.n, f.row_bytes):
             self.tiled = _constant(_cuda.repack(self.indices, self.scales, f))
             self.input_vector = _cuda.input_vector(self.column_scale, f, self.indices.device)
-            scale = None if self.column_scale is None else hashlib.sha256(self.column_scale.cpu().numpy().tobytes())
+            scale = (
+                None
+                if self.column_scale is None
+                else hashlib.sha256(self.column_scale.detach().cpu().numpy().tobytes())
+            )
             self.input_key = (f.k, f.block, f.seed, scale and scale.hexdigest())
             self.indices = self.scales = None
         return self
@@ -190,9 +194,14 @@ def _linear_tiled(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
     formats = [layer.format for layer in layers]
     call: Any = _cuda.linear_tiled if _ops.direct(x) else _ops.linear_tiled
     return call(
-        x, [layer.tiled for layer in layers], layers[0].input_vector, [layer.bias for layer in layers],
+        x, [layer.tiled for layer in layers], layers[0].input_vector,
+        [layer.bias for layer in layers if layer.bias is not None], [layer.bias is not None for layer in layers],
         [f.grid for f in formats], [f.n for f in formats], [f.group for f in formats], formats[0].block,
     )  # fmt: skip
+
+
+def _digest(tensor: Tensor | None) -> str | None:
+    return None if tensor is None else hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
 
 
 def _constant(data: Tensor) -> nn.Parameter:

@@ -140,7 +140,7 @@ def test_opcheck() -> None:
             x = torch.randn(m, 256, device="cuda", requires_grad=requires_grad)
             bias = torch.randn(32, device="cuda", requires_grad=requires_grad)
             torch.library.opcheck(torch.ops.higgs.linear, (x, *stored, bias, *arguments(fmt)))
-            torch.library.opcheck(torch.ops.higgs.linear_tiled, (x, tensors, vector, [bias, None], *rest))
+            torch.library.opcheck(torch.ops.higgs.linear_tiled, (x, tensors, vector, [bias], [True, False], *rest))
     grads = [torch.randn(5, 32, device="cuda"), torch.randn(5, 16, device="cuda")]
     torch.library.opcheck(torch.ops.higgs.linear_tiled_grad, (grads, tensors, vector, rest[0], rest[2], fmt.block))
     torch.library.opcheck(torch.ops.higgs.dequantize, (*stored, *arguments(fmt), torch.bfloat16))

@@ -8,11 +8,13 @@ from pathlib import Path
 import higgs
 import pytest
 import torch
-from conftest import make_checkpoint
+from conftest import DATA, make_checkpoint
 from higgs import _core, evaluate
+from higgs.cli.app import app
 from higgs.linear import HiggsLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 pytestmark = [
     pytest.mark.cuda,
@@ -60,18 +62,20 @@ def test_generate_gives_the_tokens_of_the_cpu(model: LlamaForCausalLM) -> None:
     higgs.quantize_(model, bits=4, scales="none")
     expected = model(IDS).logits
     tokens = model.generate(IDS[:, :8], max_new_tokens=24, do_sample=False)
+    on_cpu = copy.deepcopy(model)
     model.cuda()
     assert (model(IDS.cuda()).logits.cpu() - expected).norm() <= 1e-4 * expected.norm()
     assert torch.equal(model.generate(IDS[:, :8].cuda(), max_new_tokens=24, do_sample=False).cpu(), tokens)
-    for dtype, tolerance in ((torch.float16, 0.01), (torch.bfloat16, 0.08)):
+    for dtype in (torch.float16, torch.bfloat16):
+        tolerance = 2 * (on_cpu.to(dtype)(IDS).logits - expected).norm()
         logits = model.to(dtype)(IDS.cuda()).logits.cpu().float()
-        assert (logits - expected).norm() <= tolerance * expected.norm()
+        assert (logits - expected).norm() <= tolerance
         one_by_one, cache = [], None
         for i in range(IDS.shape[1]):  # the decode kernel
             out = model(IDS[:, i : i + 1].cuda(), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             one_by_one.append(out.logits.cpu().float())
-        assert (torch.cat(one_by_one, 1) - expected).norm() <= tolerance * expected.norm()
+        assert (torch.cat(one_by_one, 1) - expected).norm() <= tolerance
 
 
 def test_save_and_load(model: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -119,4 +123,12 @@ def test_checkpoint_quantized_on_the_device(tmp_path: Path) -> None:
         quantize_checkpoint(source, tmp_path / device, bits=4, device=device)
     weights = [(tmp_path / device / "model.safetensors").read_bytes() for device in ("cpu", "cuda")]
     assert weights[0] == weights[1]
-    assert evaluate.load(tmp_path / "cuda", device="cuda")[0].device.type == "cuda"
+
+
+def test_commands(stories260k: Path, tmp_path: Path) -> None:
+    text = DATA / "tinystories-sample.txt"
+    words = ["quantize", str(stories260k), "-o", str(tmp_path / "q"), "--bits", "8", "--device", "cuda"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    on_device, on_cpu = (evaluate.evaluate(tmp_path / "q", text, 128, 2, device=d) for d in ("cuda", "cpu"))
+    assert on_device["perplexity"] == pytest.approx(on_cpu["perplexity"], rel=1e-4)
+    assert evaluate.generate(tmp_path / "q", "Once upon a time", 8, device="cuda").startswith("Once upon a time, there")
