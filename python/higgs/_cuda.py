@@ -142,21 +142,21 @@ def linear_tiled(
     formats = _tiled_formats(tiled, input_vector, grids, rows, groups, block)
     given = iter(biases)
     prepared = [_prepared_bias(next(given), n, x) if has else None for has, n in zip(has_bias, rows, strict=True)]
-    flat = _aligned(x).view(-1, k)
-    m, code = flat.shape[0], code_of(x.dtype)
-    if m > min(_core.cuda_linear_max_rows(core, code) for core in formats):
-        rotated = _rotate(flat, input_vector, block, x.dtype)
+    x = _aligned(x)
+    m, code = x.numel() // k, DTYPE_CODES[x.dtype]
+    if m > _max_rows(formats, code):
+        rotated = _rotate(x.view(-1, k), input_vector, block, x.dtype)
         parts = zip(formats, tiled, prepared, rows, strict=True)
         ys = [_matmul_rotated(rotated, core, weights, bias, n) for core, weights, bias, n in parts]
-    else:
-        ys = [flat.new_empty(m, n) for n in rows]
-        need = _workspace_bytes(formats, m, code, x.device.index) if m else 0
-        workspace = flat.new_empty(need, dtype=torch.uint8) if need else None
-        _launch(
-            x.device, _core.cuda_linear, formats, [t.data_ptr() for t in tiled], [address(b) for b in prepared],
-            [y.data_ptr() for y in ys], flat.data_ptr(), code, m, input_vector.data_ptr(), address(workspace),
-        )  # fmt: skip
-    return [y.view(*x.shape[:-1], n) for y, n in zip(ys, rows, strict=True)]
+        return [y.view(*x.shape[:-1], n) for y, n in zip(ys, rows, strict=True)]
+    ys = [x.new_empty((*x.shape[:-1], n)) for n in rows]
+    need = _workspace_bytes(formats, m, code, x.device.index)
+    workspace = x.new_empty(need, dtype=torch.uint8) if need else None
+    _launch(
+        x.device, _core.cuda_linear, formats, [t.data_ptr() for t in tiled], [address(b) for b in prepared],
+        [y.data_ptr() for y in ys], x.data_ptr(), code, m, input_vector.data_ptr(), address(workspace),
+    )  # fmt: skip
+    return ys
 
 
 def linear_tiled_grad(
@@ -192,6 +192,11 @@ def _tiled_formats(
         check("tiled", weights, (nbytes,), _BYTES, input_vector)
         formats.append(core)
     return tuple(formats)
+
+
+@cache
+def _max_rows(formats: tuple[_core.Format, ...], code: int) -> int:
+    return min(_core.cuda_linear_max_rows(core, code) for core in formats)
 
 
 @cache

@@ -191,11 +191,11 @@ def linear_shared(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
 
 
 def _linear_tiled(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
-    formats = [layer.format for layer in layers]
+    formats, biases = [layer.format for layer in layers], [layer.bias for layer in layers]
     call: Any = _cuda.linear_tiled if _ops.direct(x) else _ops.linear_tiled
     return call(
         x, [layer.tiled for layer in layers], layers[0].input_vector,
-        [layer.bias for layer in layers if layer.bias is not None], [layer.bias is not None for layer in layers],
+        [bias for bias in biases if bias is not None], [bias is not None for bias in biases],
         [f.grid for f in formats], [f.n for f in formats], [f.group for f in formats], formats[0].block,
     )  # fmt: skip
 
