@@ -8,13 +8,13 @@ CUDA graph.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _core
+from . import _core, _cpu
 from ._formats import (
     DTYPE_CODES,
     LayerFormat,
@@ -26,6 +26,7 @@ from ._formats import (
     core_format,
     format_of,
 )
+from .errors import UnsupportedError
 
 _CHUNK_BYTES = 64 << 20  # weights decoded at once where the kernels do not multiply themselves
 _TILE_ROWS = 16
@@ -56,14 +57,25 @@ def quantize(weight: Tensor, fmt: LayerFormat, column_scale: Tensor | None) -> t
     indices, scales = _empty_stored(fmt, weight.device)
     stats = torch.empty(fmt.n, 2, dtype=torch.float64, device=weight.device)  # squared error and energy of each row
     weight = _aligned(weight)
-    _launch(
-        weight.device, _core.cuda_quantize, core_format(fmt), address(weight), code_of(weight.dtype),
-        address(column_scale), address(indices), address(scales), address(stats),
-    )  # fmt: skip
+    try:
+        _launch(
+            weight.device, _core.cuda_quantize, core_format(fmt), address(weight), code_of(weight.dtype),
+            address(column_scale), address(indices), address(scales), address(stats),
+        )  # fmt: skip
+    except UnsupportedError:
+        if not _core.with_cuda:
+            raise
+        return _quantize_on_the_cpu(weight, fmt, column_scale)  # a row does not fit in shared memory
     error, energy = stats.sum(0).tolist()
     if not torch.isfinite(torch.tensor([error, energy])).all():
         _explain(weight, stats)
     return indices, scales, error / energy if energy > 0 else 0.0
+
+
+def _quantize_on_the_cpu(weight: Tensor, fmt: LayerFormat, column_scale: Tensor | None) -> tuple[Tensor, Tensor, float]:
+    scale = None if column_scale is None else column_scale.cpu()
+    indices, scales, t2 = _cpu.quantize(weight.cpu(), fmt, scale)
+    return indices.to(weight.device), scales.to(weight.device), t2
 
 
 def _empty_stored(fmt: LayerFormat, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -199,7 +211,7 @@ def _max_rows(formats: tuple[_core.Format, ...], code: int) -> int:
     return min(_core.cuda_linear_max_rows(core, code) for core in formats)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _workspace_bytes(formats: tuple[_core.Format, ...], m: int, code: int, device: int) -> int:
     with torch.cuda.device(device):
         return _core.cuda_linear_workspace_bytes(formats, m, code)

@@ -113,6 +113,7 @@ class HiggsLinear(nn.Module):
         return self.format.grid, self.format.block, self.format.group, self.format.seed
 
     def forward(self, x: Tensor) -> Tensor:
+        x = _autocast(x)
         if self.tiled is not None:
             return _linear_tiled(x, [self])[0]
         return _ops.linear(x, self.indices, self.scales, self.column_scale, self.bias, *self._arguments())
@@ -184,6 +185,7 @@ def linear_shared(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
     On a CUDA device, layers with the same in_features, block, seed and column scale are one call, in which neighbours
     whose grids share a decoder share a launch and the rotation of x; other layers, and the CPU, are called one by one.
     """
+    x = _autocast(x)
     key = layers[0].input_key
     if key is None or any(layer.input_key != key for layer in layers):
         return [layer(x) for layer in layers]
@@ -202,6 +204,12 @@ def _linear_tiled(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
 
 def _digest(tensor: Tensor | None) -> str | None:
     return None if tensor is None else hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Under torch.autocast x gets the dtype that nn.Linear would give it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _constant(data: Tensor) -> nn.Parameter:

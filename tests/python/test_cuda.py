@@ -248,6 +248,14 @@ def test_a_device_that_is_not_the_current_one() -> None:
         module(x.to("cuda:0"))
 
 
+def test_autocast_is_followed() -> None:
+    module = layer(48, 256).cuda()
+    x = torch.randn(3, 256, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(module(x), module(x.bfloat16()))
+        assert higgs.linear_shared(x, [module])[0].dtype == torch.bfloat16
+
+
 def test_shared_input_in_one_launch() -> None:
     """q, k, v with grids of three decoders and different n; the same as one by one."""
     column_scale = (0.5 + torch.rand(1024)).half()
@@ -305,6 +313,23 @@ def test_moves_and_copies_keep_every_byte(grid: str) -> None:
     assert module.input_vector.dtype == torch.float32 and module.bias.dtype == torch.float16
     assert module.cuda().bfloat16().column_scale.dtype == torch.float16
     assert all(same_bits(a, before[name]) for a, name in zip(module.stored(), ("indices", "scales"), strict=True))
+
+
+def test_rows_too_long_for_shared_memory_are_quantized_all_the_same() -> None:
+    fmt = higgs.layer_format(2, 53248, "p2_n256")
+    weight = torch.randn(2, 53248)
+    indices, scales, t2 = _ops.quantize(weight, fmt)
+    on_device = _ops.quantize(weight.cuda(), fmt)
+    assert on_device[0].is_cuda and same_bits(on_device[0], indices) and same_bits(on_device[1], scales)
+    assert on_device[2] == pytest.approx(t2)
+
+
+def test_plan_and_device_in_words() -> None:
+    fmt = _core.Format("p2_n256", 4096, 4096, 1024, 1024, 0)
+    assert "ctas=" in _core.cuda_plan([fmt, fmt], 8, 2)
+    with pytest.raises(ValueError):
+        _core.cuda_plan([fmt], 0, 2)
+    assert _core.cuda_current_device()["name"] == torch.cuda.get_device_name()
 
 
 def test_errors_name_the_value_and_what_is_allowed() -> None:
