@@ -30,10 +30,11 @@ from .errors import UnsupportedError
 
 _CHUNK_BYTES = 64 << 20  # weights decoded at once where the kernels do not multiply themselves
 _TILE_ROWS = 16
-_BYTES = (torch.uint8,)
+_BYTES, _VECTOR = (torch.uint8,), (torch.float32,)
 
 
 def _launch(device: torch.device, call: Any, *arguments: Any) -> None:
+    """``call(*arguments, stream)`` on torch's current stream of ``device``."""
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     if device.index == torch.cuda.current_device():
         call(*arguments, stream)
@@ -67,7 +68,7 @@ def quantize(weight: Tensor, fmt: LayerFormat, column_scale: Tensor | None) -> t
             raise
         return _quantize_on_the_cpu(weight, fmt, column_scale)  # a row does not fit in shared memory
     error, energy = stats.sum(0).tolist()
-    if not torch.isfinite(torch.tensor([error, energy])).all():
+    if not (math.isfinite(error) and math.isfinite(energy)):
         _explain(weight, stats)
     return indices, scales, error / energy if energy > 0 else 0.0
 
@@ -151,12 +152,13 @@ def linear_tiled(
     pieces of at most 64 MiB and multiplied by torch."""
     k = input_vector.shape[0]
     check_x(x, k, input_vector)
+    check("input_vector", input_vector, (k,), _VECTOR, x)
     formats = _tiled_formats(tiled, input_vector, grids, rows, groups, block)
     given = iter(biases)
     prepared = [_prepared_bias(next(given), n, x) if has else None for has, n in zip(has_bias, rows, strict=True)]
     x = _aligned(x)
     m, code = x.numel() // k, DTYPE_CODES[x.dtype]
-    if m > _max_rows(formats, code):
+    if m > _max_rows(formats, code, x.device.index):
         rotated = _rotate(x.view(-1, k), input_vector, block, x.dtype)
         parts = zip(formats, tiled, prepared, rows, strict=True)
         ys = [_matmul_rotated(rotated, core, weights, bias, n) for core, weights, bias, n in parts]
@@ -207,8 +209,9 @@ def _tiled_formats(
 
 
 @cache
-def _max_rows(formats: tuple[_core.Format, ...], code: int) -> int:
-    return min(_core.cuda_linear_max_rows(core, code) for core in formats)
+def _max_rows(formats: tuple[_core.Format, ...], code: int, device: int) -> int:
+    with torch.cuda.device(device):
+        return min(_core.cuda_linear_max_rows(core, code) for core in formats)
 
 
 @lru_cache(maxsize=4096)

@@ -86,12 +86,7 @@ class HiggsLinear(nn.Module):
         if tuple(self.indices.shape) == (f.n, f.row_bytes):
             self.tiled = _constant(_cuda.repack(self.indices, self.scales, f))
             self.input_vector = _cuda.input_vector(self.column_scale, f, self.indices.device)
-            scale = (
-                None
-                if self.column_scale is None
-                else hashlib.sha256(self.column_scale.detach().cpu().numpy().tobytes())
-            )
-            self.input_key = (f.k, f.block, f.seed, scale and scale.hexdigest())
+            self.input_key = (f.k, f.block, f.seed, _digest(self.column_scale))
             self.indices = self.scales = None
         return self
 

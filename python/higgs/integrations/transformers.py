@@ -91,7 +91,7 @@ class HiggsHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, module in model.named_modules():
-            if isinstance(module, HiggsLinear):
+            if isinstance(module, HiggsLinear) and not module.stored()[0].is_meta:  # meta: offloaded
                 _check_scales(name, module)
                 module.tile_()
         return model
