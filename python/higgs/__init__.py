@@ -6,7 +6,7 @@
 """
 
 from . import _core, _register
-from ._formats import LayerFormat, layer_format
+from ._ops import LayerFormat, layer_format
 from .energies import Energies, gather_energies
 from .errors import CudaError, FormatError, HiggsError, UnsupportedError
 from .linear import HiggsLinear, linear_shared

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from . import _core, _cpu, _cuda
-from ._formats import DTYPE_CODES, LayerFormat, check, check_column_scale
+from ._formats import DTYPE_CODES, LayerFormat, check, check_column_scale, layer_format
 from .errors import UnsupportedError
+
+__all__ = ["LayerFormat", "dequantize", "direct", "layer_format", "linear", "linear_tiled", "quantize"]
 
 _DEVICES = {"cpu": _cpu, "cuda": _cuda}
 

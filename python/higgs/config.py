@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import _core
-from ._formats import LayerFormat, layer_format
+from ._ops import LayerFormat, layer_format
 from .errors import FormatError
 
 QUANT_METHOD = "higgs_quant"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import _core
-from ._formats import LayerFormat, layer_format
+from ._ops import LayerFormat, layer_format
 from .config import LayerConfig, QuantizationConfig
 from .energies import (
     Energies,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ._formats import LayerFormat
+from ._ops import LayerFormat
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
-from .._formats import LayerFormat
+from .._ops import LayerFormat
 from ..config import LayerConfig, QuantizationConfig
 from ..errors import FormatError
 from .files import Checkpoint, TensorEntry

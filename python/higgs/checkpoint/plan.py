@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import _core
-from .._formats import LayerFormat, layer_format
+from .._ops import LayerFormat, layer_format
 from .files import SINGLE_FILE, Checkpoint, TensorSpec
 from .layers import LinearWeights, find_linear_weights, layer_name
 
