@@ -66,7 +66,7 @@ def quantize_checkpoint(
     Raises FormatError for a broken source, ValueError for illegal arguments, an already quantized source, or a weight
     that is NaN or inf (naming the tensor), OSError for files that cannot be written.
     """
-    chosen = pick_device(device)
+    target = pick_device(device)
     options = Options(pick_grid(grid, bits), lm_head_grid, block, group, seed, scale_exponent)
     out = Path(out)
     if out.resolve() == Path(source).resolve():
@@ -82,7 +82,7 @@ def quantize_checkpoint(
         used, note = _obtain(work, energies, scales_optional)
         if note:
             plan.notes.append(note)
-        job = _Job(checkpoint, plan, options, settings, out, work, used, chosen, progress or NullProgress())
+        job = _Job(checkpoint, plan, options, settings, out, work, used, target, progress or NullProgress())
         return job.run()
 
 
