@@ -164,6 +164,8 @@ def linear_tiled(
         ys = [_matmul_rotated(rotated, core, weights, bias, n) for core, weights, bias, n in parts]
         return [y.view(*x.shape[:-1], n) for y, n in zip(ys, rows, strict=True)]
     ys = [x.new_empty((*x.shape[:-1], n)) for n in rows]
+    if m == 0:
+        return ys
     need = _workspace_bytes(formats, m, code, x.device.index)
     workspace = x.new_empty(need, dtype=torch.uint8) if need else None
     _launch(

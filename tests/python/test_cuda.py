@@ -114,7 +114,9 @@ def test_shapes_of_x() -> None:
     assert y.shape == (2, 3, 5, 48)
     assert torch.allclose(module(x[1, 2, 4]), y[1, 2, 4], atol=2e-2)
     assert torch.equal(module(x.transpose(0, 2).contiguous().transpose(0, 2)), y)  # not contiguous
-    assert module(x[:, :0]).shape == (2, 0, 5, 48)
+    for no_rows in (x[:, :0], x[:, :0].float()):
+        assert module(no_rows).shape == (2, 0, 5, 48)
+    assert layer(48, 192, block=192).cuda()(x[:0, ..., :192]).shape == (0, 3, 5, 48)
     shifted = torch.randn(2 * 256 + 1, device="cuda").half()[1:].view(2, 256)  # not aligned
     assert torch.equal(module(shifted), module(shifted.clone()))
 
