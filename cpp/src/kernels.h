@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "higgs/hadamard.h"
 #include "higgs/isa.h"
 #include "higgs/packed_format.h"
 #include "nearest.h"
@@ -48,10 +49,6 @@ struct Kernels {
                    float* scratch, float* y, std::int64_t y_stride);
 };
 inline constexpr int kTileRows = 16;
-
-// The coefficients c[a][b] of the Hartley transform of odd length r in 3..15, [r, r]; c[a][b] = cas(2 pi a b / r) /
-// sqrt(r).
-[[nodiscard]] const float* hartley_table(int r) noexcept;
 
 [[nodiscard]] const Kernels& kernels() noexcept;  // of current_isa()
 

@@ -16,11 +16,13 @@ inline void check_pointer(const char* op, const char* what, const void* p) {
   }
 }
 
-// The rotating kernels know Hadamard blocks only, not those with an odd factor (hadamard.h).
+// The decode kernel, which rotates x while it multiplies, knows no blocks with an odd factor (hadamard.h).
+inline bool supports_block(int block) { return std::has_single_bit(static_cast<unsigned>(block)); }
+
 inline void check_block(const char* op, int block) {
-  if (!std::has_single_bit(static_cast<unsigned>(block))) {
+  if (!supports_block(block)) {
     throw Error(ErrorCode::unsupported, std::string(op) + ": block " + std::to_string(block) +
-                                            " is not supported on the GPU; use 64, 128, 256, 512 or 1024");
+                                            " has an odd factor; use rotate, dequantize_rotated and a GEMM");
   }
 }
 

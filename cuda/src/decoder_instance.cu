@@ -13,16 +13,21 @@ using D = HIGGS_DECODER;
 template <typename Config>
 void launch_gemm(const GemmParams& params, const GemmPlan& plan, Stream stream) {
   static_assert(Config::kWarpgroups * 64 == gemm_rows(Config::kN));
-  launch_dependent<gemm_kernel<Config>>(params, plan.ctas(), Config::kThreads, Config::kSharedBytes, stream,
-                                        plan.cluster_size);
+  launch_dependent<gemm_kernel<Config>>({plan.ctas(), Config::kThreads, Config::kSharedBytes, plan.cluster_size},
+                                        stream, params);
+}
+
+template <typename Config>
+void launch_gemv(const GemvParams& params, const LaunchPlan& plan, Stream stream) {
+  launch_dependent<gemv_kernel<Config>>({plan.ctas(), plan.threads(), plan.shared_bytes, plan.cluster}, stream, params);
 }
 
 template <typename T, int TokenTiles>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
   if (plan.regular) {
-    launch_gemv<gemv_kernel<GemvConfig<D, T, TokenTiles, true>>>(params, plan, stream);
+    launch_gemv<GemvConfig<D, T, TokenTiles, true>>(params, plan, stream);
   } else {
-    launch_gemv<gemv_kernel<GemvConfig<D, T, TokenTiles, false>>>(params, plan, stream);
+    launch_gemv<GemvConfig<D, T, TokenTiles, false>>(params, plan, stream);
   }
 }
 

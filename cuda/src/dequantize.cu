@@ -1,12 +1,12 @@
-// dequantize, dequantize_rotated from the stored layout. One warp per 1024 columns of a row; the arithmetic and its
-// order are those of FORMAT.md, "From bytes to weights".
+// dequantize, dequantize_rotated from the stored layout. One warp per chunk (at most 1024 columns) of a row; the
+// arithmetic and its order are those of FORMAT.md, "From bytes to weights".
 #include "bits.cuh"
 #include "checks.h"
-#include "fwht.cuh"
 #include "grid_points.h"
 #include "higgs/cuda/ops.h"
 #include "launch.h"
 #include "numeric.cuh"
+#include "transform.cuh"
 
 namespace higgs::cuda {
 namespace {
@@ -23,12 +23,12 @@ struct StoredLayer {
   int64_t row_groups;
   int64_t group;
   uint64_t seed;
-  int block;
 };
 
 template <typename Points, typename T, bool Unrotate>
 __global__ void __launch_bounds__(kWarps * 32)
-    dequantize_kernel(const __grid_constant__ Points points, const StoredLayer layer, T* out) {
+    dequantize_kernel(const __grid_constant__ Points points, const __grid_constant__ BlockTransform transform,
+                      const StoredLayer layer, T* out) {
   extern __shared__ __align__(16) uint8_t shared[];
   auto* table = reinterpret_cast<uint16_t*>(shared);
   auto* scratch = reinterpret_cast<float*>(shared + Points::kCapacity * 2);
@@ -37,14 +37,15 @@ __global__ void __launch_bounds__(kWarps * 32)
   for (int i = threadIdx.x; i < points.p << points.index_bits; i += blockDim.x) table[i] = points.values[i];
   __syncthreads();
 
-  const int64_t chunks = (layer.k + kChunk - 1) / kChunk;
+  const int64_t chunks = chunks_of(transform, layer.k);
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + warp; item < layer.n * chunks;
        item += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const int64_t chunk = item % chunks * kChunk;
+    const int64_t chunk = item % chunks * transform.columns;
     const int64_t row = item / chunks;
+    const int64_t count = min(layer.k - chunk, static_cast<int64_t>(transform.columns));
     const int64_t column = chunk + lane * 32;
     float v[32] = {};
-    if (column < layer.k) {
+    if (lane * 32 < count) {
       const uint8_t* bytes = layer.indices + row * layer.row_bytes;
       const uint16_t scale_bits = layer.scales[row * layer.row_groups + column / layer.group];
       const float scale = __half2float(__ushort_as_half(scale_bits));
@@ -59,18 +60,18 @@ __global__ void __launch_bounds__(kWarps * 32)
       }
     }
     if constexpr (Unrotate) {
-      warp_fwht(v, layer.block, scratch + warp * kChunkScratch, lane);
+      warp_transform(v, transform, scratch + warp * kChunkScratch, lane);
 #pragma unroll
       for (int j = 0; j < 32; ++j) {
         const int64_t at = chunk + j * 32 + lane;
-        if (chunk + j * 32 >= layer.k) continue;
+        if (j * 32 >= count) continue;
         const float sign = sign_of_column(layer.seed, at);
         const float d = layer.column_scale == nullptr
                             ? sign
                             : __fdiv_rn(sign, __half2float(__ushort_as_half(layer.column_scale[at])));
         out[row * layer.k + at] = from_float<T>(__fmul_rn(d, v[j]));
       }
-    } else if (column < layer.k) {
+    } else if (lane * 32 < count) {
       constexpr int kPerStore = 16 / sizeof(T);
 #pragma unroll
       for (int i = 0; i < 32 / kPerStore; ++i) {
@@ -87,15 +88,14 @@ template <bool Unrotate>
 void launch_dequantize(const char* op, const PackedView& packed, void* out, DType out_dtype, Stream stream) {
   const LayerFormat& f = packed.format;
   validate(f);
-  if constexpr (Unrotate) check_block(op, f.block);
   if (f.n == 0) return;
   check_pointer(op, "indices", packed.indices);
   check_pointer(op, "scales", packed.scales);
   check_pointer(op, "out", out);
-  const StoredLayer layer{
-      packed.indices, packed.scales, packed.column_scale, f.n, f.k, f.row_bytes(), f.row_groups(), f.group,
-      f.seed,         f.block};
-  const std::int64_t items = f.n * ((f.k + kChunk - 1) / kChunk);
+  const StoredLayer layer{packed.indices, packed.scales, packed.column_scale, f.n, f.k, f.row_bytes(), f.row_groups(),
+                          f.group,        f.seed};
+  const BlockTransform transform = block_transform(Unrotate ? f.block : kMaxBlock);
+  const std::int64_t items = f.n * chunks_of(transform, f.k);
   const auto blocks = static_cast<unsigned>(std::min<std::int64_t>((items + kWarps - 1) / kWarps, 1 << 16));
   with_points(*f.grid, [&](const auto& points) {
     using Points = std::decay_t<decltype(points)>;
@@ -103,7 +103,7 @@ void launch_dequantize(const char* op, const PackedView& packed, void* out, DTyp
     static_assert(kShared <= 48 * 1024);
     dispatch(out_dtype, [&]<typename T>() {
       dequantize_kernel<Points, T, Unrotate>
-          <<<blocks, kWarps * 32, kShared, to_stream(stream)>>>(points, layer, static_cast<T*>(out));
+          <<<blocks, kWarps * 32, kShared, to_stream(stream)>>>(points, transform, layer, static_cast<T*>(out));
     });
   });
   check(cudaGetLastError(), op);

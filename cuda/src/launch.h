@@ -32,28 +32,30 @@ void allow_shared(int bytes) {
   done.fetch_or(bit, std::memory_order_relaxed);
 }
 
+struct LaunchShape {
+  int blocks = 0;
+  int threads = 0;
+  int shared_bytes = 0;
+  int cluster = 1;
+};
+
 // A launch that may start while the kernel before it runs: its prologue must end with wait_for_primary().
-template <auto kKernel, typename Params>
-void launch_dependent(const Params& params, int blocks, int threads, int shared_bytes, Stream stream, int cluster = 1) {
-  if (shared_bytes > 0) allow_shared<kKernel>(current_device().shared_bytes_per_block);
+template <auto kKernel, typename... Arguments>
+void launch_dependent(const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
+  if (shape.shared_bytes > 0) allow_shared<kKernel>(current_device().shared_bytes_per_block);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = static_cast<unsigned>(threads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.gridDim = static_cast<unsigned>(shape.blocks);
+  config.blockDim = static_cast<unsigned>(shape.threads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
   config.stream = to_stream(stream);
   config.attrs = attributes;
-  config.numAttrs = !current_device().has_clusters() ? 0 : cluster > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kKernel, params), "launch");
-}
-
-template <auto kKernel>
-void launch_gemv(const GemvParams& params, const LaunchPlan& plan, Stream stream) {
-  launch_dependent<kKernel>(params, plan.ctas(), plan.threads(), plan.shared_bytes, stream, plan.cluster);
+  config.numAttrs = !current_device().has_clusters() ? 0 : shape.cluster > 1 ? 2 : 1;
+  check(cudaLaunchKernelEx(&config, kKernel, arguments...), "launch");
 }
 
 }  // namespace higgs::cuda

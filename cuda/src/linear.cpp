@@ -46,7 +46,6 @@ void check_parts(const void* x, DType dtype, std::int64_t m, const float* d, std
   for (const LinearPart& part : parts) {
     const LayerFormat& f = part.weights.format;
     validate(f);
-    check_block("linear", f.block);
     const LayerFormat& first = parts[0].weights.format;
     if (f.k != first.k || f.block != first.block) {
       throw Error(ErrorCode::invalid_argument,
@@ -106,7 +105,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   return p;
 }
 
-bool uses_gemm(std::int64_t m) { return m > kMaxDecodeRows; }
+bool uses_gemm(std::int64_t m, int block) { return m > kMaxDecodeRows || !supports_block(block); }
 
 GemmPlan plan_gemm_group(std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
   std::array<LayerFormat, kMaxParts> formats;
@@ -212,12 +211,16 @@ void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std:
 
 }  // namespace
 
-std::int64_t linear_max_rows() { return supports_gemm(current_device()) ? kMaxLinearRows : kMaxDecodeRows; }
+std::int64_t linear_max_rows(const LayerFormat& format, DType dtype) {
+  if (dtype == DType::f32) return 0;
+  if (supports_gemm(current_device())) return kMaxLinearRows;
+  return supports_block(format.block) ? kMaxDecodeRows : 0;
+}
 
 std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
   std::int64_t bytes = 0;
   if (m == 0) return 0;
-  if (uses_gemm(m)) {
+  if (uses_gemm(m, parts[0].weights.format.block)) {
     GemmWorkspace sizes;
     for (const auto& group : launch_groups(parts)) sizes.add(plan_gemm_group(m, dtype, group));
     return sizes.bytes();
@@ -236,8 +239,8 @@ void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::spa
             void* workspace, Stream stream) {
   check_parts(x, dtype, m, d, parts);
   if (m == 0) return;
-  uses_gemm(m) ? run_gemm(x, dtype, m, d, parts, workspace, stream)
-               : run_decode(x, dtype, m, d, parts, workspace, stream);
+  uses_gemm(m, parts[0].weights.format.block) ? run_gemm(x, dtype, m, d, parts, workspace, stream)
+                                              : run_decode(x, dtype, m, d, parts, workspace, stream);
 }
 
 }  // namespace higgs::cuda

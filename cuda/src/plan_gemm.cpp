@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <string>
 
-#include "checks.h"
 #include "higgs/cuda/plan.h"
 #include "higgs/error.h"
 
@@ -30,7 +29,6 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
   if (problem.m < 1) {
     throw Error(ErrorCode::invalid_argument, "linear: m = " + std::to_string(problem.m) + " rows of x; use 1 or more");
   }
-  check_block("linear", problem.matrices[0].block);
   if (!supports_gemm(device)) {
     throw Error(ErrorCode::unsupported, "linear: the kernel for m > 16 needs sm_90, not sm_" +
                                             std::to_string(device.sm()) + "; use dequantize_rotated and any GEMM");

@@ -1,5 +1,5 @@
 // quantize: float weights -> stored layout; FORMAT.md, "From weights to bytes", bit for bit. One block per row:
-//   1. rotate the row into shared memory, one warp per 1024 columns
+//   1. rotate the row into shared memory, one warp per chunk (at most 1024 columns)
 //   2. per scale group: energy -> first scale
 //   3. nearest point of every run of p values by trying all points, four runs per thread so that one shared-memory
 //      broadcast of a point serves them all
@@ -7,11 +7,11 @@
 // Shared memory: the row (4 k bytes; during rotation also a scratch per warp), indices (at most k bytes), group results
 // (24 bytes each), 256 points at a time.
 #include "checks.h"
-#include "fwht.cuh"
 #include "grid_points.h"
 #include "higgs/cuda/ops.h"
 #include "launch.h"
 #include "numeric.cuh"
+#include "transform.cuh"
 
 namespace higgs::cuda {
 namespace {
@@ -29,7 +29,6 @@ struct QuantizeLayer {
   int64_t row_bytes;
   uint64_t seed;
   int k;
-  int block;
   int group;
   int row_groups;
 };
@@ -57,13 +56,15 @@ __device__ __forceinline__ double sum_of_parts(double part) {
 }
 
 template <typename T>
-__device__ void rotate_row(const QuantizeLayer& layer, const T* w, float* row, float* scratch) {
+__device__ void rotate_row(const QuantizeLayer& layer, const BlockTransform& transform, const T* w, float* row,
+                           float* scratch) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  for (int chunk = warp * kChunk; chunk < layer.k; chunk += kWarps * kChunk) {
+  for (int chunk = warp * transform.columns; chunk < layer.k; chunk += kWarps * transform.columns) {
+    const int count = min(layer.k - chunk, transform.columns);
     const int column = chunk + lane * 32;
     float v[32] = {};
-    if (column < layer.k) {
+    if (lane * 32 < count) {
       load32(w + column, v);
       const uint64_t signs = sign_word(layer.seed, static_cast<uint64_t>(column) / 64) >> (column % 64);
 #pragma unroll
@@ -74,10 +75,10 @@ __device__ void rotate_row(const QuantizeLayer& layer, const T* w, float* row, f
         v[j] = __fmul_rn(__fmul_rn(e, s), v[j]);
       }
     }
-    warp_fwht(v, layer.block, scratch + warp * kChunkScratch, lane);
+    warp_transform(v, transform, scratch + warp * kChunkScratch, lane);
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
-      if (chunk + j * 32 < layer.k) row[chunk + j * 32 + lane] = v[j];
+      if (j * 32 < count) row[chunk + j * 32 + lane] = v[j];
     }
   }
 }
@@ -198,7 +199,8 @@ __device__ __forceinline__ void pack_row(int count, int index_bits, const Index*
 
 template <typename T, int P, typename Points>
 __global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const __grid_constant__ Points points, const QuantizeLayer layer, const T* w) {
+    quantize_kernel(const __grid_constant__ Points points, const __grid_constant__ BlockTransform transform,
+                    const QuantizeLayer layer, const T* w) {
   using Index = std::conditional_t<(P == 2), uint16_t, uint8_t>;
   extern __shared__ __align__(32) uint8_t shared[];
   auto* shared_points = reinterpret_cast<ScoredPoint<P>*>(shared);
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(kThreads)
   auto* scratch = reinterpret_cast<float*>(indices);  // rotation comes before the indices
   const int64_t n_row = blockIdx.x;
 
-  rotate_row(layer, w + n_row * layer.k, row, scratch);
+  rotate_row(layer, transform, w + n_row * layer.k, row, scratch);
   load_points<P>(points, 0, shared_points);
   __syncthreads();
   for_each_group(layer, [&](int group, int first, int columns, int lane) {
@@ -243,7 +245,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int P, typename Points>
-void launch_quantize(const Points& points, const QuantizeLayer& layer, int64_t n, const void* w, Stream stream) {
+void launch_quantize(const Points& points, int block, const QuantizeLayer& layer, int64_t n, const void* w,
+                     Stream stream) {
   const int after_row = std::max(kWarps * kChunkScratch * 4, P == 2 ? layer.k : layer.k / P);
   const int shared = kPointsAtOnce * static_cast<int>(sizeof(ScoredPoint<P>)) +
                      layer.row_groups * static_cast<int>(sizeof(GroupState)) + layer.k * 4 + after_row;
@@ -256,7 +259,7 @@ void launch_quantize(const Points& points, const QuantizeLayer& layer, int64_t n
   allow_shared<quantize_kernel<T, P, Points>>(limit);
   quantize_kernel<T, P, Points>
       <<<static_cast<unsigned>(n), kThreads, static_cast<std::size_t>(shared), to_stream(stream)>>>(
-          points, layer, static_cast<const T*>(w));
+          points, block_transform(block), layer, static_cast<const T*>(w));
 }
 
 }  // namespace
@@ -264,7 +267,6 @@ void launch_quantize(const Points& points, const QuantizeLayer& layer, int64_t n
 void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std::uint16_t* column_scale,
               std::uint8_t* indices, std::uint16_t* scales, double* row_stats, Stream stream) {
   validate(format);
-  check_block("quantize", format.block);
   if (format.n == 0) return;
   if (format.k > kMaxQuantizeColumns) {
     throw Error(ErrorCode::unsupported, "quantize: k = " + std::to_string(format.k) + "; the GPU takes at most " +
@@ -280,15 +282,14 @@ void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std
                             format.row_bytes(),
                             format.seed,
                             static_cast<int>(format.k),
-                            format.block,
                             static_cast<int>(format.group),
                             static_cast<int>(format.row_groups())};
   with_points(*format.grid, [&](const auto& points) {
     dispatch(w_dtype, [&]<typename T>() {
       switch (format.grid->p) {
-        case 1: return launch_quantize<T, 1>(points, layer, format.n, w, stream);
-        case 2: return launch_quantize<T, 2>(points, layer, format.n, w, stream);
-        default: return launch_quantize<T, 4>(points, layer, format.n, w, stream);
+        case 1: return launch_quantize<T, 1>(points, format.block, layer, format.n, w, stream);
+        case 2: return launch_quantize<T, 2>(points, format.block, layer, format.n, w, stream);
+        default: return launch_quantize<T, 4>(points, format.block, layer, format.n, w, stream);
       }
     });
   });

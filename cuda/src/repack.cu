@@ -84,8 +84,24 @@ void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scal
 }
 
 void dequantize_rotated(const TiledView& tiled, void* out, DType out_dtype, Stream stream) {
-  const TiledLayer layer = tiled_layer(tiled.format);
-  if (tiled.format.n == 0) return;
+  dequantize_rotated(tiled, 0, tiled.format.n, out, out_dtype, stream);
+}
+
+void dequantize_rotated(const TiledView& tiled, std::int64_t first_row, std::int64_t rows, void* out, DType out_dtype,
+                        Stream stream) {
+  TiledLayer layer = tiled_layer(tiled.format);
+  if (first_row < 0 || first_row % kTileRows != 0 || rows < 0 || rows > layer.n - first_row) {
+    throw Error(ErrorCode::invalid_argument, "dequantize_rotated: rows " + std::to_string(first_row) + " + " +
+                                                 std::to_string(rows) + " of " + std::to_string(layer.n) +
+                                                 "; start at a multiple of 16 and stay inside");
+  }
+  if (rows == 0) return;
+  // The rows as a layer of their own: its tables stay where they are.
+  const std::int64_t first_tile = first_row / kTileRows;
+  layer.n = rows;
+  layer.tiled.row_tiles = (rows + kTileRows - 1) / kTileRows;
+  layer.tiled.scales += first_tile * layer.tiled.row_groups * kTileRows * 2;
+  layer.tiled.weights += first_tile * layer.tiled.tile_bytes;
   check_pointer("dequantize_rotated", "tiled", tiled.data);
   check_pointer("dequantize_rotated", "out", out);
   decoder_ops(layer.tiled.field)

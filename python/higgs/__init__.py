@@ -9,7 +9,7 @@ from . import _core, _register
 from ._ops import LayerFormat, layer_format
 from .energies import Energies, gather_energies
 from .errors import CudaError, FormatError, HiggsError, UnsupportedError
-from .linear import HiggsLinear
+from .linear import HiggsLinear, linear_shared
 from .model import dequantize_, quantize_
 from .report import LayerReport, Report
 
@@ -36,5 +36,6 @@ __all__ = [
     "grid_for_bits",
     "grids",
     "layer_format",
+    "linear_shared",
     "quantize_",
 ]

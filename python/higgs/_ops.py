@@ -1,153 +1,42 @@
-"""The torch operators of higgs, and the only place that touches ``higgs._core``.
+"""The torch operators of higgs: declarations, shapes, gradients.
 
-Declared with ``torch.library.Library.define`` / ``impl`` (2-3 us a call) on data pointers: no link to libtorch, so one
-binary serves every torch version. C++ checks shapes and values; what only torch knows (device, dtype, contiguity) is
-checked here.
+Declared with ``torch.library.Library.define`` / ``impl`` on data pointers: no link to libtorch, so one binary serves
+every torch version. ``_cpu`` and ``_cuda`` implement them and check what only torch knows (device, dtype, contiguity);
+C++ checks values.
+
+    linear        stored layout; on CUDA it is repacked in every call
+    linear_tiled  CUDA only: layers that share x, in the layout the kernels read
+    dequantize    stored layout -> W^
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-from . import _core
+from . import _core, _cpu, _cuda
+from ._formats import DTYPE_CODES, LayerFormat, check, check_column_scale, layer_format
 from .errors import UnsupportedError
 
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+__all__ = ["LayerFormat", "dequantize", "direct", "layer_format", "linear", "linear_tiled", "quantize"]
 
-
-@dataclass(frozen=True)
-class LayerFormat:
-    """How a weight matrix W[n, k] is stored (FORMAT.md). Made by :func:`layer_format`."""
-
-    grid: str
-    n: int
-    k: int
-    block: int
-    group: int
-    seed: int
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of indices of one row."""
-        return _core.check_format(self.grid, self.n, self.k, self.block, self.group)[0]
-
-    @property
-    def row_groups(self) -> int:
-        """Scales of one row."""
-        return _core.check_format(self.grid, self.n, self.k, self.block, self.group)[1]
-
-    def bits(self, column_scale: bool = False) -> float:
-        """Effective bits per weight, scales (and column scale, if any) counted."""
-        return _core.format_bits(self.grid, self.n, self.k, self.block, self.group, column_scale)
-
-    def stored_bytes(self, column_scale: bool = False) -> int:
-        return self.n * (self.row_bytes + 2 * self.row_groups) + (2 * self.k if column_scale else 0)
-
-    def with_rows(self, n: int) -> LayerFormat:
-        return replace(self, n=n)
-
-
-def layer_format(
-    n: int, k: int, grid: str, *, block: int | None = None, group: int | None = None, seed: int = 0
-) -> LayerFormat:
-    """The format of an [n, k] matrix on ``grid``, with the default block and group where none is given.
-
-    Raises ValueError for an unknown grid, k not a positive multiple of 64, or an illegal block or group.
-    """
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed {seed} is not supported; use 0 to 2**63 - 1")
-    block = _core.default_block(k) if block is None else block
-    group = _core.default_group(k, block) if group is None else group
-    _core.check_format(grid, n, k, block, group)
-    return LayerFormat(grid, n, k, block, group, seed)
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.device.type != "cpu":
-        raise UnsupportedError(f"{name} is on {tensor.device}; only the CPU is supported so far")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} is {tensor.dtype}; use {' or '.join(map(str, dtypes))}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-
-
-def _check_packed(indices: Tensor, scales: Tensor, column_scale: Tensor | None, fmt: LayerFormat) -> None:
-    _check("indices", indices, (fmt.n, fmt.row_bytes), (torch.uint8,))
-    _check("scales", scales, (fmt.n, fmt.row_groups), (torch.float16,))
-    if column_scale is not None:
-        _check("column_scale", column_scale, (fmt.k,), (torch.float16,))
-    if not (indices.is_contiguous() and scales.is_contiguous()):
-        raise ValueError("indices and scales must be contiguous")
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _format_of(indices: Tensor, grid: str, block: int, group: int, seed: int) -> LayerFormat:
-    g = _core.find_grid(grid)
-    return LayerFormat(grid, indices.shape[0], indices.shape[1] * 8 // g.index_bits * g.p, block, group, seed)
+_DEVICES = {"cpu": _cpu, "cuda": _cuda}
 
 
 def quantize(weight: Tensor, fmt: LayerFormat, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-    """Quantizes ``weight`` [n, k] (float32, float16 or bfloat16, finite; arXiv 2411.17525, algorithm 1).
+    """Quantizes ``weight`` [n, k] (float32, float16 or bfloat16, finite; arXiv 2411.17525, algorithm 1) on its device.
 
-    Returns ``indices`` uint8 [n, row_bytes], ``scales`` float16 [n, row_groups] and t2, the relative squared error (in
-    the column-scaled space if there is a ``column_scale``, float16 [k]).
+    Returns ``indices`` uint8 [n, row_bytes], ``scales`` float16 [n, row_groups] (the same bytes on every device) and
+    t2, the relative squared error (in the column-scaled space if there is a ``column_scale``: float16 [k], anywhere).
     """
-    _check("weight", weight, (fmt.n, fmt.k), tuple(_DTYPE_CODES))
+    device = _DEVICES.get(weight.device.type)
+    if device is None:
+        raise UnsupportedError(f"weight is on {weight.device}; use the CPU or a CUDA device")
+    check("weight", weight, (fmt.n, fmt.k), DTYPE_CODES, weight)
     if column_scale is not None:
-        _check("column_scale", column_scale, (fmt.k,), (torch.float16,))
-    weight = weight.detach().contiguous()
-    indices = torch.empty(fmt.n, fmt.row_bytes, dtype=torch.uint8)
-    scales = torch.empty(fmt.n, fmt.row_groups, dtype=torch.float16)
-    t2 = _core.quantize(
-        fmt.grid, fmt.n, fmt.k, fmt.block, fmt.group, fmt.seed, weight.data_ptr(), _DTYPE_CODES[weight.dtype],
-        _address(column_scale), indices.data_ptr(), scales.data_ptr(),
-    )  # fmt: skip
-    return indices, scales, t2
-
-
-def _linear_cpu(
-    x: Tensor, indices: Tensor, scales: Tensor, column_scale: Tensor | None, bias: Tensor | None,
-    grid: str, block: int, group: int, seed: int,
-) -> Tensor:  # fmt: skip
-    fmt = _format_of(indices, grid, block, group, seed)
-    _check_packed(indices, scales, column_scale, fmt)
-    if x.dtype not in _DTYPE_CODES:
-        raise TypeError(f"x is {x.dtype}; use torch.float32, torch.float16 or torch.bfloat16")
-    if x.shape[-1] != fmt.k:
-        raise ValueError(f"x has {x.shape[-1]} features, the layer has in_features = {fmt.k}")
-    if bias is not None:
-        _check("bias", bias, (fmt.n,), tuple(_DTYPE_CODES))
-        bias = bias.to(x.dtype).contiguous()
-    x = x.contiguous()
-    y = torch.empty(*x.shape[:-1], fmt.n, dtype=x.dtype)
-    code = _DTYPE_CODES[x.dtype]
-    _core.linear(
-        grid, fmt.n, fmt.k, block, group, seed, indices.data_ptr(), scales.data_ptr(), _address(column_scale),
-        x.data_ptr(), code, x.numel() // fmt.k, _address(bias), y.data_ptr(), code,
-    )  # fmt: skip
-    return y
-
-
-def _dequantize_cpu(
-    indices: Tensor, scales: Tensor, column_scale: Tensor | None,
-    grid: str, block: int, group: int, seed: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    fmt = _format_of(indices, grid, block, group, seed)
-    _check_packed(indices, scales, column_scale, fmt)
-    if dtype not in _DTYPE_CODES:
-        raise TypeError(f"dtype is {dtype}; use torch.float32, torch.float16 or torch.bfloat16")
-    out = torch.empty(fmt.n, fmt.k, dtype=dtype)
-    _core.dequantize(
-        grid, fmt.n, fmt.k, block, group, seed, indices.data_ptr(), scales.data_ptr(), _address(column_scale),
-        out.data_ptr(), _DTYPE_CODES[dtype],
-    )  # fmt: skip
-    return out
+        column_scale = column_scale.to(weight.device)
+        check_column_scale(column_scale, fmt.k, weight)
+    return device.quantize(weight.detach().contiguous(), fmt, column_scale)
 
 
 _library = torch.library.Library("higgs", "DEF")
@@ -156,16 +45,37 @@ _library.define(
     " str grid, int block, int group, int seed) -> Tensor"
 )
 _library.define(
+    "linear_tiled(Tensor x, Tensor[] tiled, Tensor input_vector, Tensor[] biases, bool[] has_bias,"
+    " str[] grids, int[] rows, int[] groups, int block) -> Tensor[]"
+)
+_library.define(
+    "linear_tiled_grad(Tensor[] grads, Tensor[] tiled, Tensor input_vector,"
+    " str[] grids, int[] groups, int block) -> Tensor"
+)
+_library.define(
     "dequantize(Tensor indices, Tensor scales, Tensor? column_scale,"
     " str grid, int block, int group, int seed, ScalarType dtype) -> Tensor"
 )
-_library.impl("linear", _linear_cpu, "CPU")
-_library.impl("dequantize", _dequantize_cpu, "CPU")
+for _name, _device in (("CPU", _cpu), ("CUDA", _cuda)):
+    _library.impl("linear", _device.linear, _name)
+    _library.impl("dequantize", _device.dequantize, _name)
+_library.impl("linear_tiled", _cuda.linear_tiled, "CUDA")
+_library.impl("linear_tiled_grad", _cuda.linear_tiled_grad, "CUDA")
 
 
 @torch.library.register_fake("higgs::linear", lib=_library)
 def _linear_fake(x, indices, scales, column_scale, bias, grid, block, group, seed):
     return x.new_empty(*x.shape[:-1], indices.shape[0])
+
+
+@torch.library.register_fake("higgs::linear_tiled", lib=_library)
+def _linear_tiled_fake(x, tiled, input_vector, biases, has_bias, grids, rows, groups, block):
+    return [x.new_empty(*x.shape[:-1], n) for n in rows]
+
+
+@torch.library.register_fake("higgs::linear_tiled_grad", lib=_library)
+def _linear_tiled_grad_fake(grads, tiled, input_vector, grids, groups, block):
+    return grads[0].new_empty(*grads[0].shape[:-1], input_vector.shape[0])
 
 
 @torch.library.register_fake("higgs::dequantize", lib=_library)
@@ -188,11 +98,52 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         weight = torch.ops.higgs.dequantize(indices, scales, column_scale, *ctx.format, ctx.x_dtype)
         grad_x = grad @ weight
-    grad_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, _bias_gradient(grad) if ctx.has_bias else None, None, None, None, None
+
+
+def _linear_tiled_setup(ctx, inputs, output) -> None:
+    _, tiled, input_vector, _, ctx.has_bias, ctx.grids, _, ctx.groups, ctx.block = inputs
+    ctx.save_for_backward(*tiled, input_vector)
+
+
+def _linear_tiled_backward(ctx, grads):
+    *tiled, input_vector = ctx.saved_tensors
+    used = [i for i, grad in enumerate(grads) if grad is not None]
+    grad_x = None
+    if ctx.needs_input_grad[0] and used:
+        grad_x = torch.ops.higgs.linear_tiled_grad(
+            [grads[i] for i in used], [tiled[i] for i in used], input_vector,
+            [ctx.grids[i] for i in used], [ctx.groups[i] for i in used], ctx.block,
+        )  # fmt: skip
+    of_biases = [grad for grad, has_bias in zip(grads, ctx.has_bias, strict=True) if has_bias]
+    biases = [
+        _bias_gradient(grad) if needed and grad is not None else None
+        for grad, needed in zip(of_biases, ctx.needs_input_grad[3], strict=True)
+    ]
+    return grad_x, [None] * len(tiled), None, biases, None, None, None, None, None
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
 
 
 torch.library.register_autograd("higgs::linear", _linear_backward, setup_context=_linear_setup, lib=_library)
+torch.library.register_autograd(
+    "higgs::linear_tiled", _linear_tiled_backward, setup_context=_linear_tiled_setup, lib=_library
+)
+
+
+def direct(x: Tensor) -> bool:
+    """Whether an operator may be called as the function it is. The dispatcher takes longer than a kernel for one token,
+    and without gradients, tracing or a dispatch mode it has nothing to do."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+    )
+
 
 linear = torch.ops.higgs.linear
+linear_tiled = torch.ops.higgs.linear_tiled
 dequantize = torch.ops.higgs.dequantize

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .devices import pick_device
 from .errors import FormatError, UnsupportedError
 from .progress import NullProgress, Progress
 
@@ -97,11 +98,11 @@ def self_tokens(
 
 
 def weight_energy(weight: Tensor) -> Tensor:
-    """Sum over rows of w_ij^2: float32 [k]."""
-    total = torch.zeros(weight.shape[1], dtype=torch.float64)
+    """Sum over rows of w_ij^2: float32 [k], on the CPU."""
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for rows in weight.detach().split(max(1, 2**18 // weight.shape[1])):  # fp64 copies stay small
         total += rows.double().square().sum(0)
-    return total.float()
+    return total.float().cpu()
 
 
 def column_scale(
@@ -253,13 +254,15 @@ def energies_for(
     *,
     tokens: int = 8192,
     seed: int = 0,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Energies | None:
     """The input energies that ``--scales`` asks for.
 
     "none"; "random" (tokens), "self" (text sampled from the model) or a text file, which run the model in ``model_dir``
     with transformers; or a file of energies (.safetensors). UnsupportedError says why where the model cannot be run
-    (transformers missing, unknown architecture, not enough memory).
+    (transformers missing, unknown architecture, not enough memory). ``device``: see
+    :func:`~higgs.devices.pick_device`.
     """
     if scales == "none":
         return None
@@ -267,7 +270,7 @@ def energies_for(
         return Energies.load(scales)
     if scales not in ("random", "self") and not Path(scales).is_file():
         raise ValueError(f"scales {scales!r}: use random, self, none, a text file or a .safetensors file of energies")
-    model = _load_model(Path(model_dir))
+    model = _load_model(Path(model_dir), pick_device(device))
     if scales in ("random", "self"):
         return own_energies(model, scales, tokens=tokens, seed=seed, progress=progress)
     ids = text_tokens(model_dir, scales, tokens, context=512)
@@ -289,19 +292,20 @@ def own_energies(
     return gather_energies(model, ids, source=source, progress=progress)
 
 
-def _load_model(model_dir: Path) -> nn.Module:
+def _load_model(model_dir: Path, device: torch.device) -> nn.Module:
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as e:
         raise UnsupportedError("input energies need transformers to run the model: pip install transformers") from e
     size = sum(f.stat().st_size for f in model_dir.glob("*.safetensors"))
-    available = _available_memory()
+    available = _available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if size > 0.8 * available:
         raise UnsupportedError(
-            f"the model ({size / 2**30:.1f} GiB) does not fit in the available memory ({available / 2**30:.1f} GiB)"
+            f"the model ({size / 2**30:.1f} GiB) does not fit in the available memory of {device} "
+            f"({available / 2**30:.1f} GiB)"
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval().to(device)
     except (ValueError, KeyError, ImportError) as e:
         raise UnsupportedError(f"transformers cannot load the model: {e}") from e
 

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .devices import pick_device
 from .errors import HiggsError
 from .linear import HiggsLinear
 from .progress import NullProgress, Progress
 
 
-def load(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load(
+    model_dir: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Any]:
     """Model (eval mode, ``dtype``) and tokenizer of a local checkpoint directory, quantized or not."""
     if not Path(model_dir).is_dir():
         raise FileNotFoundError(f"no model directory at {model_dir}; only local directories are read")
@@ -25,7 +28,7 @@ def load(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.
     except ImportError as e:
         raise HiggsError("evaluating and generating need transformers: pip install transformers") from e
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval(), tokenizer
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval().to(device), tokenizer
 
 
 def read_text(path: str | Path) -> str:
@@ -71,10 +74,13 @@ def score(
     progress = progress or NullProgress()
     nll = kl = seconds = 0.0
     count = 0
+    token_ids = token_ids.to(next(model.parameters()).device)
     progress.start("perplexity", len(token_ids))
     for window in token_ids:
         start = time.perf_counter()
         logits = model(window[None], use_cache=False).logits[0, :-1].float()
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
         seconds += time.perf_counter() - start
         log_probs = logits.log_softmax(-1)
         nll -= log_probs.gather(1, window[1:, None]).double().sum().item()
@@ -114,17 +120,20 @@ def evaluate(
     windows: int | None = None,
     base: str | Path | None = None,
     bos: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a checkpoint on a text (fp32 arithmetic), and KL(base || model) if ``base`` is a checkpoint.
 
     Keys: perplexity, tokens_per_s, bits, kl, windows, context. ``bos``: every window is BOS plus context - 1 tokens.
+    ``device``: see :func:`~higgs.devices.pick_device`.
     """
-    model, tokenizer = load(model_dir)
+    chosen = pick_device(device)
+    model, tokenizer = load(model_dir, device=chosen)
     if bos and tokenizer.bos_token_id is None:
         raise ValueError("bos: the tokenizer has no BOS token")
     ids = (bos_windows if bos else token_windows)(tokenizer, read_text(text_path), context, windows)
-    base_model = load(base)[0] if base is not None else None
+    base_model = load(base, device=chosen)[0] if base is not None else None
     result: dict[str, Any] = score(model, ids, base_model, progress)
     return {**result, "bits": effective_bits(model), "windows": len(ids), "context": context}
 
@@ -137,7 +146,7 @@ def generate_tokens(
     progress = progress or NullProgress()
     progress.start("generate", new_tokens)
     cache = None
-    ids = next_ids = prompt_ids
+    ids = next_ids = prompt_ids.to(next(model.parameters()).device)
     stop = _eos_ids(model)
     decoded = 0
     start = time.perf_counter()
@@ -162,11 +171,21 @@ def _eos_ids(model: Any) -> set[int]:
     return set(eos) if isinstance(eos, Iterable) else {eos} if eos is not None else set()
 
 
-def generate(model_dir: str | Path, prompt: str, max_new_tokens: int = 64, progress: Progress | None = None) -> str:
-    """Greedy continuation of ``prompt`` by the checkpoint in ``model_dir``; returns prompt and continuation."""
+def generate(
+    model_dir: str | Path,
+    prompt: str,
+    max_new_tokens: int = 64,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> str:
+    """Greedy continuation of ``prompt`` by the checkpoint in ``model_dir``; returns prompt and continuation.
+
+    ``device``: see :func:`~higgs.devices.pick_device`; fp32 arithmetic on the CPU, bfloat16 on a CUDA device.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} is not supported; use at least 1")
-    model, tokenizer = load(model_dir)
+    chosen = pick_device(device)
+    model, tokenizer = load(model_dir, torch.float32 if chosen.type == "cpu" else torch.bfloat16, chosen)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty and the tokenizer has no BOS token")

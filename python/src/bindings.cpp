@@ -1,30 +1,7 @@
-// higgs._core: adapts types and nothing else. Buffers come as integer addresses, dtypes as 0 = float32, 1 = float16,
-// 2 = bfloat16; _ops.py has checked device, dtype and contiguity. Every call that works on buffers releases the GIL.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <string>
-
-#include "higgs/higgs.h"
-
-namespace py = pybind11;
+// higgs._core: adapts types and nothing else.
+#include "adapt.h"
 
 namespace {
-
-using higgs::DType;
-using Address = std::uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);  // NOLINT: what an address from Python is
-}
-
-DType dtype_of(int code) {
-  if (code < 0 || code > 2) {
-    throw higgs::Error(higgs::ErrorCode::type, "dtype code " + std::to_string(code) + "; use 0, 1 or 2");
-  }
-  return static_cast<DType>(code);
-}
 
 higgs::ConstMatrixView in_view(Address data, int dtype, std::int64_t rows, std::int64_t cols) {
   return {pointer<const std::byte>(data), dtype_of(dtype), rows, cols};
@@ -38,11 +15,6 @@ higgs::LayerFormat layer_format(const std::string& grid, std::int64_t n, std::in
   higgs::LayerFormat f{&higgs::find_grid(grid), n, k, block, group, seed};
   higgs::validate(f);
   return f;
-}
-
-higgs::PackedView packed_view(const higgs::LayerFormat& format, Address indices, Address scales, Address column_scale) {
-  return {format, pointer<const std::uint8_t>(indices), pointer<const std::uint16_t>(scales),
-          pointer<const std::uint16_t>(column_scale)};
 }
 
 PyObject* python_exception(higgs::ErrorCode code, const py::module_& errors) {
@@ -106,50 +78,49 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("default_block", &higgs::default_block);
   m.def("default_group", &higgs::default_group);
-  m.def(
-      "check_format",
-      [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group) {
-        const higgs::LayerFormat f = layer_format(grid, n, k, block, group, 0);
-        return py::make_tuple(f.row_bytes(), f.row_groups());
-      },
-      "(bytes of indices, number of scales) of one row; raises ValueError if the format is not legal");
-  m.def("format_bits", [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group,
-                          bool column_scale) { return layer_format(grid, n, k, block, group, 0).bits(column_scale); });
+  py::class_<higgs::LayerFormat>(m, "Format", "How a weight matrix is stored; a legal one.")
+      .def(py::init(&layer_format), py::arg("grid"), py::arg("n"), py::arg("k"), py::arg("block"), py::arg("group"),
+           py::arg("seed"), "Raises ValueError if the format is not legal")
+      .def_property_readonly("row_bytes", &higgs::LayerFormat::row_bytes)
+      .def_property_readonly("row_groups", &higgs::LayerFormat::row_groups)
+      .def("bits", &higgs::LayerFormat::bits);
 
-  m.def("quantize",
-        [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group, std::uint64_t seed,
-           Address w, int w_dtype, Address column_scale, Address indices, Address scales) {
-          const higgs::LayerFormat f = layer_format(grid, n, k, block, group, seed);
-          const py::gil_scoped_release release;
-          const higgs::QuantizeResult r =
-              higgs::quantize(in_view(w, w_dtype, n, k), f, pointer<const std::uint16_t>(column_scale),
-                              pointer<std::uint8_t>(indices), pointer<std::uint16_t>(scales));
-          return r.t2();
-        });
-  m.def("dequantize",
-        [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group, std::uint64_t seed,
-           Address indices, Address scales, Address column_scale, Address out, int out_dtype) {
-          const higgs::LayerFormat f = layer_format(grid, n, k, block, group, seed);
-          const py::gil_scoped_release release;
-          higgs::dequantize(packed_view(f, indices, scales, column_scale), out_view(out, out_dtype, n, k));
-        });
-  m.def("linear", [](const std::string& grid, std::int64_t n, std::int64_t k, int block, std::int64_t group,
-                     std::uint64_t seed, Address indices, Address scales, Address column_scale, Address x, int x_dtype,
-                     std::int64_t rows, Address bias, Address y, int y_dtype) {
-    const higgs::LayerFormat f = layer_format(grid, n, k, block, group, seed);
-    const py::gil_scoped_release release;
-    higgs::matmul(in_view(x, x_dtype, rows, k), packed_view(f, indices, scales, column_scale),
-                  pointer<const void>(bias), out_view(y, y_dtype, rows, n));
-  });
-  m.def("rotate",
-        [](Address in, int dtype, std::int64_t rows, std::int64_t cols, int block, std::uint64_t seed, Address out) {
-          const py::gil_scoped_release release;
-          higgs::rotate(in_view(in, dtype, rows, cols), block, seed, {}, out_view(out, 0, rows, cols));
-        });
-  m.def("unrotate", [](Address in, std::int64_t rows, std::int64_t cols, int block, std::uint64_t seed, Address out) {
-    const py::gil_scoped_release release;
-    higgs::unrotate(in_view(in, 0, rows, cols), block, seed, {}, out_view(out, 0, rows, cols));
-  });
+  m.def(
+      "quantize",
+      [](const higgs::LayerFormat& f, Address w, int w_dtype, Address column_scale, Address indices, Address scales) {
+        return higgs::quantize(in_view(w, w_dtype, f.n, f.k), f, pointer<const std::uint16_t>(column_scale),
+                               pointer<std::uint8_t>(indices), pointer<std::uint16_t>(scales))
+            .t2();
+      },
+      ReleaseGil());
+  m.def(
+      "dequantize",
+      [](const higgs::LayerFormat& f, Address indices, Address scales, Address column_scale, Address out,
+         int out_dtype) {
+        higgs::dequantize(packed_view(f, indices, scales, column_scale), out_view(out, out_dtype, f.n, f.k));
+      },
+      ReleaseGil());
+  m.def(
+      "linear",
+      [](const higgs::LayerFormat& f, Address indices, Address scales, Address column_scale, Address x, int dtype,
+         std::int64_t rows, Address bias, Address y) {
+        higgs::matmul(in_view(x, dtype, rows, f.k), packed_view(f, indices, scales, column_scale),
+                      pointer<const void>(bias), out_view(y, dtype, rows, f.n));
+      },
+      ReleaseGil());
+  m.def(
+      "rotate",
+      [](Address in, int dtype, std::int64_t rows, std::int64_t cols, int block, std::uint64_t seed, Address out) {
+        higgs::rotate(in_view(in, dtype, rows, cols), block, seed, {}, out_view(out, 0, rows, cols));
+      },
+      ReleaseGil());
+  m.def(
+      "unrotate",
+      [](Address in, std::int64_t rows, std::int64_t cols, int block, std::uint64_t seed, Address out) {
+        higgs::unrotate(in_view(in, 0, rows, cols), block, seed, {}, out_view(out, 0, rows, cols));
+      },
+      ReleaseGil());
+  bind_cuda(m);
 
   m.def("num_threads", &higgs::num_threads);
   m.def("set_num_threads", &higgs::set_num_threads);

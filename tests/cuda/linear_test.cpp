@@ -123,6 +123,8 @@ TEST(CudaLinear, GemmOnEveryGrid) {
     check_layer(Layer(grid, 23, 64 * 35, 64, 640), kGemmCases, ratios);
     check_layer(Layer(grid, 7, 64, 64, 64), kGemmCases, ratios);
     check_layer(Layer(grid, 20, 64 * 13, 64, 64), kGemmCases, ratios);
+    check_layer(Layer(grid, 33, 576, 576, 576), kGemmCases, ratios);
+    check_layer(Layer(grid, 33, 192 * 8, 192, 1536), kFewCases, ratios);
   }
 }
 
@@ -158,7 +160,7 @@ TEST(CudaLinear, MatricesThatShareX) {
   Buffer<float> d(kColumns);
   rotation_vector(VectorKind::input, 5, nullptr, kColumns, d.data(), nullptr);
   for (const std::int64_t m : {1, 6, 16, 40, 200}) {
-    if (m > linear_max_rows()) continue;
+    if (m > linear_max_rows(q.format, DType::bf16)) continue;
     const Buffer<std::uint8_t> x(stored(gaussian(static_cast<std::size_t>(m * kColumns)), DType::bf16));
     std::vector<LinearPart> parts;
     std::vector<std::unique_ptr<Buffer<std::byte>>> tiled;

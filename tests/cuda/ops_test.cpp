@@ -5,7 +5,8 @@ namespace higgs::cuda::test {
 namespace {
 
 constexpr Shape kShapes[] = {{37, 64, 64, 64},    {19, 576, 64, 576},     {33, 320, 64, 128},    {16, 1024, 1024, 1024},
-                             {50, 2240, 64, 640}, {21, 4096, 1024, 1024}, {18, 1536, 512, 1536}, {5, 11008, 256, 1024}};
+                             {50, 2240, 64, 640}, {21, 4096, 1024, 1024}, {18, 1536, 512, 1536}, {5, 11008, 256, 1024},
+                             {40, 576, 576, 576}, {23, 2304, 768, 768},   {17, 1920, 960, 960},  {9, 1152, 384, 768}};
 
 std::vector<float> to_floats(const std::vector<std::uint16_t>& halves) {
   std::vector<float> out;
@@ -63,6 +64,12 @@ TEST(CudaDequantize, MatchesTheCoreForEveryGrid) {
         Buffer<std::uint8_t> from_tiled(expected.size());
         dequantize_rotated(TiledView{layer.format, tiled.data()}, from_tiled.data(), dtype, nullptr);
         EXPECT_EQ(from_tiled.host(), expected) << "dequantize_rotated (tiled) " << layer.name();
+        const std::int64_t first = std::min<std::int64_t>(kTileRows, s.n - 1) / kTileRows * kTileRows;
+        const std::size_t skipped = static_cast<std::size_t>(first * s.k) * size_of(dtype);
+        Buffer<std::uint8_t> rows(expected.size() - skipped);
+        dequantize_rotated({layer.format, tiled.data()}, first, s.n - first, rows.data(), dtype, nullptr);
+        EXPECT_EQ(rows.host(), std::vector(expected.begin() + static_cast<std::ptrdiff_t>(skipped), expected.end()))
+            << "dequantize_rotated (rows) " << layer.name();
       }
     }
   }

@@ -38,7 +38,7 @@ def fake_energies(monkeypatch):
     """Stands in for a forward pass; records how it was called."""
     calls = []
 
-    def energies_for(model_dir, scales, *, tokens, seed, progress):
+    def energies_for(model_dir, scales, *, tokens, seed, device, progress):
         calls.append((scales, tokens, seed))
         k = {"down_proj": 192}
         names = [

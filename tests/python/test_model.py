@@ -121,6 +121,27 @@ def test_cast_keeps_the_format(llama: LlamaForCausalLM) -> None:
     assert llama(IDS).logits.dtype == torch.bfloat16
 
 
+def test_layers_offloaded_to_disk(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    higgs.quantize_(llama, bits=4)
+    llama.save_pretrained(tmp_path / "quantized")
+    place = dict.fromkeys(("model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb", "model.layers.0"), "cpu")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "quantized", device_map={**place, "model.layers.1": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(offloaded(IDS).logits, llama(IDS).logits)
+
+
+def test_autocast_is_followed(llama: LlamaForCausalLM) -> None:
+    higgs.quantize_(llama, bits=4, scales="none")
+    layer = llama.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), layer(x.bfloat16()))
+        assert higgs.linear_shared(x, [layer])[0].dtype == torch.bfloat16
+    assert torch.equal(higgs.linear_shared(x, [layer, layer])[1], layer(x))
+
+
 def _edit_config(path: Path, **changes) -> None:
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"].update(changes)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from higgs import _core, _ops
+from higgs.devices import pick_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,3 +148,26 @@ def test_errors_name_the_value_and_what_is_allowed() -> None:
         _ops.quantize(torch.randn(4, 128), fmt, torch.zeros(128, dtype=torch.float16))
     with pytest.raises(ValueError, match="threads 0 is not supported; use 1 to 1024"):
         _core.set_num_threads(0)
+
+
+def test_cuda_is_there_or_says_that_it_is_not() -> None:
+    fmt = _core.Format("p2_n256", 32, 256, 256, 256, 0)
+    if _core.with_cuda:
+        assert _core.cuda_tiled_bytes(fmt) >= 32 * 256 // 2  # needs no device
+    else:
+        assert _core.cuda_device_count() == 0
+        with pytest.raises(higgs.UnsupportedError, match="no CUDA kernels; .*HIGGS_CUDA=ON"):
+            _core.cuda_tiled_bytes(fmt)
+        with pytest.raises(higgs.UnsupportedError, match="no CUDA kernels"):
+            _core.cuda_current_device()
+
+
+def test_pick_device() -> None:
+    usable = _core.with_cuda and torch.cuda.is_available()
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto") == torch.device("cuda:0" if usable else "cpu")
+    for name in ("tpu", "meta", "cuda:x", ""):
+        with pytest.raises(ValueError, match="use auto, cpu, cuda or cuda:N"):
+            pick_device(name)
+    with pytest.raises(higgs.UnsupportedError, match="device 'cuda:99' cannot be used: "):
+        pick_device("cuda:99")

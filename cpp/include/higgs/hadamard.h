@@ -44,4 +44,10 @@ void unrotate(ConstMatrixView in, int block, std::uint64_t seed, std::span<const
 // d[j] = e_j / column_scale[j]: what the matmul kernels multiply x by before rotating it.
 void input_vector(std::uint64_t seed, std::span<const float> column_scale, std::span<float> d);
 
+namespace detail {
+
+// The matrix C of odd length r in 3..15, [r, r].
+[[nodiscard]] const float* hartley_table(int r) noexcept;
+
+}  // namespace detail
 }  // namespace higgs

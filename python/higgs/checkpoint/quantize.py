@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _core
 from ..config import LayerConfig, QuantizationConfig
+from ..devices import pick_device
 from ..errors import UnsupportedError
 from ..progress import NullProgress, Progress
 from ..report import LayerReport, Report
@@ -21,6 +22,8 @@ from .scales import ColumnScales, quantize_named
 from .work import REPORT_FILE, WorkFolder, finished_report
 
 if TYPE_CHECKING:
+    import torch
+
     from ..energies import Energies
 
 
@@ -58,11 +61,12 @@ def quantize_checkpoint(
     continues; with changed settings it raises ValueError, unless ``force``, which starts over in any case. A finished
     ``out`` with the same settings is left alone (a note in the report says so).
 
+    ``device``: where layers are quantized, see :func:`~higgs.devices.pick_device`; the bytes do not depend on it.
+
     Raises FormatError for a broken source, ValueError for illegal arguments, an already quantized source, or a weight
     that is NaN or inf (naming the tensor), OSError for files that cannot be written.
     """
-    if device not in ("cpu", "auto"):
-        raise UnsupportedError(f"device {device!r} is not supported; use 'auto' or 'cpu'")
+    target = pick_device(device)
     options = Options(pick_grid(grid, bits), lm_head_grid, block, group, seed, scale_exponent)
     out = Path(out)
     if out.resolve() == Path(source).resolve():
@@ -78,7 +82,7 @@ def quantize_checkpoint(
         used, note = _obtain(work, energies, scales_optional)
         if note:
             plan.notes.append(note)
-        job = _Job(checkpoint, plan, options, settings, out, work, used, progress or NullProgress())
+        job = _Job(checkpoint, plan, options, settings, out, work, used, target, progress or NullProgress())
         return job.run()
 
 
@@ -143,10 +147,11 @@ class _Job:
         out: Path,
         work: WorkFolder,
         energies: Energies | None,
+        device: torch.device,
         progress: Progress,
     ) -> None:
         self.checkpoint, self.plan, self.options, self.settings = checkpoint, plan, options, settings
-        self.out, self.work, self.progress = out, work, progress
+        self.out, self.work, self.device, self.progress = out, work, device, progress
         self.scales = ColumnScales(checkpoint, plan, energies, options.scale_exponent)
         unscaled = [layer.name for layer in plan.layers if not layer.head and layer.name not in self.scales.layers]
         if energies is not None and unscaled:
@@ -185,10 +190,10 @@ class _Job:
         scale = self.scales.of(layer)  # before the weight is read: this may read weights too
         weight = self.checkpoint.read(layer.source)
         start = time.perf_counter()
-        indices, group_scales, t2 = quantize_named(weight, layer, scale)
+        indices, group_scales, t2 = quantize_named(weight.to(self.device), layer, scale)
         seconds = time.perf_counter() - start
-        writer.write(f"{layer.name}.indices", indices)
-        writer.write(f"{layer.name}.scales", group_scales)
+        writer.write(f"{layer.name}.indices", indices.cpu())
+        writer.write(f"{layer.name}.scales", group_scales.cpu())
         if scale is not None:
             writer.write(f"{layer.name}.column_scale", scale)
         return LayerReport.of(layer.name, layer.fmt, column_scale=scale is not None, t2=t2, seconds=seconds)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 import os
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -26,14 +26,16 @@ app = typer.Typer(
 )
 
 
-class Device(str, enum.Enum):
-    """Where to quantize."""
-
-    auto = "auto"
-    cpu = "cpu"
+def _device_name(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise typer.BadParameter(f"{value!r}; use auto, cpu, cuda or cuda:N")
+    return value
 
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Local model directory (Hugging Face layout).")]
+Device = Annotated[
+    str, typer.Option(callback=_device_name, metavar="auto|cpu|cuda[:N]", help="Where to work (auto: on a GPU if any).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 # typer reads these at run time, under Python 3.10 too, hence Optional.
 MaybeText = Optional[str]  # noqa: UP045
@@ -98,7 +100,7 @@ def quantize(
     ] = None,
     scale_exponent: Annotated[float, typer.Option(help="Exponent of the column scales, 0 to 0.5.")] = 0.25,
     scale_tokens: Annotated[int, typer.Option(help="Tokens to gather input energies over.")] = 8192,
-    device: Annotated[Device, typer.Option(help="Where to quantize.")] = Device.auto,
+    device: Device = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Fail if a layer cannot be quantized.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start over, whatever OUT holds of an earlier run.")] = False,
     json_output: Json = False,
@@ -112,11 +114,11 @@ def quantize(
     _local_model(model)
     started = time.perf_counter()
     with working(json_output) as progress:
-        energies, label = _energy_choice(model, scales or "random", scale_tokens, seed, progress)
+        energies, label = _energy_choice(model, scales or "random", scale_tokens, seed, device, progress)
         report = quantize_checkpoint(
             model, out, grid=grid, bits=bits, lm_head_grid=lm_head_grid, block=block, group=group, seed=seed,
             energies=energies, scales=label, scales_optional=scales is None, scale_exponent=scale_exponent,
-            strict=strict, force=force, device=device.value, progress=progress,
+            strict=strict, force=force, device=device, progress=progress,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     _emit(
@@ -126,7 +128,7 @@ def quantize(
     )
 
 
-def _energy_choice(model: Path, scales: str, tokens: int, seed: int, progress: Any) -> tuple[Any, str]:
+def _energy_choice(model: Path, scales: str, tokens: int, seed: int, device: str, progress: Any) -> tuple[Any, str]:
     """The input energies that ``--scales`` asks for (or a function that gathers them), and their name as a setting."""
     if scales == "none":
         return None, "none"
@@ -147,7 +149,7 @@ def _energy_choice(model: Path, scales: str, tokens: int, seed: int, progress: A
         from ..energies import energies_for
 
         _quiet_transformers()
-        return energies_for(model, scales, tokens=tokens, seed=seed, progress=progress)
+        return energies_for(model, scales, tokens=tokens, seed=seed, device=device, progress=progress)
 
     return gather, label
 
@@ -166,6 +168,7 @@ def energies(
     text: Annotated[MaybePath, typer.Option(help="Text to run instead of random tokens.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to run.")] = 8192,
     seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
+    device: Device = "auto",
     json_output: Json = False,
 ) -> None:
     """Gather the input energies of MODEL's layers, for `higgs quantize --scales FILE`."""
@@ -174,7 +177,7 @@ def energies(
     source = "random" if text is None else str(_text_file(text))
     with working(json_output) as progress:
         _quiet_transformers()
-        gathered = energies_for(_local_model(model), source, tokens=tokens, seed=seed, progress=progress)
+        gathered = energies_for(_local_model(model), source, tokens=tokens, seed=seed, device=device, progress=progress)
         if gathered is None:
             raise ValueError(f"no energies for {source!r}")
         gathered.save(out)
@@ -194,6 +197,7 @@ def evaluate_command(
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     windows: Annotated[int, typer.Option(help="Number of windows, from the start of the text.")] = 16,
     base: Annotated[MaybePath, typer.Option(help="Original model: also measure the KL divergence from it.")] = None,
+    device: Device = "auto",
     json_output: Json = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, tokens per second, effective bits, and KL against --base."""
@@ -203,7 +207,7 @@ def evaluate_command(
     with working(json_output) as progress:
         _quiet_transformers()
         base_dir = None if base is None else _local_model(base)
-        result = evaluate(_local_model(model), text, context, windows, base=base_dir, progress=progress)
+        result = evaluate(_local_model(model), text, context, windows, base=base_dir, device=device, progress=progress)
     text_out = f"perplexity {result['perplexity']:.4f}, {result['tokens_per_s']:.0f} tokens/s"
     if result.get("bits") is not None:
         text_out += f", {result['bits']:.3f} bits a weight"
@@ -219,6 +223,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    device: Device = "auto",
     json_output: Json = False,
 ) -> None:
     """Continue a text, greedily."""
@@ -226,7 +231,7 @@ def generate(
 
     with working(json_output, quiet=True) as progress:
         _quiet_transformers()
-        text = generate(_local_model(model), prompt, max_new_tokens, progress=progress)
+        text = generate(_local_model(model), prompt, max_new_tokens, device=device, progress=progress)
     _emit(json_output, {"prompt": prompt, "text": text}, text)
 
 

@@ -40,10 +40,31 @@ def _cuda() -> dict[str, Any]:
     import torch
 
     try:
-        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        devices = [_device(i) for i in range(torch.cuda.device_count())]
     except Exception as e:  # a driver that does not fit, say: that is for this command to tell
         return {"available": False, "reason": str(e)}
     return {"available": bool(devices), "torch_cuda": torch.version.cuda, "devices": devices}
+
+
+def _device(index: int) -> dict[str, Any]:
+    import torch
+
+    p = torch.cuda.get_device_properties(index)
+    facts = {
+        "name": p.name,
+        "compute_capability": f"{p.major}.{p.minor}",
+        "memory_gib": round(p.total_memory / 2**30, 1),
+        "multiprocessors": p.multi_processor_count,
+    }
+    if _core.with_cuda:
+        try:
+            with torch.cuda.device(index):
+                facts["shared_bytes_per_block"] = _core.cuda_current_device()["shared_bytes_per_block"]
+                fmt = _core.Format("p2_n256", 4096, 4096, 1024, 1024, 0)
+                facts["plan_4096x4096"] = _core.cuda_plan([fmt], 1, 1)
+        except Exception as e:  # the runtime inside this build does not fit the driver, say
+            facts["problem"] = str(e)
+    return facts
 
 
 def _registered() -> bool | str:
@@ -57,11 +78,19 @@ def _registered() -> bool | str:
     return QUANT_METHOD in AUTO_QUANTIZER_MAPPING and QUANT_METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
+def _device_text(device: dict[str, Any]) -> str:
+    text = (
+        f"{device['name']} (sm_{device['compute_capability'].replace('.', '')}, {device['memory_gib']} GiB, "
+        f"{device['multiprocessors']} multiprocessors)"
+    )
+    return f"{text}, unusable: {device['problem']}" if "problem" in device else text
+
+
 def as_text(facts: dict[str, Any]) -> str:
     """The facts as lines for a reader."""
     registered = {True: "yes", False: "no"}.get(facts["transformers_registered"], facts["transformers_registered"])
     cuda = facts["cuda"]
-    devices = ", ".join(cuda.get("devices", [])) or cuda.get("reason") or "none"
+    devices = "; ".join(_device_text(d) for d in cuda.get("devices", [])) or cuda.get("reason") or "none"
     lines = [
         f"higgs {facts['higgs']} (format {facts['format_version']}), Python {facts['python']}, {facts['platform']}",
         f"CUDA kernels in this build: {'yes' if facts['cuda_kernels'] else 'no'}; GPUs seen by torch: {devices}",

@@ -91,8 +91,9 @@ class HiggsHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, module in model.named_modules():
-            if isinstance(module, HiggsLinear):
+            if isinstance(module, HiggsLinear) and not module.stored()[0].is_meta:  # meta: offloaded
                 _check_scales(name, module)
+                module.tile_()
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -134,7 +135,8 @@ def _check_shape(name: str, expected: tuple[int, ...], stored: dict[str, tuple[i
 
 
 def _check_scales(name: str, module: HiggsLinear) -> None:
-    if not (module.scales.isfinite() & (module.scales >= 0)).all():
+    _, scales = module.stored()
+    if not (scales.isfinite() & (scales >= 0)).all():
         raise FormatError(f"tensor {name}.scales holds NaN, inf or negative values")
     scale: Tensor | None = module.column_scale
     if scale is not None and not (scale.isfinite() & (scale > 0)).all():

@@ -1,7 +1,6 @@
 // Launchers. All pointers are device pointers (16-byte aligned), all work goes to `stream`; nothing allocates,
 // synchronizes or copies from the host, so every call can be captured in a CUDA graph. Arguments are checked once here
-// and throw higgs::Error; a failed launch throws Error(cuda). Hadamard blocks are powers of two: a block with an odd
-// factor is Error(unsupported) so far.
+// and throw higgs::Error; a failed launch throws Error(cuda). Any legal Hadamard block, except where said otherwise.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +21,9 @@ enum class VectorKind { input, weight };
 void rotation_vector(VectorKind kind, std::uint64_t seed, const std::uint16_t* column_scale, std::int64_t k, float* out,
                      Stream stream);
 
-// out[i, :] = H (vector * in[i, :]) / sqrt(block) in fp32, rounded once to out_dtype. in, out: [rows, k], may be the
-// same buffer if the dtypes have the same size; vector: fp32[k] or null (ones). Same bits as higgs::rotate.
+// out[i, :] = T (vector * in[i, :]) in fp32 with the orthonormal transform T of hadamard.h, rounded once to out_dtype.
+// in, out: [rows, k], may be the same buffer if the dtypes have the same size; vector: fp32[k] or null (ones). Same
+// bits as higgs::rotate.
 void rotate(const void* in, DType in_dtype, std::int64_t rows, std::int64_t k, int block, const float* vector,
             void* out, DType out_dtype, Stream stream);
 
@@ -33,8 +33,11 @@ void dequantize(const PackedView& packed, void* out, DType out_dtype, Stream str
 // The same before the inverse rotation: scale * point. y = rotate(x) @ this^T.
 void dequantize_rotated(const PackedView& packed, void* out, DType out_dtype, Stream stream);
 
-// From the tiled layout, so that a layer needs no second copy of its weights for large m.
+// From the tiled layout, so that a layer needs no second copy of its weights for large m: all rows, or `rows` of them
+// from first_row, a multiple of kTileRows, so that `out` can be small.
 void dequantize_rotated(const TiledView& tiled, void* out, DType out_dtype, Stream stream);
+void dequantize_rotated(const TiledView& tiled, std::int64_t first_row, std::int64_t rows, void* out, DType out_dtype,
+                        Stream stream);
 
 // Float weights -> stored layout; same bits as higgs::quantize. w: [n, k] fp32, fp16 or bf16.
 //   row_stats  fp64 [n, 2]: squared error and energy of each row (QuantizeResult before the sum), or null. A row with
@@ -48,17 +51,17 @@ void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std
 void repack(const PackedView& packed, std::byte* tiled, Stream stream);
 void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scales, Stream stream);
 
-// y[m, n] = x[m, k] @ W^T (+ bias), x multiplied by d and rotated. fp32 accumulation in a fixed order: the same input
-// gives the same bits, and rows do not influence each other. Up to kMaxParts matrices that share x (same k, block,
-// group) go in one call; those with the same decoder go in one launch.
+// y[m, n] = x[m, k] @ W^T (+ bias) for m <= linear_max_rows; x is multiplied by d and rotated. fp32 accumulation in a
+// fixed order: the same input gives the same bits, and rows do not influence each other. Up to kMaxParts matrices that
+// share x (same k, block, group) go in one call; those with the same decoder go in one launch.
 //
 // Up to kMaxDecodeRows rows one kernel does all. With bf16 the rotated x and the grid points are rounded to bf16 (about
 // sqrt(2) times the rounding error of a bf16 matmul on dequantized weights); with fp16, x * d is rounded to fp16 and
 // rotated in two steps: |x * d| must stay below about 32000.
 //
-// More rows, up to kMaxLinearRows, take two: x rotated as by `rotate`, then a GEMM (sm_90 only: elsewhere
-// Error(unsupported), see linear_max_rows). There, rotate x (VectorKind::input), dequantize_rotated into a [n, k]
-// buffer and multiply by any GEMM; rounding scale * point to the dtype is what makes that differ.
+// More rows, and blocks with an odd factor, take two kernels: x rotated as by `rotate`, then a GEMM. Both on sm_90
+// only; elsewhere rotate x (VectorKind::input), dequantize_rotated into a [n, k] buffer of x's dtype, and multiply by
+// any GEMM. Rounding scale * point to the dtype is what makes that differ.
 inline constexpr std::int64_t kMaxLinearRows = 1 << 20;
 struct LinearPart {
   TiledView weights;
@@ -68,8 +71,9 @@ struct LinearPart {
 // d: fp32[k] from rotation_vector(VectorKind::input). workspace: linear_workspace_bytes(...) bytes, or null if 0.
 void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
             void* workspace, Stream stream);
-// The most rows `linear` takes on the current device.
-[[nodiscard]] std::int64_t linear_max_rows();
 [[nodiscard]] std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts);
+
+// The largest m that `linear` takes for matrices of this format on the current device; 0: none.
+[[nodiscard]] std::int64_t linear_max_rows(const LayerFormat& format, DType dtype);
 
 }  // namespace higgs::cuda

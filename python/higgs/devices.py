@@ -1,0 +1,40 @@
+"""Which device a command works on."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _core
+from .errors import UnsupportedError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``: "cpu", "cuda", "cuda:1", or "auto", the first CUDA device if there is a usable one.
+
+    Raises ValueError for another name, UnsupportedError if this machine, torch or build of higgs cannot use it.
+    """
+    reason = _why_no_cuda()
+    if name == "auto":
+        return torch.device("cpu" if reason else "cuda:0")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return device
+    if reason:
+        raise UnsupportedError(f"device {name!r} cannot be used: {reason}")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise UnsupportedError(f"device {name!r} cannot be used: there are {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def _why_no_cuda() -> str | None:
+    if not _core.with_cuda:
+        return "this build of higgs has no CUDA kernels"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device" if torch.version.cuda else "this build of torch has no CUDA"
+    return None

@@ -1,0 +1,134 @@
+"""Whole models on a CUDA device."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import higgs
+import pytest
+import torch
+from conftest import DATA, make_checkpoint
+from higgs import _core, evaluate
+from higgs.cli.app import app
+from higgs.linear import HiggsLinear
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not (_core.with_cuda and torch.cuda.is_available()), reason="no CUDA device, or no kernels"),
+]
+
+IDS = torch.arange(40)[None] * 5 % 256
+
+
+@pytest.fixture(params=[256, 576], ids=["block 256", "odd block"])
+def model(request) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=request.param, intermediate_size=2 * request.param, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=256, tie_word_embeddings=True, attention_bias=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 4  # logits that differ by more than rounding
+    return model
+
+
+def layers(model: nn.Module) -> dict[str, HiggsLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, HiggsLinear)}
+
+
+def same_bytes(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name].cpu(), right[name].cpu()) for name in left)
+
+
+def test_quantize_on_the_device_gives_the_bytes_of_the_cpu(model: LlamaForCausalLM) -> None:
+    on_device = copy.deepcopy(model).cuda()
+    energies = higgs.gather_energies(model, IDS)
+    higgs.quantize_(model, bits=3, scales=energies)
+    report = higgs.quantize_(on_device, bits=3, scales=energies)
+    assert len(report.layers) == 14 and all(m.tiled is not None for m in layers(on_device).values())
+    assert same_bytes(model, on_device)
+    assert higgs.quantize_(LlamaForCausalLM(model.config).cuda(), bits=4).layers  # energies gathered on the device
+    restored = higgs.dequantize_(on_device).cpu()
+    assert torch.allclose(restored(IDS).logits, model(IDS).logits, atol=1e-3)
+
+
+def test_generate_gives_the_tokens_of_the_cpu(model: LlamaForCausalLM) -> None:
+    higgs.quantize_(model, bits=4, scales="none")
+    expected = model(IDS).logits
+    tokens = model.generate(IDS[:, :8], max_new_tokens=24, do_sample=False)
+    on_cpu = copy.deepcopy(model)
+    model.cuda()
+    assert (model(IDS.cuda()).logits.cpu() - expected).norm() <= 1e-4 * expected.norm()
+    assert torch.equal(model.generate(IDS[:, :8].cuda(), max_new_tokens=24, do_sample=False).cpu(), tokens)
+    for dtype in (torch.float16, torch.bfloat16):
+        tolerance = 2 * (on_cpu.to(dtype)(IDS).logits - expected).norm()
+        logits = model.to(dtype)(IDS.cuda()).logits.cpu().float()
+        assert (logits - expected).norm() <= tolerance
+        one_by_one, cache = [], None
+        for i in range(IDS.shape[1]):  # the decode kernel
+            out = model(IDS[:, i : i + 1].cuda(), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            one_by_one.append(out.logits.cpu().float())
+        assert (torch.cat(one_by_one, 1) - expected).norm() <= tolerance
+
+
+def test_save_and_load(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    higgs.quantize_(model.cuda(), bits=4)
+    model.save_pretrained(tmp_path / "quantized")
+    on_cpu = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    assert same_bytes(on_cpu, model)
+    assert same_bytes(on_cpu.cuda(), model)
+    pytest.importorskip("accelerate")
+    mapped = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map="cuda")
+    assert same_bytes(mapped, model) and all(m.tiled is not None for m in layers(mapped).values())
+    assert torch.equal(mapped(IDS.cuda()).logits, model(IDS.cuda()).logits)
+
+
+def test_offloaded_layers_run_on_the_device(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    higgs.quantize_(model, bits=4)
+    model.save_pretrained(tmp_path / "quantized")
+    place = {"model.embed_tokens": 0, "lm_head": 0, "model.norm": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+    mapped = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map={**place, "model.layers.1": "cpu"})
+    expected = model(IDS).logits
+    assert (mapped(IDS.cuda()).logits.cpu() - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_adapter_training(model: LlamaForCausalLM) -> None:
+    """What QLoRA does: the gradient passes through quantized layers to a trained one."""
+    higgs.quantize_(model, bits=4, scales="none")
+    model.cuda().requires_grad_(False)
+    adapter = model.model.layers[0].input_layernorm
+    adapter.weight.requires_grad_()
+    model(IDS.cuda(), labels=IDS.cuda()).loss.backward()
+    on_device = adapter.weight.grad.cpu()
+    twin = copy.deepcopy(model).cpu()
+    twin.zero_grad()
+    twin(IDS, labels=IDS).loss.backward()
+    expected = twin.model.layers[0].input_layernorm.weight.grad
+    assert expected.norm() > 0 and (on_device - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_checkpoint_quantized_on_the_device(tmp_path: Path) -> None:
+    from higgs.checkpoint import quantize_checkpoint
+
+    source = make_checkpoint(tmp_path / "source")
+    for device in ("cpu", "cuda"):
+        quantize_checkpoint(source, tmp_path / device, bits=4, device=device)
+    weights = [(tmp_path / device / "model.safetensors").read_bytes() for device in ("cpu", "cuda")]
+    assert weights[0] == weights[1]
+
+
+def test_commands(stories260k: Path, tmp_path: Path) -> None:
+    text = DATA / "tinystories-sample.txt"
+    words = ["quantize", str(stories260k), "-o", str(tmp_path / "q"), "--bits", "8", "--device", "cuda"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    on_device, on_cpu = (evaluate.evaluate(tmp_path / "q", text, 128, 2, device=d) for d in ("cuda", "cpu"))
+    assert on_device["perplexity"] == pytest.approx(on_cpu["perplexity"], rel=1e-4)
+    assert evaluate.generate(tmp_path / "q", "Once upon a time", 8, device="cuda").startswith("Once upon a time, there")
