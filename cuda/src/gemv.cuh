@@ -262,7 +262,14 @@ __device__ __forceinline__ void multiply_tile(SliceWords<Config>& words, const u
     for (int i = u * kWords / 4; i < consumed; ++i) words.advance(i, slice, next, role);
     __syncwarp();  // keeps the loads here: left alone, the assembler gathers them at the end of the row tile
   }
-  if constexpr (Config::kRegular) flush();
+  if constexpr (Config::kRegular) {
+    flush();
+  } else {  // a shorter slice: the registers of the units it lacks take the next row tile's loads too
+#pragma unroll
+    for (int i = Config::kUnitWords / 4; i < Config::kLoads; ++i) {
+      if (role.units < Config::kUnits && i >= role.units * Config::kUnitWords / 4) words.advance(i, slice, next, role);
+    }
+  }
 }
 
 // Sums of `rounds` finished rounds of row tiles, to be reduced over slices and over the CTAs of the cluster.
