@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import _core
@@ -14,40 +14,36 @@ QUANT_METHOD = "higgs_quant"
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Grid, block, scale group and presence of a column scale of one layer."""
+    """Grid, block, scale group, key of the signs and presence of a column scale of one layer."""
 
     grid: str
     block: int
     group: int
+    seed: int
     column_scale: bool = False
 
-    def format(self, name: str, n: int, k: int, seed: int) -> LayerFormat:
+    def format(self, name: str, n: int, k: int) -> LayerFormat:
         try:
-            return layer_format(n, k, self.grid, block=self.block, group=self.group, seed=seed)
-        except ValueError as e:
+            return layer_format(n, k, self.grid, block=self.block, group=self.group, seed=self.seed)
+        except (TypeError, ValueError) as e:
             raise FormatError(f"quantization_config of layer {name} [{n}, {k}]: {e}") from e
 
     @classmethod
     def of(cls, fmt: LayerFormat, *, column_scale: bool) -> LayerConfig:
-        return cls(fmt.grid, fmt.block, fmt.group, column_scale)
+        return cls(fmt.grid, fmt.block, fmt.group, fmt.seed, column_scale)
 
 
 @dataclass
 class QuantizationConfig:
     """Everything a checkpoint says about its quantized layers."""
 
-    seed: int = 0
     layers: dict[str, LayerConfig] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": QUANT_METHOD,
             "format_version": _core.format_version,
-            "seed": self.seed,
-            "layers": {
-                name: {"grid": c.grid, "block": c.block, "group": c.group, "column_scale": c.column_scale}
-                for name, c in self.layers.items()
-            },
+            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
         }
 
     @classmethod
@@ -63,8 +59,11 @@ class QuantizationConfig:
         layers = {}
         for name, entry in data.get("layers", {}).items():
             try:
-                layers[name] = LayerConfig(**entry) if isinstance(entry, dict) else entry
+                layers[name] = LayerConfig(**entry)
                 _core.find_grid(layers[name].grid)
-            except (TypeError, ValueError, AttributeError) as e:
+            except TypeError:
+                expected = "grid, block, group, seed and, optionally, column_scale"
+                raise FormatError(f"quantization_config of layer {name} is {entry!r}, expected {expected}") from None
+            except ValueError as e:
                 raise FormatError(f"quantization_config of layer {name}: {e}") from e
-        return cls(int(data.get("seed", 0)), layers)
+        return cls(layers)

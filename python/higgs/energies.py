@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,11 @@ class Energies:
     energies: dict[str, Tensor]
     shared: list[list[str]]  # every layer in exactly one list
     source: str  # "random" or the name of the text
+
+    def inputs_of(self, layers: Container[str]) -> list[list[str]]:
+        """Those of ``layers`` whose input energy is known, the readers of one input in one list."""
+        inputs = [[name for name in names if name in layers and name in self.energies] for names in self.shared]
+        return [names for names in inputs if names]
 
     def save(self, path: str | Path) -> None:
         metadata = {"format": _FORMAT, "version": "1", "shared": json.dumps(self.shared), "source": self.source}
@@ -152,10 +157,7 @@ def pooled_column_scales(
     the same input (b_j: :func:`pooled_energy`), so that one rotated x serves them all. Layers whose input energy is not
     known get none. ``blocks``: Hadamard block of each layer."""
     scales = {}
-    for names in energies.shared:
-        names = [name for name in names if name in weight_energies and name in energies.energies]
-        if not names:
-            continue
+    for names in energies.inputs_of(weight_energies):
         a = energies.energies[names[0]]
         pooled = pooled_energy(a, [weight_energies[name] for name in names])
         shared = column_scale(a, pooled, exponent, blocks[names[0]])

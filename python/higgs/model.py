@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -24,6 +25,7 @@ from .errors import UnsupportedError
 from .linear import HiggsLinear
 from .progress import NullProgress, Progress
 from .report import LayerReport, Report
+from .seeds import layer_seeds
 
 
 def quantize_(
@@ -74,6 +76,8 @@ def quantize_(
 
     column_scales = {}
     energies = _energies(model, scales, seed, progress)
+    seeds = layer_seeds(seed, formats, energies)
+    formats = {name: replace(fmt, seed=seeds[name]) for name, fmt in formats.items()}
     if energies is not None:
         weight_energies = {name: weight_energy(linears[name].weight) for name in formats}
         blocks = {name: f.block for name, f in formats.items()}
@@ -132,11 +136,9 @@ def _energies(model: nn.Module, scales: str | Energies, seed: int, progress: Pro
 def quantization_config(model: nn.Module) -> QuantizationConfig:
     """What a checkpoint of ``model`` has to say about its HiggsLinear layers."""
     modules = {name: m for name, m in model.named_modules() if isinstance(m, HiggsLinear)}
-    seeds = {m.format.seed for m in modules.values()}
-    if len(seeds) > 1:
-        raise UnsupportedError(f"layers have different seeds {sorted(seeds)}; a checkpoint has one")
-    layers = {n: LayerConfig.of(m.format, column_scale=m.column_scale is not None) for n, m in modules.items()}
-    return QuantizationConfig(seeds.pop() if seeds else 0, layers)
+    return QuantizationConfig(
+        {n: LayerConfig.of(m.format, column_scale=m.column_scale is not None) for n, m in modules.items()}
+    )
 
 
 def _attach_config(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from higgs.checkpoint import Checkpoint, find_linear_weights, inspect_checkpoint
 from higgs.checkpoint.files import read_header
 from higgs.energies import Energies, column_scale, pooled_energy, weight_energy
 from higgs.report import Report
+from higgs.seeds import layer_seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -27,9 +28,10 @@ def test_quantizes_linears_and_copies_the_rest(tmp_path, shards, tied):
     report = quantize_checkpoint(source, out, grid="p2_n64", seed=7)
     before, after = load(source), load(out)
     assert len(report.layers) == 14 and not report.skipped
+    seeds = layer_seeds(7, [layer.layer for layer in report.layers])
     for layer in report.layers:
         weight = before.pop(f"{layer.layer}.weight")
-        fmt = layer_format(*weight.shape, "p2_n64", seed=7)
+        fmt = layer_format(*weight.shape, "p2_n64", seed=seeds[layer.layer])
         indices, scales, t2 = _ops.quantize(weight, fmt)
         assert torch.equal(after.pop(f"{layer.layer}.indices"), indices)
         assert torch.equal(after.pop(f"{layer.layer}.scales"), scales)
@@ -41,7 +43,8 @@ def test_quantizes_linears_and_copies_the_rest(tmp_path, shards, tied):
         )
     config = json.loads((out / "config.json").read_text())
     assert config["tie_word_embeddings"] is tied
-    assert config["quantization_config"]["seed"] == 7 and len(config["quantization_config"]["layers"]) == 14
+    layers = config["quantization_config"]["layers"]
+    assert {name: layer["seed"] for name, layer in layers.items()} == seeds
     assert (out / "model.safetensors.index.json").exists() == (shards > 1)
     assert len(list(out.glob("*.safetensors"))) == shards
     assert (out / "LICENSE").read_text() == "as you like\n" and (out / "generation_config.json").exists()
@@ -71,7 +74,8 @@ def test_layers_with_one_input_share_a_column_scale(sharded, tmp_path):
     name = energies.shared[0][1]
     weight = before[f"{name}.weight"]
     s = after[f"{name}.column_scale"]
-    indices, _, _ = _ops.quantize(weight, layer_format(*weight.shape, "p2_n256"), s)
+    fmt = layer_format(*weight.shape, "p2_n256", seed=layer_seeds(0, [name], energies)[name])
+    indices, _, _ = _ops.quantize(weight, fmt, s)
     assert torch.equal(after[f"{name}.indices"], indices)
     assert any("sharing column scales" in note for note in report.notes)
 
@@ -92,7 +96,9 @@ def test_tied_head_gets_tensors_of_its_own(tmp_path, shards):
     report = quantize_checkpoint(source, tmp_path / "out", grid="p2_n64", lm_head_grid="ch8")
     before, after = load(source), load(tmp_path / "out")
     embedding = before["model.embed_tokens.weight"]
-    indices, scales, _ = _ops.quantize(embedding, layer_format(256, 128, "ch8"))
+    indices, scales, _ = _ops.quantize(
+        embedding, layer_format(256, 128, "ch8", seed=layer_seeds(0, ["lm_head"])["lm_head"])
+    )
     assert torch.equal(after["lm_head.indices"], indices) and torch.equal(after["lm_head.scales"], scales)
     assert torch.equal(after["model.embed_tokens.weight"], embedding)
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -332,7 +338,7 @@ def test_broken_quantized_checkpoints(checkpoint, tmp_path):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=r"up_proj.scales is F16 \[192, 1\], expected F16 \[192, 2\]"):
         inspect_checkpoint(out)
-    config["quantization_config"]["layers"] = {"nobody": {"grid": "p2_n64", "block": 64, "group": 64}}
+    config["quantization_config"]["layers"] = {"nobody": {"grid": "p2_n64", "block": 64, "group": 64, "seed": 0}}
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=r"nobody.indices is missing"):
         inspect_checkpoint(out)

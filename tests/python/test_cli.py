@@ -15,6 +15,7 @@ from higgs import UnsupportedError, demo
 from higgs.cli.app import app
 from higgs.cli.output import LineProgress, to_json
 from higgs.energies import Energies
+from higgs.seeds import layer_seeds
 from typer.testing import CliRunner
 
 
@@ -89,9 +90,11 @@ def test_options_reach_the_checkpoint(checkpoint, tmp_path):
     words = ["--grid", "p2_n16", "--block", 64, "--group", 128, "--seed", 5, "--scales", "none", "--device", "cpu"]
     run_json("quantize", checkpoint, "-o", tmp_path / "out", *words)
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    layer = config["layers"]["model.layers.0.self_attn.q_proj"]
-    assert config["seed"] == 5
-    assert layer == {"grid": "p2_n16", "block": 64, "group": 128, "column_scale": False}
+    name = "model.layers.0.self_attn.q_proj"
+    seed = layer_seeds(5, [name])[name]
+    assert config["layers"][name] == {
+        "grid": "p2_n16", "block": 64, "group": 128, "seed": seed, "column_scale": False,
+    }  # fmt: skip
 
 
 def test_scales_default_to_random_tokens(checkpoint, tmp_path, fake_energies):

@@ -25,6 +25,7 @@ class LayerInfo:
     grid: str
     block: int
     group: int
+    seed: int
     column_scale: bool
     bits: float
     bytes: int
@@ -37,7 +38,6 @@ class Inspection:
 
     path: str
     format_version: int | None
-    seed: int | None
     bits: float | None
     t2: float | None
     bytes: int
@@ -65,7 +65,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         t2 = {r.layer: r.t2 for r in report.layers} if report else {}
         for name in sorted(parsed.layers, key=natural):
             entry = parsed.layers[name]
-            fmt = stored_format(checkpoint, name, entry, parsed.seed)
+            fmt = stored_format(checkpoint, name, entry)
             layers.append(_layer_info(name, entry, fmt, t2.get(name)))
             packed |= {f"{name}.{part}" for part in ("indices", "scales", "column_scale")}
     other: dict[str, tuple[int, int, int]] = {}
@@ -78,7 +78,6 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     result = Inspection(
         path=str(path),
         format_version=_core.format_version if parsed else None,
-        seed=parsed.seed if parsed else None,
         bits=8 * sum(layer.bytes for layer in layers) / weights if weights else None,
         t2=sum(known) / len(known) if known else None,
         bytes=sum((checkpoint.path / shard).stat().st_size for shard in checkpoint.shards),
@@ -91,14 +90,14 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     return result
 
 
-def stored_format(checkpoint: Checkpoint, name: str, config: LayerConfig, seed: int) -> LayerFormat:
+def stored_format(checkpoint: Checkpoint, name: str, config: LayerConfig) -> LayerFormat:
     """The format of a quantized layer, its tensors checked against FORMAT.md. Raises FormatError, naming both sides."""
     indices = _entry(checkpoint, f"{name}.indices")
     grid: Any = _core.find_grid(config.grid)
     if len(indices.shape) != 2:
         raise FormatError(f"tensor {indices.name} has shape {list(indices.shape)}, expected [n, bytes]")
     n, row_bytes = indices.shape
-    fmt = config.format(name, n, row_bytes * 8 // grid.index_bits * grid.p, seed)
+    fmt = config.format(name, n, row_bytes * 8 // grid.index_bits * grid.p)
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "indices": ("U8", (n, fmt.row_bytes)),
         "scales": ("F16", (n, fmt.row_groups)),
@@ -123,4 +122,4 @@ def _entry(checkpoint: Checkpoint, name: str) -> TensorEntry:
 
 def _layer_info(name: str, c: LayerConfig, fmt: LayerFormat, t2: float | None) -> LayerInfo:
     bits, size = fmt.bits(c.column_scale), fmt.stored_bytes(c.column_scale)
-    return LayerInfo(name, fmt.n, fmt.k, c.grid, c.block, c.group, c.column_scale, bits, size, t2)
+    return LayerInfo(name, fmt.n, fmt.k, c.grid, c.block, c.group, c.seed, c.column_scale, bits, size, t2)

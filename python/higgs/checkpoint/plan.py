@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from .. import _core
 from .._ops import LayerFormat, layer_format
+from ..seeds import layer_seeds
 from .files import SINGLE_FILE, Checkpoint, TensorSpec
 from .layers import LinearWeights, find_linear_weights, layer_name
+
+if TYPE_CHECKING:
+    from ..energies import Energies
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -71,6 +76,12 @@ class Plan:
     @property
     def layers(self) -> list[LayerPlan]:
         return [layer for shard in self.shards for layer in shard.layers]
+
+    def key_signs(self, seed: int, energies: Energies | None) -> None:
+        """Gives every layer its own seed, once it is known which layers share an input."""
+        seeds = layer_seeds(seed, [layer.module for layer in self.layers], energies)
+        for shard in self.shards:
+            shard.layers = [replace(x, fmt=replace(x.fmt, seed=seeds[x.module])) for x in shard.layers]
 
 
 def pick_grid(grid: str | None, bits: float | None) -> str:

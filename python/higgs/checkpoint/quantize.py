@@ -82,6 +82,7 @@ def quantize_checkpoint(
         used, note = _obtain(work, energies, scales_optional)
         if note:
             plan.notes.append(note)
+        plan.key_signs(options.seed, used)
         job = _Job(checkpoint, plan, options, settings, out, work, used, target, progress or NullProgress())
         return job.run()
 
@@ -228,7 +229,7 @@ class _Job:
             config["tie_word_embeddings"] = False
             if isinstance(config.get("text_config"), dict):
                 config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-        config["quantization_config"] = QuantizationConfig(self.options.seed, layers).to_dict()
+        config["quantization_config"] = QuantizationConfig(layers).to_dict()
         write_file(self.out / "config.json", json_bytes(config))
         self.work.remove()
         sync_directory(self.out)

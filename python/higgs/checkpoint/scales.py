@@ -27,22 +27,25 @@ class ColumnScales:
         self._sharing: dict[str, list[LayerPlan]] = {}
         self._weight_energies: dict[str, Tensor] = {}
         self._scales: dict[tuple[str, ...], Tensor] = {}
-        by_module = {layer.module: layer for layer in plan.layers if layer.module in self._inputs}
-        if energies is not None and not by_module:
+        by_module = {layer.module: layer for layer in plan.layers}
+        inputs = energies.inputs_of(by_module) if energies is not None else []
+        if energies is not None and not inputs:
             raise ValueError("the input energies know none of the layers: they belong to another model")
-        for module, layer in by_module.items():
-            if tuple(self._inputs[module].shape) != (layer.fmt.k,):
-                raise ValueError(
-                    f"the input energies of {module} have shape {list(self._inputs[module].shape)}, expected "
-                    f"[{layer.fmt.k}]: they belong to another model"
-                )
-            if not torch.isfinite(self._inputs[module]).all():
-                self._explain(module)
-            self._sharing[layer.name] = [layer]
-        for names in energies.shared if energies is not None else []:
-            sharing = [by_module[name] for name in names if name in by_module]
+        for names in inputs:
+            sharing = [by_module[name] for name in names]
             for layer in sharing:
+                self._check(layer)
                 self._sharing[layer.name] = sharing
+
+    def _check(self, layer: LayerPlan) -> None:
+        energy = self._inputs[layer.module]
+        if tuple(energy.shape) != (layer.fmt.k,):
+            raise ValueError(
+                f"the input energies of {layer.module} have shape {list(energy.shape)}, expected [{layer.fmt.k}]: "
+                "they belong to another model"
+            )
+        if not torch.isfinite(energy).all():
+            self._explain(layer.module)
 
     def _explain(self, module: str) -> None:
         """Input energies that are NaN come from a weight that is, maybe in another layer: finds and names it."""

@@ -28,7 +28,6 @@ class HiggsQuantConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        seed: int = 0,
         layers: dict[str, dict[str, Any]] | None = None,
         format_version: int = _core.format_version,
         quant_method: str = QUANT_METHOD,
@@ -36,7 +35,6 @@ class HiggsQuantConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # the registry takes plain names
         self.format_version = format_version
-        self.seed = seed
         self.layers = layers or {}
         self.parsed()  # raises FormatError
 
@@ -76,7 +74,7 @@ class HiggsHfQuantizer(HfQuantizer):
                 raise FormatError(f"quantization_config names layer {name}, which the model does not have") from e
             if not isinstance(linear, nn.Linear):
                 raise FormatError(f"quantization_config names layer {name}, which is a {type(linear).__name__}")
-            fmt = layer.format(name, linear.out_features, linear.in_features, config.seed)
+            fmt = layer.format(name, linear.out_features, linear.in_features)
             module = HiggsLinear(
                 fmt,
                 bias=linear.bias is not None,
