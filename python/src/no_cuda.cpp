@@ -17,8 +17,10 @@ namespace {
 int device_count() noexcept { return 0; }
 const DeviceProperties& current_device() { unsupported(); }
 TiledFormat tiled_format(const LayerFormat&) { unsupported(); }
+GemmPlan plan_gemm(const LinearProblem&, const DeviceProperties&) { unsupported(); }
 LaunchPlan plan(const LinearProblem&, const DeviceProperties&) { unsupported(); }
 std::string LaunchPlan::to_string() const { unsupported(); }
+std::string GemmPlan::to_string() const { unsupported(); }
 void rotation_vector(VectorKind, std::uint64_t, const std::uint16_t*, std::int64_t, float*, Stream) { unsupported(); }
 void rotate(const void*, DType, std::int64_t, std::int64_t, int, const float*, void*, DType, Stream) { unsupported(); }
 void dequantize(const PackedView&, void*, DType, Stream) { unsupported(); }
@@ -33,6 +35,7 @@ void unrepack(const TiledView&, std::uint8_t*, std::uint16_t*, Stream) { unsuppo
 void linear(const void*, DType, std::int64_t, const float*, std::span<const LinearPart>, void*, Stream) {
   unsupported();
 }
+std::int64_t linear_max_rows(const LayerFormat&, DType) { unsupported(); }
 std::int64_t linear_workspace_bytes(std::int64_t, DType, std::span<const LinearPart>) { unsupported(); }
 
 }  // namespace higgs::cuda
