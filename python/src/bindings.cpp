@@ -9,6 +9,8 @@
 
 namespace py = pybind11;
 
+void bind_allocate(py::module_& m);  // allocate.cpp
+
 namespace {
 
 using higgs::DType;
@@ -150,6 +152,8 @@ PYBIND11_MODULE(_core, m) {
     const py::gil_scoped_release release;
     higgs::unrotate(in_view(in, 0, rows, cols), block, seed, {}, out_view(out, 0, rows, cols));
   });
+
+  bind_allocate(m);
 
   m.def("num_threads", &higgs::num_threads);
   m.def("set_num_threads", &higgs::set_num_threads);
