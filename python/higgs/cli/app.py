@@ -6,7 +6,7 @@ import enum
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,13 @@ import typer
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from .output import guarded, to_json, working
+from . import allocation
+from .options import Json, MaybeFloat, MaybeInt, MaybePath, MaybeText, Model
+from .options import emit as _emit
+from .options import local_model as _local_model
+from .options import quiet_transformers as _quiet_transformers
+from .options import text_file as _text_file
+from .output import guarded, working
 
 app = typer.Typer(
     name="higgs",
@@ -31,34 +37,6 @@ class Device(str, enum.Enum):
 
     auto = "auto"
     cpu = "cpu"
-
-
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Local model directory (Hugging Face layout).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-# typer reads these at run time, under Python 3.10 too, hence Optional.
-MaybeText = Optional[str]  # noqa: UP045
-MaybeInt = Optional[int]  # noqa: UP045
-MaybeFloat = Optional[float]  # noqa: UP045
-MaybePath = Optional[Path]  # noqa: UP045
-
-
-def _emit(json_output: bool, data: Any, text: str) -> None:
-    typer.echo(to_json(data) if json_output else text)
-
-
-def _local_model(path: Path) -> Path:
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a directory; only local model directories are read, nothing is ever downloaded"
-        )
-    return path
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _show_version(value: bool) -> None:
@@ -152,12 +130,6 @@ def _energy_choice(model: Path, scales: str, tokens: int, seed: int, progress: A
     return gather, label
 
 
-def _text_file(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    return path
-
-
 @app.command()
 @guarded
 def energies(
@@ -184,6 +156,9 @@ def energies(
         {"output": str(out), **counts},
         f"{out}: {counts['layers']} layers, {counts['inputs']} different inputs, from {gathered.source}",
     )
+
+
+app.command()(allocation.plan)
 
 
 @app.command("eval")
