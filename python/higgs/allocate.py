@@ -113,10 +113,13 @@ def grid_menu(
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def stored_bits(layer: LayerSensitivity, rate: Fraction, column_scale: bool) -> int:
+def stored_bits(
+    layer: LayerSensitivity, rate: Fraction, column_scale: bool, *, block: int | None = None, group: int | None = None
+) -> int:
     """Bits of a layer in a file (packed_format.h) for indices of ``rate`` bits a weight: indices, a scale per group,
     and the column scale if there is one."""
-    fmt = layer_format(layer.n, layer.k, _core.grids()[0].name)  # what the scales take does not depend on the grid
+    any_grid = _core.grids()[0].name  # what the scales take does not depend on it
+    fmt = layer_format(layer.n, layer.k, any_grid, block=block, group=group)
     return index_bits(layer, rate) + 8 * (fmt.stored_bytes(column_scale) - layer.n * fmt.row_bytes)
 
 
@@ -154,6 +157,8 @@ def plan_allocation(
     skip: Iterable[str] = (),
     index_bits_only: bool = False,
     column_scales: bool | None = None,
+    block: int | None = None,
+    group: int | None = None,
 ) -> Allocation:
     """The allocation of least predicted loss under exactly one budget: ``bits`` a weight over all layers that are not
     skipped, ``size`` in bytes, or ``latency_us`` with ``latencies`` (:func:`latency_costs`).
@@ -176,7 +181,8 @@ def plan_allocation(
     def size_of(x: LayerSensitivity, grid: MenuGrid) -> int:
         if index_bits_only:
             return index_bits(x, grid.rate)
-        return stored_bits(x, grid.rate, x.column_scale if column_scales is None else column_scales)
+        scaled = x.column_scale if column_scales is None else column_scales
+        return stored_bits(x, grid.rate, scaled, block=block, group=group)
 
     if latency_us is not None:
         costs = _latencies_of(layers, menu, latencies or {})

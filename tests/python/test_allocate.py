@@ -96,7 +96,7 @@ def test_fixed_and_excluded_layers():
     assert untied.grids["layers.0.self_attn.q_proj"] != "p1_n256"
     with pytest.raises(ValueError, match=r"no layer matches 'nothing'"):
         plan_allocation(sensitivities, bits=4, fixed={"nothing": "p1_n4"})
-    with pytest.raises(ValueError, match=r"'q_proj' is fixed to 'p3_n8', which is not in the menu"):
+    with pytest.raises(ValueError, match=r"'q_proj' are fixed to 'p3_n8', which is not in the menu"):
         plan_allocation(sensitivities, bits=4, fixed={"q_proj": "p3_n8"})
     with pytest.raises(ValueError, match=r"no layer is left"):
         plan_allocation(sensitivities, bits=4, skip=["."])

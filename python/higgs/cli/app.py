@@ -59,10 +59,21 @@ def _main(
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Directory to write.")],
-    bits: Annotated[MaybeFloat, typer.Option(help="Bits a weight of the grid for all layers (default 4).")] = None,
+    bits: Annotated[
+        MaybeFloat,
+        typer.Option(help="Bits a weight: one grid for all layers if one has that rate (default 4), else mixed grids."),
+    ] = None,
     grid: Annotated[
         MaybeText, typer.Option(help="Grid id instead of --bits, e.g. p2_n256; see `higgs doctor`.")
     ] = None,
+    sensitivities: Annotated[
+        MaybePath, typer.Option(metavar="FILE", help="Mixed grids for --bits, scales counted, from `higgs measure`.")
+    ] = None,
+    plan: Annotated[MaybePath, typer.Option(metavar="FILE", help="Grids from `higgs plan -o FILE`.")] = None,
+    menu: allocation.Menu = None,
+    untie: allocation.Untie = False,
+    fix: allocation.Fix = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Mixed grids: include the output head.")] = False,
     lm_head_grid: Annotated[MaybeText, typer.Option(help="Quantize the output head too, on this grid.")] = None,
     block: Annotated[MaybeInt, typer.Option(help="Hadamard block (default: largest that divides k).")] = None,
     group: Annotated[MaybeInt, typer.Option(help="Columns that share a scale (default: at least 512).")] = None,
@@ -83,7 +94,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL into OUT, tensor by tensor; an interrupted run continues when called again.
 
-    Column scales need a forward pass; where the model cannot be run the default goes on without, saying so.
+    Column scales need a forward pass; where the model cannot be run the default goes on without, saying so. Mixed grids
+    without --sensitivities need a backward pass to measure them.
     """
     from ..checkpoint import quantize_checkpoint
 
@@ -91,8 +103,14 @@ def quantize(
     started = time.perf_counter()
     with working(json_output) as progress:
         energies, label = _energy_choice(model, scales or "random", scale_tokens, seed, progress)
+        layout = {"scales": scales or "random", "scale_exponent": scale_exponent, "seed": seed, "block": block,
+                  "group": group}  # fmt: skip
+        mixed = allocation.allocation_choice(
+            model, bits, grid, plan, sensitivities, menu, untie, fix, lm_head, layout, progress
+        )
         report = quantize_checkpoint(
-            model, out, grid=grid, bits=bits, lm_head_grid=lm_head_grid, block=block, group=group, seed=seed,
+            model, out, grid=grid, bits=None if mixed else bits, allocation=mixed and mixed[0],
+            allocated=mixed and mixed[1], lm_head_grid=lm_head_grid, block=block, group=group, seed=seed,
             energies=energies, scales=label, scales_optional=scales is None, scale_exponent=scale_exponent,
             strict=strict, force=force, device=device.value, progress=progress,
         )  # fmt: skip
@@ -158,6 +176,7 @@ def energies(
     )
 
 
+app.command()(allocation.measure)
 app.command()(allocation.plan)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..allocate import Allocation
 from ..checkpoint import Inspection
+from ..sensitivity import Sensitivities
 
 
 def size_text(count: int) -> str:
@@ -70,6 +71,18 @@ def allocation_text(found: Allocation) -> str:
         f"predicted loss increase {found.predicted_loss:.6f}{perplexity} ({optimum})"
     )
     return "\n".join(lines)
+
+
+def sensitivities_text(found: Sensitivities) -> str:
+    """`higgs measure` as plain text."""
+    width = max(len(x.name) for x in found.layers)
+    total = sum(x.alpha for x in found.layers)
+    lines = [f"{'layer':{width}}  {'shape':>13}  {'alpha':>9}  {'share':>6}  residual"]
+    for x in found.layers:
+        share = x.alpha / total if total else 0.0
+        residual = "-" if x.residual is None else f"{x.residual:.3f}"
+        lines.append(f"{x.name:{width}}  {f'{x.n}x{x.k}':>13}  {x.alpha:9.6f}  {100 * share:4.1f} %  {residual:>8}")
+    return "\n".join([*lines, f"{len(found.layers)} layers, sum of sensitivities {total:.4f} nats"])
 
 
 def demo_text(result: dict[str, Any]) -> str:
