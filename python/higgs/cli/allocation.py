@@ -1,4 +1,4 @@
-"""`higgs plan` and `higgs measure`, and what `higgs quantize` takes from them: which grid for which layer."""
+"""`higgs measure`, `higgs plan`, `higgs report`, and what `higgs quantize` takes from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .options import Json, MaybeFloat, MaybeInt, MaybePath, MaybeText, Model, emit, local_model, quiet_transformers
+from .options import (
+    Json,
+    MaybeFloat,
+    MaybeInt,
+    MaybePath,
+    MaybeText,
+    Model,
+    emit,
+    local_model,
+    quiet_transformers,
+    text_file,
+)
 from .output import guarded, working
 
 if TYPE_CHECKING:
@@ -146,6 +157,44 @@ def measure(
         )
     if rank() == 0:
         emit(json_output, {"output": str(out), **found.to_dict()}, f"{sensitivities_text(found)}\n{out}")
+
+
+@guarded
+def report(
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Quantized checkpoints.")],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Directory to write.")] = Path(
+        "higgs-report"
+    ),
+    sensitivities: Annotated[
+        MaybePath, typer.Option(metavar="FILE", help="Also show predicted losses; made by `higgs measure`.")
+    ] = None,
+    text: Annotated[MaybePath, typer.Option(help="Also measure the perplexity of OUT... on this text.")] = None,
+    base: Annotated[MaybePath, typer.Option(help="The original model, for comparison.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    windows: Annotated[int, typer.Option(help="Number of windows, from the start of the text.")] = 16,
+    json_output: Json = False,
+) -> None:
+    """Draw quantized checkpoints: bits, errors and losses layer by layer, perplexity against bits, prediction against
+    measurement. Writes one HTML file, and its pictures as PNG files."""
+    from ..checkpoint.work import read_report
+    from ..evaluate import evaluate
+    from ..pictures import Subject, write_pictures
+    from ..sensitivity import Sensitivities
+
+    def perplexity(model: Path) -> float | None:
+        return None if text is None else evaluate(model, text, context, windows, progress=progress)["perplexity"]
+
+    with working(json_output) as progress:
+        known = None if sensitivities is None else Sensitivities.load(sensitivities)
+        reports = [read_report(local_model(path))[0] for path in checkpoints]
+        if text is not None:
+            quiet_transformers()
+            text_file(text)
+        original = None if base is None else perplexity(local_model(base))
+        subjects = [Subject(p.resolve().name, r, perplexity(p)) for p, r in zip(checkpoints, reports, strict=True)]
+        files = write_pictures(out, subjects, known, original)
+    emit(json_output, {"output": [str(f) for f in files], "base_perplexity": original,
+                       "perplexity": {s.name: s.perplexity for s in subjects}}, str(files[0]))  # fmt: skip
 
 
 def split_menu(text: str | None) -> list[str] | None:

@@ -178,6 +178,7 @@ def energies(
 
 app.command()(allocation.measure)
 app.command()(allocation.plan)
+app.command()(allocation.report)
 
 
 @app.command("eval")
