@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from fractions import Fraction
 
 import pytest
 from conftest import DATA
 from higgs import FormatError, layer_format
-from higgs.allocate import Allocation, grid_menu, latency_costs, plan_allocation, stored_bits, tied_groups
+from higgs.allocate import Allocation, corrected, grid_menu, latency_costs, plan_allocation, stored_bits, tied_groups
 from higgs.sensitivity import LayerSensitivity, Sensitivities
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,6 +137,29 @@ def test_negative_sensitivities_and_odd_layers():
     plan = plan_allocation(sensitivities, bits=4, untie=True)
     assert plan.skipped == {"odd": "k = 172 is not a multiple of 64"} and "1 negative" in plan.notes[0]
     assert plan.predicted_loss >= 0 and plan.layers[1].loss == 0
+
+
+def test_low_rate_correction():
+    sensitivities = model(*[0.01 * 3**i for i in range(7)])
+    sensitivities.base_perplexity = 10.0
+    linear = plan_allocation(sensitivities, bits=3, untie=True)
+    careful = plan_allocation(sensitivities, bits=3, untie=True, low_rate=True)
+    assert (linear.objective, careful.objective) == ("linear", "corrected")
+    for plan in (linear, careful):
+        assert plan.predicted_loss == pytest.approx(sum(x.alpha * x.t2 for x in plan.layers))
+        assert plan.corrected_loss == pytest.approx(sum(x.alpha * x.t2 * (1 + 14 * x.t2) for x in plan.layers))
+    assert linear.predicted_loss < careful.predicted_loss and linear.corrected_loss > careful.corrected_loss
+    assert careful.predicted_perplexity == pytest.approx(10 * math.exp(careful.corrected_loss))
+    assert max(x.t2 for x in careful.layers) <= max(x.t2 for x in linear.layers)
+
+
+def test_low_rate_correction_meets_published_perplexities():
+    """Llama-3.1-8B on one grid of pairs: 6.015 at 4 and 7.110 at 3.25 bits, which the linear model underrates."""
+    sensitivities = Sensitivities.load(LLAMA)
+    total = sum(sensitivities.alphas.values())
+    for t2, published in ((0.00775, 6.015), (0.0212, 7.110)):  # 0.0212: of 90 points
+        linear, low_rate = (5.607 * math.exp(total * x) for x in (t2, corrected(t2)))
+        assert abs(low_rate - published) < 0.5 * abs(linear - published)
 
 
 def test_menu():

@@ -36,6 +36,9 @@ Menu = Annotated[
     MaybeText, typer.Option(metavar="GRID,GRID,...", help="Grids to choose from (default: all of the library).")
 ]
 Untie = Annotated[bool, typer.Option("--untie", help="Let q/k/v and gate/up of one layer have different grids.")]
+LowRate = Annotated[
+    bool, typer.Option("--low-rate", help="Correct for what the linear model misses at low rates (t2 (1 + 14 t2)).")
+]
 Fix = Annotated[Patterns, typer.Option(metavar="REGEX=GRID", help="Fix layers to a grid. May be repeated.")]
 Skip = Annotated[Patterns, typer.Option(metavar="REGEX", help="Leave layers as they are. May be repeated.")]
 
@@ -61,6 +64,7 @@ def plan(
     untie: Untie = False,
     fix: Fix = None,
     skip: Skip = None,
+    low_rate: LowRate = False,
     index_bits: Annotated[bool, typer.Option("--index-bits", help="Count index bits only, no scales.")] = False,
     t2_from_file: Annotated[
         bool, typer.Option("--t2-from-file", help="Take rate and t2 of the grids from measured_t2 in the file.")
@@ -84,7 +88,8 @@ def plan(
         found = plan_allocation(
             known, bits=bits, size=size, latency_us=latency_us, latencies=table,
             menu=grid_menu(split_menu(menu), known.measured_t2 if t2_from_file else None),
-            untie=untie, fixed=split_fixed(fix), skip=skip or (), index_bits_only=index_bits,
+            untie=untie, fixed=split_fixed(fix), skip=skip or (), low_rate=low_rate,
+            index_bits_only=index_bits,
         )  # fmt: skip
         if out is not None:
             found.save(out)
@@ -225,7 +230,8 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def allocation_choice(
     model: Path, bits: float | None, grid: str | None, plan: Path | None, sensitivities: Path | None,
-    menu: str | None, untie: bool, fix: list[str] | None, lm_head: bool, layout: dict[str, Any], progress: Progress,
+    menu: str | None, untie: bool, low_rate: bool, fix: list[str] | None, lm_head: bool, layout: dict[str, Any],
+    progress: Progress,
 ) -> tuple[Callable[[Path], Allocation], str] | None:  # fmt: skip
     """A function that makes the allocation `higgs quantize` asks for (it gets a path for sensitivities that have to be
     measured), and the options that stand for it as a setting; None if one grid is to serve all layers.
@@ -236,7 +242,12 @@ def allocation_choice(
     from ..sensitivity import Sensitivities
 
     words = [] if menu is None else ["--menu", ",".join(split_menu(menu) or [])]
-    words += ["--untie"] * untie + [word for f in fix or [] for word in ("--fix", f)] + ["--lm-head"] * lm_head
+    words += (
+        ["--untie"] * untie
+        + ["--low-rate"] * low_rate
+        + [word for f in fix or [] for word in ("--fix", f)]
+        + ["--lm-head"] * lm_head
+    )
     if plan is not None:
         if bits is not None or grid is not None or sensitivities is not None or words:
             raise ValueError("--plan decides all grids; leave out --bits, --grid, --sensitivities and options of plans")
@@ -244,7 +255,9 @@ def allocation_choice(
         return lambda _: found, f"--plan {_named(plan)}"
     if grid is not None or bits is None:
         if sensitivities is not None or words:
-            raise ValueError("--sensitivities, --menu, --untie, --fix and --lm-head need --bits, the budget")
+            raise ValueError(
+                "--sensitivities, --menu, --untie, --low-rate, --fix and --lm-head need --bits, the budget"
+            )
         return None
     if sensitivities is None and not words and bits in {g.rate for g in _core.grids()}:
         return None
@@ -256,7 +269,8 @@ def allocation_choice(
     def allocate(kept: Path) -> Allocation:
         return plan_allocation(
             known or _measure_for(model, kept, layout, lm_head, progress), bits=bits, menu=chosen, untie=untie,
-            fixed=fixed, column_scales=layout["scales"] != "none", block=layout["block"], group=layout["group"],
+            low_rate=low_rate, fixed=fixed, column_scales=layout["scales"] != "none", block=layout["block"],
+            group=layout["group"],
         )  # fmt: skip
 
     return allocate, shlex.join(["--bits", f"{bits:g}", *words])

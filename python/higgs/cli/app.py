@@ -72,6 +72,7 @@ def quantize(
     plan: Annotated[MaybePath, typer.Option(metavar="FILE", help="Grids from `higgs plan -o FILE`.")] = None,
     menu: allocation.Menu = None,
     untie: allocation.Untie = False,
+    low_rate: allocation.LowRate = False,
     fix: allocation.Fix = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Mixed grids: include the output head.")] = False,
     lm_head_grid: Annotated[MaybeText, typer.Option(help="Quantize the output head too, on this grid.")] = None,
@@ -106,7 +107,7 @@ def quantize(
         layout = {"scales": scales or "random", "scale_exponent": scale_exponent, "seed": seed, "block": block,
                   "group": group}  # fmt: skip
         mixed = allocation.allocation_choice(
-            model, bits, grid, plan, sensitivities, menu, untie, fix, lm_head, layout, progress
+            model, bits, grid, plan, sensitivities, menu, untie, low_rate, fix, lm_head, layout, progress
         )
         report = quantize_checkpoint(
             model, out, grid=grid, bits=None if mixed else bits, allocation=mixed and mixed[0],

@@ -68,7 +68,8 @@ def allocation_text(found: Allocation) -> str:
     cost, budget = (v / 1000 if found.unit == "ns" else v for v in (found.cost, found.budget))
     lines.append(
         f"{found.bits:.4f} bits a weight, {cost:,} of {budget:,} {unit}; "
-        f"predicted loss increase {found.predicted_loss:.6f}{perplexity} ({optimum})"
+        f"predicted loss increase {found.predicted_loss:.6f} ({found.corrected_loss:.6f} with low-rate correction)"
+        f"{perplexity} ({optimum})"
     )
     return "\n".join(lines)
 
