@@ -7,11 +7,13 @@
 
 from . import _core, _register
 from ._ops import LayerFormat, layer_format
+from .allocate import Allocation, grid_menu, plan_allocation
 from .energies import Energies, gather_energies
 from .errors import CudaError, FormatError, HiggsError, UnsupportedError
 from .linear import HiggsLinear, linear_shared
 from .model import dequantize_, quantize_
 from .report import LayerReport, Report
+from .sensitivity import LayerSensitivity, Sensitivities
 
 __version__: str = _core.version
 grids = _core.grids
@@ -21,6 +23,7 @@ grid_for_bits = _core.grid_for_bits
 _register.register()
 
 __all__ = [
+    "Allocation",
     "CudaError",
     "Energies",
     "FormatError",
@@ -28,14 +31,18 @@ __all__ = [
     "HiggsLinear",
     "LayerFormat",
     "LayerReport",
+    "LayerSensitivity",
     "Report",
+    "Sensitivities",
     "UnsupportedError",
     "dequantize_",
     "find_grid",
     "gather_energies",
     "grid_for_bits",
+    "grid_menu",
     "grids",
     "layer_format",
     "linear_shared",
+    "plan_allocation",
     "quantize_",
 ]

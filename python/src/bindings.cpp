@@ -1,6 +1,8 @@
 // higgs._core: adapts types and nothing else.
 #include "adapt.h"
 
+void bind_allocate(py::module_& m);  // allocate.cpp
+
 namespace {
 
 higgs::ConstMatrixView in_view(Address data, int dtype, std::int64_t rows, std::int64_t cols) {
@@ -121,6 +123,8 @@ PYBIND11_MODULE(_core, m) {
       },
       ReleaseGil());
   bind_cuda(m);
+
+  bind_allocate(m);
 
   m.def("num_threads", &higgs::num_threads);
   m.def("set_num_threads", &higgs::set_num_threads);

@@ -33,11 +33,12 @@ REPORT = re.compile(
 def compile_instance(name: str, decoder: str, arch: str, folder: pathlib.Path) -> tuple[str, int]:
     """ptxas' report and the size of the object."""
     out = folder / f"{name}.o"
-    command = [
-        "nvcc", "-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "--expt-relaxed-constexpr",
-        f"-I{CUDA / 'include'}", f"-I{CUDA.parent / 'cpp/include'}", f"-I{CUDA / 'src'}",
-        f"-DHIGGS_DECODER_NAME={name}", f"-DHIGGS_DECODER={decoder}", "-Xptxas", "-v", "-c", str(CUDA / "src/decoder_instance.cu"), "-o", str(out),
-    ]  # fmt: skip
+    includes = [f"-I{path}" for path in (CUDA / "include", CUDA.parent / "cpp/include", CUDA / "src")]
+    defines = [f"-DHIGGS_DECODER_NAME={name}", f"-DHIGGS_DECODER={decoder}"]
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
+    source = CUDA / "src/decoder_instance.cu"
+    command = ["nvcc", target, *options, *includes, *defines, "-c", str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{name}: {done.stderr}")

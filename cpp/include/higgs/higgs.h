@@ -1,6 +1,7 @@
 // Everything public of the core.
 #pragma once
 
+#include "higgs/allocate.h"       // IWYU pragma: export
 #include "higgs/error.h"          // IWYU pragma: export
 #include "higgs/grid.h"           // IWYU pragma: export
 #include "higgs/hadamard.h"       // IWYU pragma: export

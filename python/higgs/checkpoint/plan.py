@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ _FLOATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Options:
-    """The choices that decide every byte of the output, besides the source and the input energies."""
+    """The choices that decide every byte of the output, besides the source, the input energies and, where there is an
+    allocation (``grid`` then says how it was made), the grids it gives."""
 
     grid: str
     lm_head_grid: str | None = None
@@ -98,9 +100,14 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def make_plan(checkpoint: Checkpoint, options: Options, *, strict: bool) -> Plan:
-    """Raises ValueError for a source that is quantized already, a block or group that does not fit a layer, a head that
-    cannot be quantized, or, if ``strict``, a layer whose k is no multiple of 64 (left as it is otherwise)."""
+def make_plan(
+    checkpoint: Checkpoint, options: Options, *, strict: bool, allocation: Mapping[str, str] | None = None
+) -> Plan:
+    """All layers on ``options.grid``, or those that ``allocation`` ({module name: grid}) names on theirs.
+
+    Raises ValueError for a source that is quantized already, a block or group that does not fit a layer, a head that
+    cannot be quantized, an allocation for a layer that is not there, or, if ``strict``, a layer whose k is no multiple
+    of 64 (left as it is otherwise)."""
     existing = checkpoint.config.get("quantization_config")
     if existing:
         method = existing.get("quant_method", "unknown") if isinstance(existing, dict) else existing
@@ -108,23 +115,38 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, strict: bool) -> Plan
             f"{checkpoint.path} is already quantized (quant_method {method!r}); quantize the original model"
         )
     linear = find_linear_weights(checkpoint)
+    if allocation is not None:
+        _check_allocation(checkpoint, linear, allocation)
     planned: dict[str, LayerPlan] = {}
     skipped: dict[str, str] = {}
     for source in sorted(linear.layers, key=natural):
         entry, name = checkpoint.tensors[source], layer_name(source)
+        module = linear.layers[source]
         reason = _obstacle(entry.dtype, entry.shape)
         if reason and strict:
             raise ValueError(f"layer {name} {list(entry.shape)} cannot be quantized: {reason}")
+        if not reason and allocation is not None and module not in allocation:
+            reason = "not in the allocation"
         if reason:
             skipped[name] = reason
         else:
-            planned[source] = LayerPlan(name, linear.layers[source], source, _format(name, entry.shape, options))
-    if not planned and options.lm_head_grid is None:
+            grid = options.grid if allocation is None else allocation[module]
+            planned[source] = LayerPlan(name, module, source, _format(name, entry.shape, options, grid))
+    head_grid = options.lm_head_grid or (allocation or {}).get(linear.head or "")
+    if not planned and head_grid is None:
         raise ValueError(f"{checkpoint.path}: none of the {len(skipped)} Linear layers can be quantized")
     plan = Plan(_shards(checkpoint, planned), skipped, list(linear.notes))
-    if options.lm_head_grid is not None:
-        _plan_head(plan, checkpoint, linear, options)
+    if head_grid is not None:
+        _plan_head(plan, checkpoint, linear, options, head_grid)
     return plan
+
+
+def _check_allocation(checkpoint: Checkpoint, linear: LinearWeights, allocation: Mapping[str, str]) -> None:
+    known = {*linear.layers.values(), linear.head}
+    for module, grid in allocation.items():
+        _core.find_grid(grid)
+        if module not in known:
+            raise ValueError(f"the allocation names {module!r}, which is no Linear layer of {checkpoint.path}")
 
 
 def _obstacle(dtype: str, shape: tuple[int, ...]) -> str | None:
@@ -135,10 +157,10 @@ def _obstacle(dtype: str, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def _format(name: str, shape: tuple[int, ...], options: Options, grid: str | None = None) -> LayerFormat:
+def _format(name: str, shape: tuple[int, ...], options: Options, grid: str) -> LayerFormat:
     n, k = shape
     try:
-        return layer_format(n, k, grid or options.grid, block=options.block, group=options.group, seed=options.seed)
+        return layer_format(n, k, grid, block=options.block, group=options.group, seed=options.seed)
     except ValueError as e:
         raise ValueError(f"layer {name} {list(shape)}: {e}") from e
 
@@ -158,16 +180,16 @@ def _shards(checkpoint: Checkpoint, planned: dict[str, LayerPlan]) -> list[Shard
     return list(shards.values())
 
 
-def _plan_head(plan: Plan, checkpoint: Checkpoint, linear: LinearWeights, options: Options) -> None:
+def _plan_head(plan: Plan, checkpoint: Checkpoint, linear: LinearWeights, options: Options, grid: str) -> None:
     """Adds the output head. A tied head is quantized from the embedding, which stays as it is."""
     if linear.head is None or linear.head_source is None:
-        raise ValueError(f"{checkpoint.path}: no output head to quantize on {options.lm_head_grid} was found")
+        raise ValueError(f"{checkpoint.path}: no output head to quantize on {grid} was found")
     entry = checkpoint.tensors[linear.head_source]
     reason = _obstacle(entry.dtype, entry.shape)
     if reason:
         raise ValueError(f"the output head {linear.head} {list(entry.shape)} cannot be quantized: {reason}")
     name = linear.head if linear.tied else layer_name(linear.head_source)
-    fmt = _format(name, entry.shape, options, _core.find_grid(options.lm_head_grid or "").name)
+    fmt = _format(name, entry.shape, options, _core.find_grid(grid).name)
     for shard in plan.shards:
         if f"{name}.weight" in shard.copied:  # tied checkpoints may hold a copy
             shard.copied.remove(f"{name}.weight")

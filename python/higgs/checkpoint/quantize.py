@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from .work import REPORT_FILE, WorkFolder, finished_report
 if TYPE_CHECKING:
     import torch
 
+    from ..allocate import Allocation
     from ..energies import Energies
 
 
@@ -33,6 +34,8 @@ def quantize_checkpoint(
     *,
     grid: str | None = None,
     bits: float | None = None,
+    allocation: Callable[[Path], Allocation] | None = None,
+    allocated: str | None = None,
     lm_head_grid: str | None = None,
     block: int | None = None,
     group: int | None = None,
@@ -52,6 +55,10 @@ def quantize_checkpoint(
     stays as it is unless ``lm_head_grid`` is given; a head tied to the embedding then gets tensors of its own. Memory
     holds about the largest tensor.
 
+    ``allocation`` instead is a function that returns the grids of the layers (by their names in transformers; those it
+    leaves out stay), called only if there is work to do. It gets a path at which to keep sensitivities until the output
+    is complete. ``allocated`` are the options of ``higgs quantize`` that stand for it: a setting like the others.
+
     With ``energies`` every layer gets a column scale (a_j / b_j)^``scale_exponent``, shared among layers that read the
     same input. They may be a function that is called only if there is work to do; ``scales`` then says in words what it
     will return, since that is a setting. With ``scales_optional`` an UnsupportedError it raises becomes a note.
@@ -66,25 +73,38 @@ def quantize_checkpoint(
     Raises FormatError for a broken source, ValueError for illegal arguments, an already quantized source, or a weight
     that is NaN or inf (naming the tensor), OSError for files that cannot be written.
     """
+    if allocation is not None and (grid is not None or bits is not None or allocated is None):
+        raise ValueError("an allocation excludes grid and bits, and needs `allocated`")
     target = pick_device(device)
-    options = Options(pick_grid(grid, bits), lm_head_grid, block, group, seed, scale_exponent)
+    chosen = pick_grid(grid, bits)
+    options = Options(chosen if allocated is None else allocated, lm_head_grid, block, group, seed, scale_exponent)
     out = Path(out)
     if out.resolve() == Path(source).resolve():
         raise ValueError(f"{out} is the source itself; choose another output directory")
     checkpoint = Checkpoint(source)
-    plan = make_plan(checkpoint, options, strict=strict)
+    # Before anything is written; an allocation may need long to make, and cannot make an impossible plan possible.
+    plan = make_plan(checkpoint, replace(options, grid=chosen), strict=strict)
     settings = _settings(checkpoint, options, _describe(energies, scales))
     done = finished_report(out, settings, force=force)
     if done is not None:
         done.notes.append(f"{out} was already complete; nothing was done")
         return done
     with WorkFolder(out).opened(settings, force=force) as work:
+        if allocation is not None:
+            plan = _allocated_plan(checkpoint, options, allocation(work.sensitivities), strict=strict)
         used, note = _obtain(work, energies, scales_optional)
         if note:
             plan.notes.append(note)
         plan.key_signs(options.seed, used)
         job = _Job(checkpoint, plan, options, settings, out, work, used, target, progress or NullProgress())
         return job.run()
+
+
+def _allocated_plan(checkpoint: Checkpoint, options: Options, found: Allocation, *, strict: bool) -> Plan:
+    plan = make_plan(checkpoint, options, strict=strict, allocation=found.grids)
+    optimum = "the optimum" if found.gap == 0 else f"at most {found.gap:.2g} above the optimum"
+    plan.notes += [*found.notes, f"predicted loss increase {found.predicted_loss:.5f} nats ({optimum})"]
+    return plan
 
 
 def _describe(energies: Any, scales: str | None) -> str:

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+from .. import _core
 from ..report import Report
 from .files import INDEX_FILE, Checkpoint, write_file
 from .plan import Options
@@ -13,6 +14,7 @@ from .work import REPORT_FILE
 
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _TEMPLATES = "additional_chat_templates"  # the one subdirectory that tokenizers read
+_HASH = r" \([0-9a-f]{16}\)"  # that settings add to the name of a file
 _CARD_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
@@ -62,7 +64,9 @@ def base_model(source: Path, card: dict[str, str]) -> str:
 
 def command_line(source: Path, out: Path, options: Options, scales: str) -> str:
     """The `higgs quantize` call that makes the same bytes, with directory names in place of paths."""
-    words = ["higgs", "quantize", source.resolve().name, "-o", out.resolve().name, "--grid", options.grid]
+    uniform = options.grid in {grid.name for grid in _core.grids()}
+    words = ["higgs", "quantize", source.resolve().name, "-o", out.resolve().name]
+    words += ["--grid", options.grid] if uniform else shlex.split(re.sub(_HASH, "", options.grid))
     for option, value in (("lm-head-grid", options.lm_head_grid), ("block", options.block), ("group", options.group)):
         words += [] if value is None else [f"--{option}", str(value)]
     words += ["--seed", str(options.seed), *_scale_options(scales)]

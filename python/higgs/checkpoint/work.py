@@ -52,6 +52,13 @@ class WorkFolder:
         clear_output(self.out)
         for p in [*self._finished(), *self.path.glob("energies*"), *self.path.glob("*.tmp")]:
             p.unlink(missing_ok=True)
+        for p in self.path.glob("sensitivities*"):
+            shutil.rmtree(p) if p.is_dir() else p.unlink()
+
+    @property
+    def sensitivities(self) -> Path:
+        """Where sensitivities that were measured for this output wait until it is complete."""
+        return self.path / "sensitivities.json"
 
     def load_shard(self, name: str) -> dict[str, Any] | None:
         """What ``save_shard`` kept of a finished shard, or None if it is not finished."""

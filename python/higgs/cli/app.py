@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +13,13 @@ import typer
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from .output import guarded, to_json, working
+from . import allocation
+from .options import Device, Json, MaybeFloat, MaybeInt, MaybePath, MaybeText, Model
+from .options import emit as _emit
+from .options import local_model as _local_model
+from .options import quiet_transformers as _quiet_transformers
+from .options import text_file as _text_file
+from .output import guarded, working
 
 app = typer.Typer(
     name="higgs",
@@ -24,43 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-def _device_name(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        raise typer.BadParameter(f"{value!r}; use auto, cpu, cuda or cuda:N")
-    return value
-
-
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Local model directory (Hugging Face layout).")]
-Device = Annotated[
-    str, typer.Option(callback=_device_name, metavar="auto|cpu|cuda[:N]", help="Where to work (auto: on a GPU if any).")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-# typer reads these at run time, under Python 3.10 too, hence Optional.
-MaybeText = Optional[str]  # noqa: UP045
-MaybeInt = Optional[int]  # noqa: UP045
-MaybeFloat = Optional[float]  # noqa: UP045
-MaybePath = Optional[Path]  # noqa: UP045
-
-
-def _emit(json_output: bool, data: Any, text: str) -> None:
-    typer.echo(to_json(data) if json_output else text)
-
-
-def _local_model(path: Path) -> Path:
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a directory; only local model directories are read, nothing is ever downloaded"
-        )
-    return path
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _show_version(value: bool) -> None:
@@ -83,10 +51,22 @@ def _main(
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Directory to write.")],
-    bits: Annotated[MaybeFloat, typer.Option(help="Bits a weight of the grid for all layers (default 4).")] = None,
+    bits: Annotated[
+        MaybeFloat,
+        typer.Option(help="Bits a weight: one grid for all layers if one has that rate (default 4), else mixed grids."),
+    ] = None,
     grid: Annotated[
         MaybeText, typer.Option(help="Grid id instead of --bits, e.g. p2_n256; see `higgs doctor`.")
     ] = None,
+    sensitivities: Annotated[
+        MaybePath, typer.Option(metavar="FILE", help="Mixed grids for --bits, scales counted, from `higgs measure`.")
+    ] = None,
+    plan: Annotated[MaybePath, typer.Option(metavar="FILE", help="Grids from `higgs plan -o FILE`.")] = None,
+    menu: allocation.Menu = None,
+    untie: allocation.Untie = False,
+    low_rate: allocation.LowRate = False,
+    fix: allocation.Fix = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Mixed grids: include the output head.")] = False,
     lm_head_grid: Annotated[MaybeText, typer.Option(help="Quantize the output head too, on this grid.")] = None,
     block: Annotated[MaybeInt, typer.Option(help="Hadamard block (default: largest that divides k).")] = None,
     group: Annotated[MaybeInt, typer.Option(help="Columns that share a scale (default: at least 512).")] = None,
@@ -107,7 +87,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL into OUT, tensor by tensor; an interrupted run continues when called again.
 
-    Column scales need a forward pass; where the model cannot be run the default goes on without, saying so.
+    Column scales need a forward pass; where the model cannot be run the default goes on without, saying so. Mixed grids
+    without --sensitivities need a backward pass to measure them.
     """
     from ..checkpoint import quantize_checkpoint
 
@@ -115,8 +96,14 @@ def quantize(
     started = time.perf_counter()
     with working(json_output) as progress:
         energies, label = _energy_choice(model, scales or "random", scale_tokens, seed, device, progress)
+        layout = {"scales": scales or "random", "scale_exponent": scale_exponent, "seed": seed, "block": block,
+                  "group": group}  # fmt: skip
+        mixed = allocation.allocation_choice(
+            model, bits, grid, plan, sensitivities, menu, untie, low_rate, fix, lm_head, layout, progress
+        )
         report = quantize_checkpoint(
-            model, out, grid=grid, bits=bits, lm_head_grid=lm_head_grid, block=block, group=group, seed=seed,
+            model, out, grid=grid, bits=None if mixed else bits, allocation=mixed and mixed[0],
+            allocated=mixed and mixed[1], lm_head_grid=lm_head_grid, block=block, group=group, seed=seed,
             energies=energies, scales=label, scales_optional=scales is None, scale_exponent=scale_exponent,
             strict=strict, force=force, device=device, progress=progress,
         )  # fmt: skip
@@ -154,12 +141,6 @@ def _energy_choice(model: Path, scales: str, tokens: int, seed: int, device: str
     return gather, label
 
 
-def _text_file(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    return path
-
-
 @app.command()
 @guarded
 def energies(
@@ -187,6 +168,11 @@ def energies(
         {"output": str(out), **counts},
         f"{out}: {counts['layers']} layers, {counts['inputs']} different inputs, from {gathered.source}",
     )
+
+
+app.command()(allocation.measure)
+app.command()(allocation.plan)
+app.command()(allocation.report)
 
 
 @app.command("eval")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..allocate import Allocation
 from ..checkpoint import Inspection
+from ..sensitivity import Sensitivities
 
 
 def size_text(count: int) -> str:
@@ -43,6 +45,45 @@ def inspection_text(found: Inspection) -> str:
     return "\n".join(
         [*lines, f"{total}; {len(found.layers)} layers, {weights / 1e6:.1f} M weights at {found.bits:.3f} bits{t2}"]
     )
+
+
+def allocation_text(found: Allocation) -> str:
+    """`higgs plan` as plain text."""
+    width = max(len(layer.name) for layer in found.layers)
+    lines = [f"{'layer':{width}}  {'shape':>13}  {'alpha':>9}  {'grid':>9}  {'bits':>6}  {'t2':>8}  {'loss':>9}"]
+    for x in found.layers:
+        lines.append(
+            f"{x.name:{width}}  {f'{x.n}x{x.k}':>13}  {x.alpha:9.6f}  {x.grid:>9}  {x.bits:6.3f}  {x.t2:8.6f}  "
+            f"{x.loss:9.6f}"
+        )
+    lines += [f"{name}: left out, {reason}" for name, reason in found.skipped.items()]
+    lines += found.notes
+    counts: dict[str, int] = {}
+    for x in sorted(found.layers, key=lambda x: x.bits):
+        counts[x.grid] = counts.get(x.grid, 0) + 1
+    lines.append(", ".join(f"{grid} {count}" for grid, count in counts.items()))
+    optimum = "the optimum" if found.gap == 0 else f"at most {found.gap:.2g} above the optimum"
+    perplexity = "" if found.predicted_perplexity is None else f", perplexity {found.predicted_perplexity:.4f}"
+    unit = "us" if found.unit == "ns" else found.unit
+    cost, budget = (v / 1000 if found.unit == "ns" else v for v in (found.cost, found.budget))
+    lines.append(
+        f"{found.bits:.4f} bits a weight, {cost:,} of {budget:,} {unit}; "
+        f"predicted loss increase {found.predicted_loss:.6f} ({found.corrected_loss:.6f} with low-rate correction)"
+        f"{perplexity} ({optimum})"
+    )
+    return "\n".join(lines)
+
+
+def sensitivities_text(found: Sensitivities) -> str:
+    """`higgs measure` as plain text."""
+    width = max(len(x.name) for x in found.layers)
+    total = sum(x.alpha for x in found.layers)
+    lines = [f"{'layer':{width}}  {'shape':>13}  {'alpha':>9}  {'share':>6}  residual"]
+    for x in found.layers:
+        share = x.alpha / total if total else 0.0
+        residual = "-" if x.residual is None else f"{x.residual:.3f}"
+        lines.append(f"{x.name:{width}}  {f'{x.n}x{x.k}':>13}  {x.alpha:9.6f}  {100 * share:4.1f} %  {residual:>8}")
+    return "\n".join([*lines, f"{len(found.layers)} layers, sum of sensitivities {total:.4f} nats"])
 
 
 def demo_text(result: dict[str, Any]) -> str:

@@ -1,0 +1,274 @@
+"""Measuring sensitivities: alpha_l of the linearity theorem, from noise or from the Fisher information.
+
+Rounding noise is white where the weights are rounded: after column scales and rotation. The rotation is orthonormal, so
+there it means independent Gaussian noise on W diag(s) whose variance in every scale group is t2 times the group's mean
+square, hence on W itself noise of standard deviation t * r_ig / s_j (:func:`noise_std`), with r_ig the root mean square
+of group g of row i of W diag(s). Its relative squared error in the scaled space is t2, as for a grid.
+
+*noise* (arXiv 2411.17525, algorithm 3): adds such noise of several levels to one layer at a time and fits
+loss increase = alpha t2 by least squares through the origin.
+
+*fisher*: the same quantity to second order, from gradients. With delta the noise on layer l and p the model's own
+distribution, KL(p || p_delta) = 1/2 delta^T F delta + O(delta^3), where F is the mean of g g^T over the tokens x and
+over y ~ p(.|x), with g = d log p(y|x) / dW. The noise is independent, of mean 0 and variance t2 sigma_ij^2, so only the
+diagonal of F is left:
+
+    alpha_l = 1/2 sum_ij sigma_ij^2 F_ij,ij           (= 1/2 ||W_l||^2 mean(diag F) for equal sigma_ij)
+
+Labels drawn from the model are independent given the tokens and their scores have mean 0, so the squared gradient of
+the *sum* of log-probabilities over all positions of a batch is an unbiased estimate of the sum of the F's: one backward
+pass a batch serves all layers. Assumed: small noise (the limit t2 -> 0), and a loss whose increase is this KL (exact
+for a model that predicts the text as it expects to; on real text the first-order term averages out over the noise).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import UnsupportedError
+
+_BATCH_TOKENS = 1024
+LEVELS = (0.01, 0.02, 0.04)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to measure: its module, columns per scale, and column scale (float16 [k]) or None."""
+
+    linear: nn.Linear
+    group: int
+    column_scale: Tensor | None
+
+    def noise_std(self) -> Tensor:
+        """Standard deviation of noise of relative squared error 1: float32 [n, k]."""
+        return noise_std(self.linear.weight.detach(), self.group, self.column_scale)
+
+
+def noise_std(weight: Tensor, group: int, column_scale: Tensor | None = None) -> Tensor:
+    """r_ig / s_j for ``weight`` [n, k]: float32 [n, k]. ``group``: columns per scale; the last may be shorter."""
+    k = weight.shape[1]
+    scaled = weight.float()
+    if column_scale is not None:
+        s = column_scale.to(weight.device).float()
+        scaled = scaled * s
+    squares = functional.pad(scaled.square(), (0, -k % group)).unflatten(1, (-1, group)).sum(2)
+    counts = torch.full((squares.shape[1],), float(group), device=weight.device)
+    counts[-1] = k - (len(counts) - 1) * group
+    rms = (squares / counts).sqrt().repeat_interleave(group, 1)[:, :k]
+    return rms if column_scale is None else rms / s
+
+
+class Method(Protocol):
+    """Turns a list of independent jobs into sensitivities."""
+
+    def jobs(self) -> list[str]: ...
+
+    def run(self, job: str) -> Any:
+        """The result of one job, as JSON."""
+
+    def fit(self, results: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+        """{layer: (alpha, residual)} from the results of all jobs."""
+
+
+def _batches(token_ids: Tensor) -> list[Tensor]:
+    return list(token_ids.split(max(1, _BATCH_TOKENS // token_ids.shape[1])))
+
+
+def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
+    """Of the token after each position but the last: float32 [windows, context - 1, vocabulary]."""
+    return model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+
+
+class Fisher:
+    """The method *fisher* on ``token_ids`` [windows, context]; one job is one batch of windows."""
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target], token_ids: Tensor, *, seed: int = 0) -> None:
+        self._model, self._targets, self._seed = model, targets, seed
+        self._ids = _batches(token_ids)
+
+    def jobs(self) -> list[str]:
+        return [f"batch {i}" for i in range(len(self._ids))]
+
+    def run(self, job: str) -> dict[str, float]:
+        """{layer: estimate of alpha}"""
+        i = int(job.split()[1])
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + i)
+        result: dict[str, float] = {}
+        with torch.enable_grad(), _gradients(self._model, self._targets, result):
+            log_probs = _log_probs(self._model, self._ids[i].to(_device(self._model))).flatten(0, 1)
+            labels = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
+            log_probs.gather(1, labels.to(log_probs.device)).sum().backward()
+        return {name: 0.5 * total / len(labels) for name, total in result.items()}
+
+    def fit(self, results: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+        """The mean over the batches, by their numbers of tokens."""
+        tokens = [ids.numel() - len(ids) for ids in self._ids]
+        return {
+            name: (
+                sum(t * results[job].get(name, 0.0) for t, job in zip(tokens, self.jobs(), strict=True)) / sum(tokens),
+                None,
+            )
+            for name in self._targets
+        }
+
+
+@contextmanager
+def _gradients(model: nn.Module, targets: Mapping[str, Target], result: dict[str, float]) -> Iterator[None]:
+    """While open, a backward pass adds sum_ij (sigma_ij g_ij)^2 of every target to ``result`` and keeps no gradient."""
+    wanted = {id(target.linear.weight) for target in targets.values()}
+    before = [(p, p.requires_grad) for p in model.parameters()]
+
+    def take(name: str, target: Target) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            assert weight.grad is not None
+            result[name] = (weight.grad.float() * target.noise_std()).square().sum(dtype=torch.float64).item()
+            weight.grad = None
+
+        return hook
+
+    for p, _ in before:
+        p.requires_grad_(id(p) in wanted)
+    handles = [
+        target.linear.weight.register_post_accumulate_grad_hook(take(name, target)) for name, target in targets.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, flag in before:
+            p.requires_grad_(flag)
+
+
+class Noise:
+    """The method *noise*; one job is one layer at one level of t2.
+
+    ``objective`` "kl": mean KL(original || perturbed) over all positions, on any tokens; "loss": rise of the mean cross
+    entropy of the text that the tokens are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        token_ids: Tensor,
+        *,
+        objective: str = "kl",
+        levels: Sequence[float] = LEVELS,
+        seed: int = 0,
+    ) -> None:
+        """Raises ValueError for an unknown objective, no level, or a level not in (0, 1]."""
+        if objective not in ("kl", "loss"):
+            raise ValueError(f"objective {objective!r} is not supported; use 'kl' or 'loss'")
+        if not levels or not all(0 < t2 <= 1 for t2 in levels):
+            raise ValueError(f"levels {list(levels)} are not supported; use at least one t2 in (0, 1]")
+        self._model, self._targets, self._seed = model, targets, seed
+        self._ids, self._levels, self._objective = _batches(token_ids), list(dict.fromkeys(levels)), objective
+        self._base: list[Tensor] | None = None  # of the original model, made when first needed
+
+    def jobs(self) -> list[str]:
+        return [f"{name} {t2:g}" for name in self._targets for t2 in self._levels]
+
+    @torch.inference_mode()
+    def run(self, job: str) -> float:
+        """The loss increase."""
+        if self._base is None:
+            self._base = [self._measure(ids) for ids in self._ids]
+        name, t2 = job.rsplit(" ", 1)
+        with perturbed(self._targets[name], float(t2), self._noise_seed(job)):
+            total = sum(self._increase(i) for i in range(len(self._ids)))
+        return total / sum(ids.numel() - len(ids) for ids in self._ids)
+
+    def fit(self, results: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+        return {
+            name: fit_line(self._levels, [results[f"{name} {t2:g}"] for t2 in self._levels]) for name in self._targets
+        }
+
+    def _noise_seed(self, job: str) -> int:
+        """Depends on the job alone, not on who does it when."""
+        import hashlib
+
+        return int.from_bytes(hashlib.sha256(f"{self._seed} {job}".encode()).digest()[:7], "little")
+
+    def _measure(self, ids: Tensor) -> Tensor:
+        """Log-probabilities of everything (kl) or of the text (loss)."""
+        ids = ids.to(_device(self._model))
+        log_probs = _log_probs(self._model, ids)
+        return log_probs if self._objective == "kl" else log_probs.gather(2, ids[:, 1:, None])
+
+    def _increase(self, i: int) -> float:
+        """Summed over the positions of a batch."""
+        assert self._base is not None
+        base, now = self._base[i], self._measure(self._ids[i])
+        difference = base - now if self._objective == "loss" else base.exp() * (base - now)
+        return difference.sum(-1).sum(dtype=torch.float64).item()
+
+
+@contextmanager
+def perturbed(target: Target, t2: float, seed: int) -> Iterator[None]:
+    """While open, the layer's weight carries noise of relative squared error ``t2``; afterwards its old bits."""
+    weight = target.linear.weight
+    before = weight.detach().clone()
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.no_grad():
+            noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+            weight.copy_(before.float() + math.sqrt(t2) * target.noise_std() * noise)
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def fit_line(t2: Sequence[float], increase: Sequence[float]) -> tuple[float, float]:
+    """Least squares through the origin: (slope, root mean square of the deviations over that of the increases)."""
+    slope = sum(x * y for x, y in zip(t2, increase, strict=True)) / sum(x * x for x in t2)
+    deviation = math.sqrt(sum((y - slope * x) ** 2 for x, y in zip(t2, increase, strict=True)))
+    size = math.sqrt(sum(y * y for y in increase))
+    return slope, deviation / size if size else 0.0
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def find_targets(
+    model: nn.Module, column_scales: Mapping[str, Tensor], *, lm_head: bool = False
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """The layers to measure, and {layer: reason} for those that cannot be quantized. A head that is tied to the
+    embedding gets a weight of its own, so that only the head is changed."""
+    from . import _core
+    from .energies import linear_layers
+
+    layers = dict(linear_layers(model))
+    if lm_head:
+        layers.update(_own_head(model))
+    targets, skipped = {}, {}
+    for name, linear in layers.items():
+        k = linear.in_features
+        if k % 64:
+            skipped[name] = f"k = {k} is not a multiple of 64"
+        else:
+            group = _core.default_group(k, _core.default_block(k))
+            targets[name] = Target(linear, group, column_scales.get(name))
+    if not targets:
+        raise UnsupportedError("the model has no Linear layer that can be quantized")
+    return targets, skipped
+
+
+def _own_head(model: Any) -> dict[str, nn.Linear]:
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise UnsupportedError("the model has no output head that is a Linear layer")
+    name = next(n for n, module in model.named_modules(remove_duplicate=False) if module is head)
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    return {name: head}
