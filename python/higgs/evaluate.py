@@ -18,14 +18,21 @@ from .progress import NullProgress, Progress
 
 def load(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """Model (eval mode, ``dtype``) and tokenizer of a local checkpoint directory, quantized or not."""
+    model = load_model(model_dir, dtype)
+    from transformers import AutoTokenizer
+
+    return model, AutoTokenizer.from_pretrained(model_dir)
+
+
+def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of :func:`load` alone."""
     if not Path(model_dir).is_dir():
         raise FileNotFoundError(f"no model directory at {model_dir}; only local directories are read")
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
     except ImportError as e:
-        raise HiggsError("evaluating and generating need transformers: pip install transformers") from e
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval(), tokenizer
+        raise HiggsError("running a model needs transformers: pip install transformers") from e
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
 
 
 def read_text(path: str | Path) -> str:
