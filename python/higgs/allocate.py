@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,13 @@ def stored_bits(
 ) -> int:
     """Bits of a layer in a file (packed_format.h) for indices of ``rate`` bits a weight: indices, a scale per group,
     and the column scale if there is one."""
-    any_grid = _core.grids()[0].name  # what the scales take does not depend on it
-    fmt = layer_format(layer.n, layer.k, any_grid, block=block, group=group)
-    return index_bits(layer, rate) + 8 * (fmt.stored_bytes(column_scale) - layer.n * fmt.row_bytes)
+    return index_bits(layer, rate) + _scale_bits(layer.n, layer.k, column_scale, block, group)
+
+
+@cache  # a model has few shapes
+def _scale_bits(n: int, k: int, column_scale: bool, block: int | None, group: int | None) -> int:
+    fmt = layer_format(n, k, _core.grids()[0].name, block=block, group=group)  # the same for every grid
+    return 8 * (fmt.stored_bytes(column_scale) - n * fmt.row_bytes)
 
 
 def index_bits(layer: LayerSensitivity, rate: Fraction) -> int:
