@@ -211,11 +211,7 @@ def plan_allocation(
     _check_feasible(costs, groups, choices, budget, unit, weights)
     found = _core.allocate(items, budget, group=groups, fixed=choices)
 
-    planned = [
-        PlannedLayer(x.name, x.n, x.k, menu[c].name, row[c] / (x.n * x.k), x.alpha, menu[c].t2,
-                     max(x.alpha, 0.0) * menu[c].t2)
-        for x, row, c in zip(layers, sizes, found.choice, strict=True)
-    ]  # fmt: skip
+    planned = _planned(layers, menu, sizes, found.choice)
     negative = [x.name for x in layers if x.alpha < 0]
     base = sensitivities.base_perplexity
     return Allocation(
@@ -227,6 +223,16 @@ def plan_allocation(
         notes=[f"{len(negative)} negative sensitivities count as 0: {', '.join(negative)}"] if negative else [],
         predicted_perplexity=None if base is None else base * math.exp(found.loss),
     )  # fmt: skip
+
+
+def _planned(
+    layers: Sequence[LayerSensitivity], menu: Sequence[MenuGrid], sizes: list[list[int]], choices: Sequence[int]
+) -> list[PlannedLayer]:
+    return [
+        PlannedLayer(x.name, x.n, x.k, menu[c].name, row[c] / (x.n * x.k), x.alpha, menu[c].t2,
+                     max(x.alpha, 0.0) * menu[c].t2)
+        for x, row, c in zip(layers, sizes, choices, strict=True)
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
