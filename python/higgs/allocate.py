@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,13 @@ def stored_bits(
 ) -> int:
     """Bits of a layer in a file (packed_format.h) for indices of ``rate`` bits a weight: indices, a scale per group,
     and the column scale if there is one."""
-    any_grid = _core.grids()[0].name  # what the scales take does not depend on it
-    fmt = layer_format(layer.n, layer.k, any_grid, block=block, group=group)
-    return index_bits(layer, rate) + 8 * (fmt.stored_bytes(column_scale) - layer.n * fmt.row_bytes)
+    return index_bits(layer, rate) + _scale_bits(layer.n, layer.k, column_scale, block, group)
+
+
+@cache  # a model has few shapes
+def _scale_bits(n: int, k: int, column_scale: bool, block: int | None, group: int | None) -> int:
+    fmt = layer_format(n, k, _core.grids()[0].name, block=block, group=group)  # the same for every grid
+    return 8 * (fmt.stored_bytes(column_scale) - n * fmt.row_bytes)
 
 
 def index_bits(layer: LayerSensitivity, rate: Fraction) -> int:
@@ -206,11 +211,7 @@ def plan_allocation(
     _check_feasible(costs, groups, choices, budget, unit, weights)
     found = _core.allocate(items, budget, group=groups, fixed=choices)
 
-    planned = [
-        PlannedLayer(x.name, x.n, x.k, menu[c].name, row[c] / (x.n * x.k), x.alpha, menu[c].t2,
-                     max(x.alpha, 0.0) * menu[c].t2)
-        for x, row, c in zip(layers, sizes, found.choice, strict=True)
-    ]  # fmt: skip
+    planned = _planned(layers, menu, sizes, found.choice)
     negative = [x.name for x in layers if x.alpha < 0]
     base = sensitivities.base_perplexity
     return Allocation(
@@ -222,6 +223,16 @@ def plan_allocation(
         notes=[f"{len(negative)} negative sensitivities count as 0: {', '.join(negative)}"] if negative else [],
         predicted_perplexity=None if base is None else base * math.exp(found.loss),
     )  # fmt: skip
+
+
+def _planned(
+    layers: Sequence[LayerSensitivity], menu: Sequence[MenuGrid], sizes: list[list[int]], choices: Sequence[int]
+) -> list[PlannedLayer]:
+    return [
+        PlannedLayer(x.name, x.n, x.k, menu[c].name, row[c] / (x.n * x.k), x.alpha, menu[c].t2,
+                     max(x.alpha, 0.0) * menu[c].t2)
+        for x, row, c in zip(layers, sizes, choices, strict=True)
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

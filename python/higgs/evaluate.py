@@ -21,14 +21,23 @@ def load(
     model_dir: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, Any]:
     """Model (eval mode, ``dtype``) and tokenizer of a local checkpoint directory, quantized or not."""
+    model = load_model(model_dir, dtype, device)
+    from transformers import AutoTokenizer
+
+    return model, AutoTokenizer.from_pretrained(model_dir)
+
+
+def load_model(
+    model_dir: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """The model of :func:`load` alone."""
     if not Path(model_dir).is_dir():
         raise FileNotFoundError(f"no model directory at {model_dir}; only local directories are read")
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
     except ImportError as e:
-        raise HiggsError("evaluating and generating need transformers: pip install transformers") from e
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval().to(device), tokenizer
+        raise HiggsError("running a model needs transformers: pip install transformers") from e
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval().to(device)
 
 
 def read_text(path: str | Path) -> str:

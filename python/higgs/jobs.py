@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +19,61 @@ import torch.distributed as dist
 from .errors import HiggsError
 from .progress import Progress
 
+_PATIENCE = timedelta(days=7)  # the first rank may sample tokens for long
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+class Team:
+    """The ranks that ``torchrun`` started, or this process alone. All ranks call the methods in the same order."""
 
+    def __init__(self) -> None:
+        self._store: Any = None
+        self._size, self._calls = int(os.environ.get("WORLD_SIZE", "1")), 0
+        if self._size > 1:  # the store alone: a process group would start threads for tensors that nobody sends
+            self._store, _, self._size = next(iter(dist.rendezvous("env://")))
 
-@contextmanager
-def process_group() -> Iterator[None]:
-    """Joins the ranks that ``torchrun`` started; does nothing in a process of its own."""
-    if world_size() == 1 or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    def _key(self) -> str:
+        self._calls += 1
+        return f"higgs/{self._calls}"
 
+    def wait_for_all(self) -> None:
+        if self._store is None:
+            return
+        key = self._key()
+        if self._store.add(f"{key}/arrived", 1) == self._size:
+            self._store.set(f"{key}/all", "yes")
+        self._store.wait([f"{key}/all"], _PATIENCE)
 
-def wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def first_rank_first(work: Callable[[], None]) -> None:
-    """Runs ``work`` on rank 0 while the others wait; they raise HiggsError if it failed there."""
-    error = [None]
-    failure: Exception | None = None
-    if rank() == 0:
+    def first_rank_first(self, work: Callable[[], None]) -> None:
+        """Runs ``work`` on rank 0 while the others wait; they raise HiggsError if it failed there."""
+        key = self._key()
         try:
-            work()
-        except Exception as e:
-            failure, error = e, [str(e)]  # type: ignore[list-item]
-    if dist.is_initialized():
-        dist.broadcast_object_list(error, 0)
-    if failure is not None:
-        raise failure
-    if error[0] is not None:
-        raise HiggsError(f"rank 0 failed: {error[0]}")
+            if rank() == 0:
+                work()
+        except BaseException as e:
+            if self._store is not None:
+                self._store.set(key, f"rank 0 failed: {e!r}")
+            raise
+        if self._store is None:
+            return
+        if rank() == 0:
+            self._store.set(key, "")
+        self._store.wait([key], _PATIENCE)
+        failure = self._store.get(key).decode()
+        if failure:
+            raise HiggsError(failure)
+
+    def turns(self, count: int) -> Iterator[int]:
+        """The numbers below ``count`` that fall to this rank, rising."""
+        if self._store is None:
+            yield from range(count)
+            return
+        key = self._key()
+        while (i := self._store.add(key, 1) - 1) < count:
+            yield i
 
 
 def finished_jobs(folder: Path) -> dict[str, Any]:
@@ -76,11 +89,13 @@ def finished_jobs(folder: Path) -> dict[str, Any]:
     return results
 
 
-def run_jobs(jobs: Sequence[str], work: Callable[[str], Any], folder: Path, progress: Progress) -> dict[str, Any]:
+def run_jobs(
+    team: Team, jobs: Sequence[str], work: Callable[[str], Any], folder: Path, progress: Progress
+) -> dict[str, Any]:
     """``{job: work(job)}`` for all ``jobs``, those recorded in ``folder`` taken from there. Results must be JSON."""
     done = finished_jobs(folder)
     todo = [job for job in jobs if job not in done]
-    wait_for_all()  # nobody writes before everybody has read: all ranks see the same list
+    team.wait_for_all()  # nobody writes before everybody has read: all ranks see the same list
     progress.start("measuring", len(todo))
     file = folder / f"rank{rank()}.jsonl"
     torn = file.exists() and not file.read_bytes().endswith(b"\n")
@@ -88,23 +103,12 @@ def run_jobs(jobs: Sequence[str], work: Callable[[str], Any], folder: Path, prog
         if torn:
             f.write("\n")
         seen = 0
-        for i in _turns(len(todo)):
+        for i in team.turns(len(todo)):
             f.write(json.dumps({"job": todo[i], "result": work(todo[i])}) + "\n")
             f.flush()
             progress.advance(i + 1 - seen)  # others did those in between
             seen = i + 1
     progress.finish()
-    wait_for_all()
+    team.wait_for_all()
     done = finished_jobs(folder)
     return {job: done[job] for job in jobs}
-
-
-def _turns(count: int) -> Iterator[int]:
-    """The numbers below ``count`` that fall to this rank."""
-    if not dist.is_initialized():
-        yield from range(count)
-        return
-    store = dist.distributed_c10d._get_default_store()
-    counter = f"higgs_jobs_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    while (i := store.add(counter, 1) - 1) < count:
-        yield i

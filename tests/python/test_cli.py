@@ -57,7 +57,18 @@ def fake_energies(monkeypatch):
 def test_version_and_help():
     assert run("--version").stdout == f"higgs {higgs.__version__}\n"
     listing = run("--help").stdout
-    for command in ("quantize", "energies", "eval", "generate", "inspect", "doctor", "demo"):
+    for command in (
+        "quantize",
+        "energies",
+        "measure",
+        "plan",
+        "report",
+        "eval",
+        "generate",
+        "inspect",
+        "doctor",
+        "demo",
+    ):
         assert command in listing
         assert "--json" in run(command, "--help").stdout
 
@@ -148,7 +159,7 @@ def test_strict(tmp_path):
     ("words", "message"),
     [
         (["--grid", "p3_n7"], "p3_n7"),
-        (["--bits", "3.3"], "no grid of 3.3 bits"),
+        (["--bits", "1.3"], "1.3 bits a weight are less than the lowest rate of the menu, 2"),
         (["--bits", "4", "--grid", "p2_n256"], "both given"),
         (["--block", "96"], "block"),
         (["--seed", "-1"], "seed -1"),

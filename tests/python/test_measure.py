@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -181,12 +180,12 @@ def test_jobs_are_done_once(tmp_path):
         return {"value": job}
 
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_jobs(list("abcd"), work, tmp_path, NullProgress())
+        jobs.run_jobs(jobs.Team(), list("abcd"), work, tmp_path, NullProgress())
     file = tmp_path / "rank0.jsonl"
     file.write_text(file.read_text() + '{"job": "c", "resu')  # killed while writing
-    assert jobs.run_jobs(list("abcd"), work, tmp_path, NullProgress()) == {j: {"value": j} for j in "abcd"}
+    assert jobs.run_jobs(jobs.Team(), list("abcd"), work, tmp_path, NullProgress()) == {j: {"value": j} for j in "abcd"}
     assert done == list("abccd")
-    jobs.run_jobs(list("abcd"), work, tmp_path, NullProgress())
+    jobs.run_jobs(jobs.Team(), list("abcd"), work, tmp_path, NullProgress())
     assert len(done) == 5
 
 
@@ -195,7 +194,6 @@ SMALL = {"tokens": 128, "context": 32, "text": "random", "scales": "random"}
 
 def test_measuring_resumes_and_guards_its_settings(tmp_path, monkeypatch):
     source, out = make_checkpoint(tmp_path / "source", layers=1), tmp_path / "s.json"
-    make_tokenizer(source)
     options = MeasureOptions(method="noise", levels=(0.01, 0.02), **SMALL)
     runs = []
     original = Noise.run
@@ -222,15 +220,9 @@ def test_measuring_resumes_and_guards_its_settings(tmp_path, monkeypatch):
     assert measure_checkpoint(source, out, MeasureOptions(**SMALL), force=True).about["method"] == "fisher"
 
 
-def make_tokenizer(path):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DATA / "stories260K" / name, path)
-
-
 @pytest.mark.parametrize("method", ["fisher", "noise"])
 def test_two_ranks_agree_with_one(tmp_path, method):
     source = make_checkpoint(tmp_path / "source", layers=1)
-    make_tokenizer(source)
     words = ["measure", source, "--method", method, "--text", "random", "--tokens", 2048, "--context", 64]
     words += ["--levels", "0.01"]
     run_json(*words, "-o", tmp_path / "one.json")
@@ -242,6 +234,15 @@ def test_two_ranks_agree_with_one(tmp_path, method):
     assert json.loads(out)["method"] == method  # printed once
     one, two = Sensitivities.load(tmp_path / "one.json"), Sensitivities.load(tmp_path / "two.json")
     assert two.alphas == pytest.approx(one.alphas, rel=1e-3)
+
+
+def test_text_and_loss(stories260k, tmp_path):
+    words = ["measure", stories260k, "--text", DATA / "tinystories-sample.txt", "--tokens", 256, "--context", 64]
+    found = run_json(*words, "-o", tmp_path / "s.json", "--method", "noise", "--objective", "loss", "--levels", "0.1")
+    assert len(found["layers"]) == 30 and sum(x["alpha"] for x in found["layers"]) > 0
+    assert set(found["skipped"]) == {f"model.layers.{i}.mlp.down_proj" for i in range(5)}
+    fisher = run(*words, "-o", tmp_path / "f.json")
+    assert "model.layers.4.mlp.up_proj" in fisher.stdout and "30 layers, sum of sensitivities" in fisher.stdout
 
 
 def test_options_are_checked(tmp_path):
@@ -276,7 +277,6 @@ def check_mixed(report, out, bits) -> dict[str, str]:
 def test_measured_allocated_and_quantized_in_one_call(tmp_path, monkeypatch):
     monkeypatch.setitem(_TOKENS, "fisher", 512)
     source, out = make_checkpoint(tmp_path / "source"), tmp_path / "out"
-    make_tokenizer(source)
     check_mixed(run_json("quantize", source, "-o", out, "--bits", 3.25), out, 3.25)
     assert not (out / ".higgs").exists()
     assert "already complete" in run_json("quantize", source, "-o", out, "--bits", 3.25)["notes"][-1]
@@ -300,7 +300,7 @@ def test_any_float_is_a_budget(tmp_path):
         words = ["--bits", bits, "--sensitivities", tmp_path / "s.json", "--scales", tmp_path / "e.safetensors"]
         out = tmp_path / str(bits)
         check_mixed(run_json("quantize", source, "-o", out, *words), out, bits)
-    refused = run("quantize", source, "-o", tmp_path / "x", *words[2:], "--bits", 1.9)
+    refused = run("quantize", source, "-o", tmp_path / "x", *words[2:], "--bits", 2.1)
     assert refused.exit_code == 1 and "this menu allows 2.2" in refused.stderr
 
 
@@ -308,7 +308,6 @@ def test_mixed_checkpoint_runs_in_transformers(tmp_path):
     from transformers import AutoModelForCausalLM
 
     source, out = make_checkpoint(tmp_path / "source", dtype=torch.float32), tmp_path / "out"
-    make_tokenizer(source)
     run_json("measure", source, "-o", tmp_path / "s.json", "--text", "random", "--tokens", 128, "--context", 32,
              "--lm-head")  # fmt: skip
     words = ["--bits", 4.2, "--sensitivities", tmp_path / "s.json"]

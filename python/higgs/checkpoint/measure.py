@@ -75,24 +75,23 @@ def measure_checkpoint(
         if found.about.get("settings") != settings:
             raise ValueError(_refusal(out, "was made", found.about.get("settings", {}), settings))
         return found
-    with jobs.process_group():
-        return _measure(Path(source), out, options, settings, force, device, progress or NullProgress())
+    return _measure(Path(source), out, options, settings, force, device, progress or NullProgress())
 
 
 def _measure(
     source: Path, out: Path, options: MeasureOptions, settings: dict, force: bool, device: str, progress: Progress
 ) -> Sensitivities:
-    from ..evaluate import load
+    from ..evaluate import load_model
 
-    work = Path(f"{out}.work")
-    model, tokenizer = load(source)
+    work, team = Path(f"{out}.work"), jobs.Team()
+    model = load_model(source)
     if device != "cpu":
         model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-    jobs.first_rank_first(lambda: _prepare(work, model, tokenizer, source, options, settings, force, progress))
+    team.first_rank_first(lambda: _prepare(work, model, source, options, settings, force, progress))
     used = Energies.load(work / "energies.safetensors") if (work / "energies.safetensors").exists() else None
     token_ids = load_file(work / "tokens.safetensors")["token_ids"]
     method, skipped = make_method(model, token_ids, used, options)
-    results = jobs.run_jobs(method.jobs(), method.run, work, progress)
+    results = jobs.run_jobs(team, method.jobs(), method.run, work, progress)
     found = to_sensitivities(model, method, results, used, options)
     found.about["settings"] = settings
     if skipped:
@@ -102,7 +101,7 @@ def _measure(
         found.save(out)
         shutil.rmtree(work)
 
-    jobs.first_rank_first(finish)
+    team.first_rank_first(finish)
     return found
 
 
@@ -145,7 +144,6 @@ def _settings(checkpoint: Checkpoint, options: MeasureOptions) -> dict[str, str]
 def _prepare(
     work: Path,
     model: nn.Module,
-    tokenizer: Any,
     source: Path,
     options: MeasureOptions,
     settings: dict[str, str],
@@ -165,7 +163,7 @@ def _prepare(
     used = _energies(model, source, options, progress)
     if used is not None:
         used.save(work / "energies.safetensors")
-    ids = sample_tokens(model, tokenizer, options, progress)
+    ids = sample_tokens(model, source, options, progress)
     save_file({"token_ids": ids.contiguous()}, work / "tokens.safetensors")
     write_file(file, json_bytes(settings))  # last: with it the folder is complete
 
@@ -176,16 +174,19 @@ def _energies(model: nn.Module, source: Path, options: MeasureOptions, progress:
     return energies.energies_for(source, options.scales, seed=options.seed, progress=progress)
 
 
-def sample_tokens(model: Any, tokenizer: Any, options: MeasureOptions, progress: Progress) -> torch.Tensor:
+def sample_tokens(model: Any, source: Path, options: MeasureOptions, progress: Progress) -> torch.Tensor:
     """int64 [windows, context]"""
     count, context = options.token_count, options.context
     if options.text == "self":
         return self_tokens(model, count, context, options.seed, progress)
     if options.text == "random":
         return energies.random_tokens(model.config.get_text_config().vocab_size, count, context, options.seed)
+    from transformers import AutoTokenizer
+
     from ..evaluate import read_text, token_windows
 
-    return token_windows(tokenizer, read_text(options.text), context, max(1, count // context))
+    text = read_text(options.text)
+    return token_windows(AutoTokenizer.from_pretrained(source), text, context, max(1, count // context))
 
 
 def _column_scales(model: nn.Module, used: Energies | None, exponent: float) -> dict[str, torch.Tensor]:

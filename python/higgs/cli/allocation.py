@@ -265,6 +265,11 @@ def allocation_choice(
     if sensitivities is not None:
         words += ["--sensitivities", _named(sensitivities)]
     chosen, fixed = grid_menu(split_menu(menu)), split_fixed(fix)
+    lowest = float(min(g.rate for g in chosen))
+    if bits < lowest:  # before anything is measured
+        raise ValueError(
+            f"{bits:g} bits a weight are less than the lowest rate of the menu, {lowest:g}, without scales"
+        )
 
     def allocate(kept: Path) -> Allocation:
         return plan_allocation(
