@@ -1,9 +1,8 @@
 // GEMM for m > 16 on sm_90a: y[m, n] = x'[m, k] . (scale * table[index])[n, k]^T (+ bias), x' rotated and packed by
 // pack_x. Computed as Y^T = W X^T: the decoded weights are the register operand A of wgmma, x is B in shared memory.
 //
-//   x'       [k / 64][padded m][64 columns] fp16 or bf16: the B tiles as the tensor core wants them (128-byte rows,
-//   swizzled;
-//            columns in the k order of decode.cuh), so that a tile is one contiguous bulk copy
+//   x'       [k / 64][padded m][64 columns] fp16 or bf16: B tiles as the tensor core wants them (rows of 128 bytes,
+//            swizzled; columns in the k order of decode.cuh), so that a tile is one contiguous bulk copy
 //   weights  tiled layout (tiled_format.h), straight from global memory to the registers of the warp that decodes them
 //   y        [m, n] in x's type, accumulated in fp32
 //
@@ -19,11 +18,7 @@
 // Clusters. The CTAs of a cluster take the row blocks of a tile that follow each other, and share the copies of x
 // (multicast): x comes from the L2 once per cluster.
 //
-// Schedule (persistent). The first `split_tiles` tiles are cut into slices and shared out evenly, in contiguous runs;
-// the CTA with a tile's first slice adds the sums of the others in the order of k (they arrive through global memory),
-// so the result does not depend on timing. The other tiles are a whole number of rounds, one tile per CTA.
-//
-// Shared memory: see GemmConfig.
+// Schedule: gemm_schedule.cuh. Shared memory and registers: GemmConfig in gemm_config.cuh.
 //
 // Template values: Decoder of instances.h; T = __half, __nv_bfloat16; N = tokens of a tile: 16, 32, 64, 128 or 256.
 #pragma once
@@ -32,129 +27,14 @@
 #include <utility>
 
 #include "decode.cuh"
+#include "gemm_config.cuh"
+#include "gemm_epilogue.cuh"
 #include "gemm_params.h"
-#include "numeric.cuh"
+#include "gemm_schedule.cuh"
 #include "ptx.cuh"
-#include "rotate_x.cuh"
 #include "wgmma.cuh"
 
 namespace higgs::cuda {
-
-inline constexpr int kBlockColumns = 64;  // of a k block: a 128-byte row of B
-inline constexpr int kBlockSteps = kBlockColumns / 16;
-inline constexpr int kRowBytes = kBlockColumns * 2;
-// The table begins at this address of the shared window, so that the upper half of a look-up address is a constant that
-// the decoders' byte permutation puts in: no addition. Dynamic shared memory begins at kSharedBase: 1 KB is the
-// system's.
-inline constexpr int kTableAddress = 0x10000;
-inline constexpr int kSharedBase = 1024;
-inline constexpr float kLeastScale = 0x1p-60f;
-
-template <typename Decoder_, typename T_, int N_, bool Regular_>
-struct GemmConfig {
-  using Decoder = Decoder_;
-  using T = T_;
-  static constexpr FieldShape kShape = Decoder_::kShape;
-  static constexpr int kN = N_;
-  static constexpr bool kRegular = Regular_;
-  static constexpr int kWarpgroups = gemm_rows(N_) / 64;
-  static constexpr int kClusterSize = gemm_cluster_size(N_);
-  static constexpr int kStages = N_ == 256 ? 4 : N_ == 128 ? 6 : 8;
-  static constexpr int kConsumers = 128 * kWarpgroups;
-  static constexpr int kThreads = kConsumers + 128;
-  // Narrow tiles leave 4096 registers or more to a block of pack_x: the next layer's x is packed, and the CTAs of this
-  // kernel start, while the kernel before still runs.
-  static constexpr int kLaunchRegisters = (N_ == 256 ? 65536 : 65536 - 4096) / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters =
-      (kLaunchRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
-  static constexpr int kRowTiles = 4 * kWarpgroups;  // of 16 rows
-  static constexpr int kRegisters = N_ / 2;          // of the accumulators, per thread
-
-  static constexpr int kTableSize = (kShape.entries() * kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
-                                    kTiledAlignment;  // in the tiled buffer: fp16, then bf16, then the scales
-  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableSize;
-  static constexpr int kScalesOffset = 2 * kTableSize;
-
-  static constexpr int kUnits = kShape.max_units();
-  static constexpr int kUnitWords = kShape.unit_words();
-  static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;
-  // 16-byte loads a warp keeps in flight: all of a slice, or where the accumulators take half of the registers, half
-  static constexpr int kWindow = N_ == 256 && kLoads % 2 == 0 ? kLoads / 2 : kLoads;
-
-  static constexpr int kStageBytes = N_ * kBlockColumns * 2;  // one k block of x
-  static constexpr int kStagingTokens = N_ < 64 ? N_ : 64;
-  static constexpr int kStagingStride = 48;  // bytes per token: 16 rows, spread over the banks
-  static constexpr int kStagingBytes = kRowTiles * kStagingTokens * kStagingStride;
-  // Shared memory: stages | staging | barriers | ... | table at address kTableAddress | the other stages
-  static constexpr int kTableStart = kTableAddress - kSharedBase;
-  static constexpr int kBarrierBytes = 2 * kStages * static_cast<int>(sizeof(uint64_t));
-  static constexpr int kStagesThatFit = (kTableStart - kStagingBytes - kBarrierBytes) / kStageBytes;
-  static constexpr int kStagesBefore = kStages < kStagesThatFit ? kStages : kStagesThatFit;
-  static constexpr int kStagesGap = kTableStart + Decoder::kTableBytes - kStagesBefore * kStageBytes;
-  static constexpr int kSharedBytes = kTableStart + Decoder::kTableBytes + (kStages - kStagesBefore) * kStageBytes;
-  static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
-};
-
-// Slices [begin, end) of a tile.
-struct Segment {
-  int tile = 0;
-  int begin = 0;
-  int end = 0;
-};
-
-// The segments of a cluster, in order.
-class Schedule {
- public:
-  __device__ __forceinline__ Schedule(const GemmParams& p, int cluster)
-      : split_(first_slice(p, cluster)), split_end_(first_slice(p, cluster + 1)), tile_(p.split_tiles + cluster) {}
-
-  static __device__ __forceinline__ int first_slice(const GemmParams& p, int cluster) {
-    return cluster * p.slices_per_cluster + min(cluster, p.longer_clusters);
-  }
-  __device__ __forceinline__ bool next(const GemmParams& p, Segment& s) {
-    if (split_ < split_end_) {
-      s.tile = split_ / p.slices;
-      s.begin = split_ - s.tile * p.slices;
-      s.end = min(p.slices, s.begin + split_end_ - split_);
-      split_ += s.end - s.begin;
-      return true;
-    }
-    s = {tile_, 0, p.slices};
-    tile_ += p.clusters;
-    return s.tile < p.tiles;
-  }
-
- private:
-  int split_;
-  int split_end_;
-  int tile_;
-};
-
-// The place of a CTA in the grid.
-struct CtaPlace {
-  int cluster = 0;
-  int rank = 0;
-};
-
-// Where a CTA's rows of a tile are: the part and the first row tile and token.
-struct TilePlace {
-  int part = 0;
-  int row_tile = 0;
-  int token = 0;
-};
-
-template <typename Config>
-__device__ __forceinline__ TilePlace place_of(const GemmParams& p, const CtaPlace& cta, int tile) {
-  TilePlace place;
-  const int token_tile = tile / p.row_blocks;
-  const int block = tile - token_tile * p.row_blocks;
-  while (place.part + 1 < p.part_count && block >= p.parts[place.part + 1].first_row_block) ++place.part;
-  place.row_tile =
-      ((block - p.parts[place.part].first_row_block) * Config::kClusterSize + cta.rank) * Config::kRowTiles;
-  place.token = token_tile * Config::kN;
-  return place;
-}
 
 // The words of a warp's slices: load i of a slice is in q_[i % kWindow], and is replaced when it has been consumed.
 template <typename Config>
@@ -372,109 +252,6 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     });
     return true;
   });
-}
-
-// The sums of a segment that does not begin its tile, for the CTA that does.
-template <typename Config>
-__device__ __forceinline__ float4* partial_of(const GemmParams& p, int cta, int warpgroup) {
-  return reinterpret_cast<float4*>(p.partials) +
-         (static_cast<long long>(cta) * Config::kWarpgroups + warpgroup) * (Config::kRegisters / 4) * 128 +
-         threadIdx.x % 128;
-}
-
-template <typename Config>
-__device__ __forceinline__ void send_partial(const GemmParams& p, int warpgroup,
-                                             const float (&acc)[Config::kRegisters]) {
-  float4* to = partial_of<Config>(p, blockIdx.x, warpgroup);
-#pragma unroll
-  for (int i = 0; i < Config::kRegisters / 4; ++i) {
-    __stcg(to + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
-  }
-  __threadfence();
-  named_barrier(1 + warpgroup, 128);
-  if (threadIdx.x % 128 == 0) store_release(p.flags + blockIdx.x * Config::kWarpgroups + warpgroup, 1);
-}
-
-template <typename Config>
-__device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace& place, int warpgroup, int tile,
-                                             float (&acc)[Config::kRegisters]) {
-  const int end = (tile + 1) * p.slices;
-  const auto helps = [&](int cluster) {
-    return cluster < p.clusters && Schedule::first_slice(p, cluster) < min(end, Schedule::first_slice(p, cluster + 1));
-  };
-  for (int cluster = place.cluster + 1 + threadIdx.x % 128; helps(cluster); cluster += 128) {
-    const int cta = cluster * Config::kClusterSize + place.rank;
-    while (load_acquire(p.flags + cta * Config::kWarpgroups + warpgroup) == 0) __nanosleep(20);
-  }
-  named_barrier(1 + warpgroup, 128);
-  for (int cluster = place.cluster + 1; helps(cluster); ++cluster) {
-    const int cta = cluster * Config::kClusterSize + place.rank;
-    const float4* from = partial_of<Config>(p, cta, warpgroup);
-#pragma unroll
-    for (int i = 0; i < Config::kRegisters / 4; ++i) {
-      const float4 v = __ldcg(from + i * 128);
-      acc[4 * i] += v.x;
-      acc[4 * i + 1] += v.y;
-      acc[4 * i + 2] += v.z;
-      acc[4 * i + 3] += v.w;
-    }
-  }
-}
-
-// 8 consecutive rows of one token.
-template <typename T>
-__device__ __forceinline__ void store_rows(const GemmPart& part, int row, long long token, uint4 v) {
-  T* to = static_cast<T*>(part.y) + token * part.n + row;
-  if (part.n % 8 == 0 && row + 8 <= part.n) {  // y is 16-byte aligned
-    *reinterpret_cast<uint4*>(to) = v;
-  } else {
-    const T* values = reinterpret_cast<const T*>(&v);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (row + i < part.n) to[i] = values[i];
-    }
-  }
-}
-
-template <typename Config>
-__device__ __forceinline__ void store_tile(const GemmParams& p, const GemmPart& part, int row_tile, int token,
-                                           uint8_t* staging, int lane, const float (&acc)[Config::kRegisters]) {
-  using T = typename Config::T;
-  const int row = row_tile * kTileRows;
-  if (row >= part.n) return;
-  float2 bias = {};
-  if (part.bias != nullptr) {
-    const T* b = static_cast<const T*>(part.bias) + row + lane / 4;
-    if (row + lane / 4 < part.n) bias.x = to_float(b[0]);
-    if (row + lane / 4 + 8 < part.n) bias.y = to_float(b[8]);
-  }
-  constexpr int kTokens = Config::kStagingTokens;
-#pragma unroll
-  for (int first = 0; first < Config::kN; first += kTokens) {
-    if (token + first >= p.m) break;
-    uint8_t* to = staging + (lane / 16 * 8 + lane % 8) * Config::kStagingStride + lane / 8 % 2 * 16;
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kTokens / 16; ++i) {
-      const float* v = acc + (first + 16 * i) / 2;
-      uint32_t packed[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float b = j % 2 == 0 ? bias.x : bias.y;
-        packed[j] = pack2<T>(v[2 * j] + b, v[2 * j + 1] + b);
-      }
-      store_transposed(to + i * 16 * Config::kStagingStride, packed);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kTokens / 16; ++i) {
-      const int t = lane / 2 + 16 * i;
-      if (token + first + t < p.m) {
-        store_rows<T>(part, row + lane % 2 * 8, token + first + t,
-                      *reinterpret_cast<const uint4*>(staging + t * Config::kStagingStride + lane % 2 * 16));
-      }
-    }
-  }
 }
 
 template <typename Config>
