@@ -1,6 +1,8 @@
 // Sizes of the GEMM kernel: warps, registers, shared memory.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <cstdint>
 #include <type_traits>
 
