@@ -1,4 +1,4 @@
-// fp32 <-> storage types, one rounding each, and 32 consecutive values at a time.
+// fp32 <-> storage types, one rounding each, and consecutive values at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,25 +30,12 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
-// out[0..7] = p[0..7]; p is 16-byte aligned.
-template <typename T>
-__device__ __forceinline__ void load8(const T* p, float (&out)[8]) {
+// out[i] = p[i]; Count a multiple of 8, p 16-byte aligned.
+template <typename T, int Count>
+__device__ __forceinline__ void load_values(const T* p, float (&out)[Count]) {
   constexpr int kPerLoad = 16 / sizeof(T);
 #pragma unroll
-  for (int i = 0; i < 8 / kPerLoad; ++i) {
-    const uint4 raw = reinterpret_cast<const uint4*>(p)[i];
-    const T* values = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-    for (int j = 0; j < kPerLoad; ++j) out[i * kPerLoad + j] = to_float(values[j]);
-  }
-}
-
-// out[0..31] = p[0..31]; p is 64-byte aligned.
-template <typename T>
-__device__ __forceinline__ void load32(const T* p, float (&out)[32]) {
-  constexpr int kPerLoad = 16 / sizeof(T);
-#pragma unroll
-  for (int i = 0; i < 32 / kPerLoad; ++i) {
+  for (int i = 0; i < Count / kPerLoad; ++i) {
     const uint4 raw = reinterpret_cast<const uint4*>(p)[i];
     const T* values = reinterpret_cast<const T*>(&raw);
 #pragma unroll

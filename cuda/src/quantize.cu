@@ -65,7 +65,7 @@ __device__ void rotate_row(const QuantizeLayer& layer, const BlockTransform& tra
     const int column = chunk + lane * 32;
     float v[32] = {};
     if (lane * 32 < count) {
-      load32(w + column, v);
+      load_values(w + column, v);
       const uint64_t signs = sign_word(layer.seed, static_cast<uint64_t>(column) / 64) >> (column % 64);
 #pragma unroll
       for (int j = 0; j < 32; ++j) {

@@ -23,10 +23,10 @@ __device__ __forceinline__ void load_chunk(const In* in, const float* vector, in
     const int column = 8 * (lane + kLanes * i);
     float x[8] = {};
     if (column < count) {
-      load8(in + column, x);
+      load_values(in + column, x);
       if (vector != nullptr) {
         float d[8];
-        load8(vector + column, d);
+        load_values(vector + column, d);
 #pragma unroll
         for (int j = 0; j < 8; ++j) x[j] = __fmul_rn(d[j], x[j]);
       }
