@@ -20,6 +20,7 @@ from shapes import BITS, MAIN, SHAPES
 
 L2_BYTES = 256 << 20  # walk over at least this much
 CALLS = 24  # per graph, at least
+WARM_MS = 30  # of replays before those that count
 MAX_INT4_ROWS = 64  # tinygemm's time grows with m
 
 
@@ -68,15 +69,19 @@ def graph_us(calls: list, replays: int = 15) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    times = []
-    for _ in range(replays + 2):
+
+    def replay() -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times[2:])[replays // 2]
+        return start.elapsed_time(end)
+
+    warm = 0.0
+    while warm < WARM_MS:  # an idle GPU needs a while to raise its clocks
+        warm += replay()
+    return sorted(replay() for _ in range(replays))[replays // 2] * 1e3 / len(calls)
 
 
 def cycle(copies: int, make) -> list:
