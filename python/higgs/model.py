@@ -58,8 +58,9 @@ def quantize_(
     progress = progress or NullProgress()
     report = Report()
     formats, report.skipped = plan_formats(
-        model, bits=bits, grid=grid, allocation=allocation, skip=skip, block=block, group=group, seed=seed, strict=strict
-    )
+        model, bits=bits, grid=grid, allocation=allocation, skip=skip, block=block, group=group, seed=seed,
+        strict=strict,
+    )  # fmt: skip
     linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in formats}
 
     column_scales = {}

@@ -14,6 +14,8 @@ from higgs import HiggsQuantConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = torch.arange(20)[None] * 5 % 256
 SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -162,7 +164,7 @@ def test_weights_are_quantized_one_by_one(tmp_path: Path, monkeypatch) -> None:
     assert unquantized == [0] * 14
 
 
-def test_layers_on_disk_and_small_memory(tmp_path: Path) -> None:
+def test_layers_on_disk(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     path = make("qwen2-biases", tmp_path / "original")
     expected = load(path, quantization_config=HiggsQuantConfig(bits=4))
@@ -180,6 +182,12 @@ def test_bad_arguments(tmp_path: Path) -> None:
         load(path, quantization_config=HiggsQuantConfig())
     with pytest.raises(ValueError, match="exactly one of bits, grid and allocation"):
         HiggsQuantConfig(bits=4, grid="p2_n256")
+    with pytest.raises(TypeError, match="does not take bit, sead"):
+        HiggsQuantConfig(bit=4, sead=3)
+    with pytest.raises(TypeError, match="skip is 'q_proj'; use a list"):
+        HiggsQuantConfig(bits=4, skip="q_proj")
+    with pytest.raises(higgs.FormatError, match="layers of the quantization_config is 4, expected an entry for each"):
+        HiggsQuantConfig(4)
     with pytest.raises(ValueError, match="p9"):
         HiggsQuantConfig(grid="p9")
     with pytest.raises(ValueError, match="p9"):
@@ -192,6 +200,14 @@ def test_bad_arguments(tmp_path: Path) -> None:
         load(path, quantization_config=HiggsQuantConfig(allocation={"model.layers.9.x": "p2_n64"}))
     with pytest.raises(ValueError, match="block"):
         load(path, quantization_config=HiggsQuantConfig(bits=4, block=100))
+
+
+def test_tensor_parallelism_is_refused(tmp_path: Path) -> None:
+    model = load(make("llama", tmp_path))
+    model.config.distributed_config = transformers.distributed.DistributedConfig()
+    quantizer = higgs.integrations.transformers.HiggsHfQuantizer(HiggsQuantConfig(bits=4), pre_quantized=False)
+    with pytest.raises(higgs.UnsupportedError, match="distributed_config or tp_plan: save the quantized model"):
+        quantizer.preprocess_model(model)
 
 
 def test_bad_weights_name_the_layer(tmp_path: Path) -> None:

@@ -1,18 +1,20 @@
 """LoRA (PEFT) on :class:`HiggsLinear`: adapters train on top of constant quantized weights.
 
-Imported by ``import higgs`` as soon as ``peft.tuners.lora.model`` is there. PEFT keeps no registry of layer types, so its
-last dispatcher is wrapped; ``LoraConfig`` and ``PeftModel.from_pretrained`` then work as ever.
+Imported by ``import higgs`` as soon as ``peft.tuners.lora.model`` is there. PEFT keeps no registry of layer types, so
+two of its functions are wrapped: the last dispatcher, and the search for what "all-linear" means (which would leave out
+the quantized layers without a word). ``LoraConfig`` and ``PeftModel.from_pretrained`` then work as ever.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from typing import Any
+from typing import Any, cast
 
+from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import UnsupportedError
@@ -39,7 +41,8 @@ class LoraHiggsLinear(Linear):
                 f"use one of {', '.join(map(repr, _INITIALIZATIONS))}"
             )
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        self._move_adapter_to_device_of_base_layer(adapter_name, next(self.get_base_layer().parameters()).device)
+        base_layer = cast(nn.Module, self.base_layer)  # PEFT looks for the device of a weight, which it has not
+        self._move_adapter_to_device_of_base_layer(adapter_name, next(base_layer.parameters()).device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise UnsupportedError(
@@ -48,12 +51,29 @@ class LoraHiggsLinear(Linear):
         )
 
 
-def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if isinstance(base, HiggsLinear):
+def _dispatch(target: Any, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
+    adapted = isinstance(target, tuners_utils.BaseTunerLayer)  # by an adapter before this one
+    if isinstance(target.base_layer if adapted else target, HiggsLinear):
         return LoraHiggsLinear(target, adapter_name, config=config, **kwargs)
     return _dispatch_others(target, adapter_name, config=config, **kwargs)
 
 
+def _include_all_linear(config: Any, model: nn.Module) -> Any:
+    targets = getattr(config, "target_modules", None)
+    config = _include_all_others(config, model)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if get_head is not None else None
+        config.target_modules |= {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, HiggsLinear) and module is not head and not name.endswith(".base_layer")
+        }
+    return config
+
+
 _dispatch_others = lora_model.dispatch_default
-lora_model.dispatch_default = _dispatch
+_include_all_others = tuners_utils._maybe_include_all_linear_layers
+if "config" in inspect.signature(_dispatch_others).parameters:  # an older PEFT refuses HiggsLinear by itself
+    lora_model.dispatch_default = _dispatch  # type: ignore[assignment]
+    tuners_utils._maybe_include_all_linear_layers = _include_all_linear  # type: ignore[assignment]

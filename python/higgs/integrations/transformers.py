@@ -41,7 +41,8 @@ class HiggsQuantConfig(QuantizationConfigMixin):
 
     In a checkpoint: ``layers``, ``format_version`` and ``quant_method`` (FORMAT.md). They win over the above.
 
-    Raises ValueError for arguments that do not go together or do not exist, FormatError for a malformed checkpoint.
+    Raises ValueError or TypeError for arguments that do not go together or do not exist, FormatError for a malformed
+    checkpoint.
     """
 
     def __init__(
@@ -59,16 +60,20 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         group: int | None = None,
         seed: int = 0,
         strict: bool = False,
-        **_: Any,
+        **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # the registry takes plain names
         self.format_version = format_version
-        self.layers = layers or {}
+        self.layers = {} if layers is None else layers
         self.parsed()  # raises FormatError
+        if unknown and layers is None:  # a checkpoint may hold keys of later versions
+            raise TypeError(f"HiggsQuantConfig does not take {', '.join(unknown)}")
+        if isinstance(skip, str):
+            raise TypeError(f"skip is {skip!r}; use a list of regular expressions")
         if scales not in ("none", "random", "self"):
             raise ValueError(f"scales {scales!r} is not supported; use 'none', 'random' or 'self'")
         self.scales = scales
-        self.plan = {
+        self.plan: dict[str, Any] = {
             "bits": bits, "grid": grid, "allocation": None if allocation is None else dict(allocation),
             "skip": list(skip), "block": block, "group": group, "seed": seed, "strict": strict,
         }  # fmt: skip
@@ -170,6 +175,11 @@ class HiggsHfQuantizer(HfQuantizer):
             model.set_submodule(module_name, module.train(linear.training))
 
     def _plan(self, model: nn.Module) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UnsupportedError(
+                "quantizing while loading is not supported with distributed_config or tp_plan: "
+                "save the quantized model, then load that"
+            )
         formats, skipped = plan_formats(model, **self.quantization_config.plan)
         for name, reason in skipped.items():
             logger.warning(f"layer {name} is not quantized: {reason}")
@@ -183,7 +193,7 @@ class HiggsHfQuantizer(HfQuantizer):
         """Bytes, for ``device_map="auto"``."""
         if self.param_needs_quantization(model, param_name):
             return self.formats[layer_name(param_name)].bits() / 8
-        return super().param_element_size(model, param_name, param)
+        return param.element_size()
 
     def get_quantize_ops(self) -> _Quantize:
         return _Quantize(self.formats)
