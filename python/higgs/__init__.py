@@ -5,6 +5,8 @@
 >>> model.save_pretrained("quantized")  # AutoModelForCausalLM.from_pretrained("quantized") after `import higgs`
 """
 
+from typing import Any
+
 from . import _core, _register
 from ._ops import LayerFormat, layer_format
 from .allocate import Allocation, grid_menu, plan_allocation
@@ -22,6 +24,15 @@ grid_for_bits = _core.grid_for_bits
 
 _register.register()
 
+
+def __getattr__(name: str) -> Any:
+    if name == "HiggsQuantConfig":  # needs transformers, which the rest of higgs does not
+        from .integrations.transformers import HiggsQuantConfig
+
+        return HiggsQuantConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Allocation",
     "CudaError",
@@ -29,6 +40,7 @@ __all__ = [
     "FormatError",
     "HiggsError",
     "HiggsLinear",
+    "HiggsQuantConfig",
     "LayerFormat",
     "LayerReport",
     "LayerSensitivity",

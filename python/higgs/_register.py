@@ -1,20 +1,28 @@
-"""Registers the ``higgs_quant`` quantizer with transformers, without importing transformers.
+"""Registers higgs with transformers (the ``higgs_quant`` quantizer) and PEFT (LoRA on HiggsLinear), without importing
+them.
 
-If transformers is loaded, at once; else when it loads ``transformers.quantizers`` (which its model loader needs).
+If the library is loaded, at once; else when it loads the module that higgs plugs into.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
 
-_TARGET = "transformers.quantizers"
+_INTEGRATIONS = {
+    "transformers.quantizers": ".integrations.transformers",  # registers when imported
+    "peft.tuners.lora.model": ".integrations.peft",
+}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, target: str) -> None:
+        self.target = target
+
     def find_spec(self, name, path=None, target=None):
-        if name != _TARGET:
+        if name != self.target:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -24,15 +32,20 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module) -> None:
             execute(module)
-            from .integrations import transformers  # noqa: F401 (registers when imported)
+            _integrate(name)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+def _integrate(target: str) -> None:
+    importlib.import_module(_INTEGRATIONS[target], __package__)
+
+
 def register() -> None:
-    module = sys.modules.get(_TARGET)
-    if module is None:
-        sys.meta_path.insert(0, _Finder())
-    elif not getattr(module.__spec__, "_initializing", False):
-        from .integrations import transformers  # noqa: F401
+    for target in _INTEGRATIONS:
+        module = sys.modules.get(target)
+        if module is None:
+            sys.meta_path.insert(0, _Finder(target))
+        elif not getattr(module.__spec__, "_initializing", False):
+            _integrate(target)

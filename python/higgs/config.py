@@ -56,8 +56,12 @@ class QuantizationConfig:
             raise FormatError(
                 f"format_version of the checkpoint is {version!r}, this version of higgs reads {_core.format_version}"
             )
-        layers = {}
-        for name, entry in data.get("layers", {}).items():
+        entries, layers = data.get("layers", {}), {}
+        if not isinstance(entries, dict):
+            raise FormatError(
+                f"layers of the quantization_config is {entries!r}, expected an entry for each layer name"
+            )
+        for name, entry in entries.items():
             try:
                 layers[name] = LayerConfig(**entry)
                 _core.find_grid(layers[name].grid)

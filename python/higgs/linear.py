@@ -47,7 +47,7 @@ class HiggsLinear(nn.Module):
         self.in_features, self.out_features, self.format = fmt.k, fmt.n, fmt
 
         def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            return _constant(torch.empty(*shape, dtype=dtype, device=device))
+            return constant(torch.empty(*shape, dtype=dtype, device=device))
 
         # Parameters, not buffers: tensor parallelism in transformers shards only parameters, and data parallelism sends
         # buffers around in every step.
@@ -66,10 +66,10 @@ class HiggsLinear(nn.Module):
         """Quantizes ``linear`` on its device; returns the new module and its t2. The bias is shared, not copied."""
         indices, scales, t2 = _ops.quantize(linear.weight, fmt, column_scale)
         module = cls(fmt, column_scale=column_scale is not None, device="meta")
-        module.indices, module.scales = _constant(indices), _constant(scales)
+        module.indices, module.scales = constant(indices), constant(scales)
         if column_scale is not None:
             # A copy: layers that share a column scale are saved each with its own.
-            module.column_scale = _constant(column_scale.to(indices.device, copy=True))
+            module.column_scale = constant(column_scale.to(indices.device, copy=True))
         module.bias = linear.bias
         module.train(linear.training)
         module.tile_()
@@ -84,7 +84,7 @@ class HiggsLinear(nn.Module):
         if not _core.with_cuda or self.indices is None or self.scales is None or not self.indices.is_cuda:
             return self
         if tuple(self.indices.shape) == (f.n, f.row_bytes):
-            self.tiled = _constant(_cuda.repack(self.indices, self.scales, f))
+            self.tiled = constant(_cuda.repack(self.indices, self.scales, f))
             self.input_vector = _cuda.input_vector(self.column_scale, f, self.indices.device)
             self.input_key = (f.k, f.block, f.seed, _digest(self.column_scale))
             self.indices = self.scales = None
@@ -93,7 +93,7 @@ class HiggsLinear(nn.Module):
     def untile_(self) -> HiggsLinear:
         """Changes back to the stored layout; returns the module."""
         if self.tiled is not None:
-            self.indices, self.scales = map(_constant, self.stored())
+            self.indices, self.scales = map(constant, self.stored())
             self.tiled = self.input_vector = self.input_key = None
         return self
 
@@ -207,5 +207,5 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _constant(data: Tensor) -> nn.Parameter:
+def constant(data: Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=False)

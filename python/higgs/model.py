@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import _core
 from ._ops import LayerFormat, layer_format
@@ -56,29 +56,18 @@ def quantize_(
     Nothing is replaced if any layer fails.
     """
     progress = progress or NullProgress()
-    grids = _grids_of_layers(model, bits, grid, allocation, list(skip))
-    formats: dict[str, LayerFormat] = {}
     report = Report()
-    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in grids}
-    for name, grid_name in grids.items():
-        linear = linears[name]
-        if linear.in_features % 64 != 0:
-            reason = f"in_features = {linear.in_features} is not a multiple of 64"
-            if strict:
-                raise UnsupportedError(f"layer {name} cannot be quantized: {reason}")
-            report.skipped[name] = reason
-            continue
-        formats[name] = layer_format(
-            linear.out_features, linear.in_features, grid_name, block=block, group=group, seed=seed
-        )
-    if not formats:
-        raise UnsupportedError("the model has no Linear layer that can be quantized")
+    formats, report.skipped = plan_formats(
+        model, bits=bits, grid=grid, allocation=allocation, skip=skip, block=block, group=group, seed=seed,
+        strict=strict,
+    )  # fmt: skip
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in formats}
 
     column_scales = {}
     energies = _energies(model, scales, seed, progress)
-    seeds = layer_seeds(seed, formats, energies)
-    formats = {name: replace(fmt, seed=seeds[name]) for name, fmt in formats.items()}
     if energies is not None:
+        seeds = layer_seeds(seed, formats, energies)
+        formats = {name: replace(fmt, seed=seeds[name]) for name, fmt in formats.items()}
         weight_energies = {name: weight_energy(linears[name].weight) for name in formats}
         blocks = {name: f.block for name, f in formats.items()}
         column_scales = pooled_column_scales(energies, weight_energies, blocks, scale_exponent)
@@ -88,10 +77,7 @@ def quantize_(
     for name, fmt in formats.items():
         start = time.perf_counter()
         column_scale = column_scales.get(name)
-        try:
-            replacements[name], t2 = HiggsLinear.from_linear(linears[name], fmt, column_scale)
-        except ValueError as e:
-            raise ValueError(f"layer {name}: {e}") from e
+        replacements[name], t2 = quantized_linear(name, linears[name], fmt, column_scale)
         seconds = time.perf_counter() - start
         report.layers.append(LayerReport.of(name, fmt, column_scale=column_scale is not None, t2=t2, seconds=seconds))
         progress.advance()
@@ -102,23 +88,84 @@ def quantize_(
     return report
 
 
-def _grids_of_layers(
-    model: nn.Module, bits: float | None, grid: str | None, allocation: Mapping[str, str] | None, skip: list[str]
-) -> dict[str, str]:
+def plan_formats(
+    model: nn.Module,
+    *,
+    bits: float | None = None,
+    grid: str | None = None,
+    allocation: Mapping[str, str] | None = None,
+    skip: Iterable[str] = (),
+    block: int | None = None,
+    group: int | None = None,
+    seed: int = 0,
+    strict: bool = False,
+) -> tuple[dict[str, LayerFormat], dict[str, str]]:
+    """What :func:`quantize_` makes of the layers with these arguments and no energies: {layer: format}, and {layer:
+    reason} for those it leaves alone. Reads names and shapes only; the model may be on the meta device."""
+    formats: dict[str, LayerFormat] = {}
+    skipped: dict[str, str] = {}
+    grids = _grids_of_layers(model, grid_of_all(bits, grid, allocation), allocation, list(skip))
+    for name, grid_name in grids.items():
+        linear = cast(nn.Linear, model.get_submodule(name))
+        if linear.in_features % 64 != 0:
+            skipped[name] = f"in_features = {linear.in_features} is not a multiple of 64"
+            if strict:
+                raise UnsupportedError(f"layer {name} cannot be quantized: {skipped[name]}")
+            continue
+        formats[name] = layer_format(
+            linear.out_features, linear.in_features, grid_name, block=block, group=group, seed=seed
+        )
+    if not formats:
+        raise UnsupportedError(_nothing_to_quantize(model))
+    seeds = layer_seeds(seed, formats)
+    return {name: replace(fmt, seed=seeds[name]) for name, fmt in formats.items()}, skipped
+
+
+def grid_of_all(bits: float | None, grid: str | None, allocation: Mapping[str, str] | None) -> str | None:
+    """The one grid that ``bits`` or ``grid`` asks for, None with an ``allocation``.
+
+    Raises ValueError unless exactly one is given, and for grids and rates that do not exist.
+    """
     if sum(option is not None for option in (bits, grid, allocation)) != 1:
         raise ValueError("give exactly one of bits, grid and allocation")
+    for name in (allocation or {}).values():
+        _core.find_grid(name)
+    if allocation is not None:
+        return None
+    return _core.find_grid(grid).name if grid is not None else _core.grid_for_bits(cast(float, bits)).name
+
+
+def _grids_of_layers(
+    model: nn.Module, grid: str | None, allocation: Mapping[str, str] | None, skip: list[str]
+) -> dict[str, str]:
     if any(isinstance(m, HiggsLinear) for m in model.modules()):
         raise UnsupportedError("the model is quantized already; quantize the original, or call higgs.dequantize_ first")
     if allocation is not None:
         known = {name for name, m in model.named_modules() if type(m) is nn.Linear}
-        for name, grid_name in allocation.items():
-            _core.find_grid(grid_name)
+        for name in allocation:
             if name not in known:
                 raise ValueError(f"allocation names {name!r}, which is no Linear layer of the model")
         return dict(allocation)
-    name = _core.find_grid(grid).name if grid is not None else _core.grid_for_bits(cast(float, bits)).name
     layers = linear_layers(model)
-    return {layer: name for layer in layers if not any(re.search(pattern, layer) for pattern in skip)}
+    return {name: cast(str, grid) for name in layers if not any(re.search(pattern, name) for pattern in skip)}
+
+
+def quantized_linear(
+    name: str, linear: nn.Linear, fmt: LayerFormat, column_scale: Tensor | None = None
+) -> tuple[HiggsLinear, float]:
+    """:meth:`HiggsLinear.from_linear` whose errors tell the layer."""
+    try:
+        return HiggsLinear.from_linear(linear, fmt, column_scale)
+    except ValueError as e:
+        raise ValueError(f"layer {name}: {e}") from e
+
+
+def _nothing_to_quantize(model: nn.Module) -> str:
+    message = "the model has no Linear layer that can be quantized"
+    transposed = [name for name, m in model.named_modules() if type(m).__name__ == "Conv1D"]
+    if transposed:
+        message += f"; Conv1D is not supported, and its layers are that ({transposed[0]}, ...)"
+    return message
 
 
 def _energies(model: nn.Module, scales: str | Energies, seed: int, progress: Progress) -> Energies | None:

@@ -174,14 +174,6 @@ def test_broken_checkpoints_are_refused(llama: LlamaForCausalLM, tmp_path: Path)
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_quantizing_while_loading_says_what_to_do(llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    from higgs.integrations.transformers import HiggsQuantConfig
-
-    llama.save_pretrained(tmp_path)
-    with pytest.raises(higgs.UnsupportedError, match="higgs.quantize_"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HiggsQuantConfig())
-
-
 class TestEnergies:
     def test_shared_inputs_are_found(self, llama: LlamaForCausalLM) -> None:
         found = higgs.gather_energies(llama, energies.random_tokens(256, 64, 32))

@@ -1,4 +1,5 @@
-"""Quantized checkpoints in transformers (5.x): ``AutoModelForCausalLM.from_pretrained`` and ``save_pretrained``.
+"""Transformers (5.x): ``AutoModelForCausalLM.from_pretrained`` of quantized checkpoints and, with a
+:class:`HiggsQuantConfig`, of ordinary ones that are quantized on the way in; ``save_pretrained``.
 
 Imported by ``import higgs`` as soon as transformers is there. Nothing of transformers but ``quantizers`` and the config
 base may be imported at module level: the import can happen while transformers itself is being imported.
@@ -6,55 +7,138 @@ base may be imported at module level: the import can happen while transformers i
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _core
-from ..checkpoint.layers import module_keys
+from .._ops import LayerFormat, quantize
+from ..checkpoint.layers import layer_name, module_keys
 from ..config import QUANT_METHOD, QuantizationConfig
 from ..errors import FormatError, UnsupportedError
-from ..linear import HiggsLinear
+from ..linear import HiggsLinear, constant
+from ..model import grid_of_all, plan_formats, quantization_config, quantize_, quantized_linear
+
+logger = logging.get_logger(__name__)
 
 
 @register_quantization_config(QUANT_METHOD)
 class HiggsQuantConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a checkpoint as transformers sees it; see FORMAT.md for the keys."""
+    """``quantization_config`` as transformers sees it, in two uses.
+
+    To quantize while loading: ``from_pretrained(path, quantization_config=HiggsQuantConfig(bits=4))``. Exactly one of
+    ``bits``, ``grid`` and ``allocation``, and ``scales``, ``skip``, ``block``, ``group``, ``seed`` and ``strict`` as in
+    :func:`higgs.quantize_`, whose result on the loaded model this is, bit for bit. With ``scales`` "none", the default
+    here, every weight is quantized as it is read, so that memory holds one unquantized layer at a time. Column scales
+    ("random" or "self": better, above all for small models) come from running the model, which is loaded whole first.
+
+    In a checkpoint: ``layers``, ``format_version`` and ``quant_method`` (FORMAT.md). They win over the above.
+
+    Raises ValueError or TypeError for arguments that do not go together or do not exist, FormatError for a malformed
+    checkpoint.
+    """
 
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
         format_version: int = _core.format_version,
         quant_method: str = QUANT_METHOD,
-        **_: Any,
+        *,
+        bits: float | None = None,
+        grid: str | None = None,
+        allocation: Mapping[str, str] | None = None,
+        scales: str = "none",
+        skip: Iterable[str] = (),
+        block: int | None = None,
+        group: int | None = None,
+        seed: int = 0,
+        strict: bool = False,
+        **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # the registry takes plain names
         self.format_version = format_version
-        self.layers = layers or {}
+        self.layers = {} if layers is None else layers
         self.parsed()  # raises FormatError
+        if unknown and layers is None:  # a checkpoint may hold keys of later versions
+            raise TypeError(f"HiggsQuantConfig does not take {', '.join(unknown)}")
+        if isinstance(skip, str):
+            raise TypeError(f"skip is {skip!r}; use a list of regular expressions")
+        if scales not in ("none", "random", "self"):
+            raise ValueError(f"scales {scales!r} is not supported; use 'none', 'random' or 'self'")
+        self.scales = scales
+        self.plan: dict[str, Any] = {
+            "bits": bits, "grid": grid, "allocation": None if allocation is None else dict(allocation),
+            "skip": list(skip), "block": block, "group": group, "seed": seed, "strict": strict,
+        }  # fmt: skip
+        if layers is None and any(option is not None for option in (bits, grid, allocation)):
+            grid_of_all(bits, grid, allocation)
 
     def parsed(self) -> QuantizationConfig:
         return QuantizationConfig.from_dict(self.__dict__)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json: what a checkpoint holds if there are ``layers``, else the arguments."""
+        if self.layers:
+            return self.parsed().to_dict()
+        return {"quant_method": self.quant_method, "scales": self.scales, **self.plan}
+
+
+class _Quantize:
+    """The loader's operation on a weight of a planned layer; a ``ConversionOps`` in all but inheritance, the import of
+    which would be circular here."""
+
+    def __init__(self, formats: dict[str, LayerFormat]) -> None:
+        self.formats = formats
+
+    def convert(
+        self, tensors: dict[str, Any], *, model: nn.Module, missing_keys: set[str] | None = None, **_: Any
+    ) -> dict[str, Any]:
+        """Puts a HiggsLinear without memory in the place of each Linear; what is returned the loader puts into it."""
+        result = {}
+        for key, tensor in tensors.items():
+            name, fmt = layer_name(key), self.formats.get(layer_name(key))
+            weight = tensor[0] if isinstance(tensor, list) else tensor
+            if fmt is None or not key.endswith(".weight"):
+                result[key] = weight
+                continue
+            linear = cast(nn.Linear, model.get_submodule(name))
+            try:
+                indices, scales, _t2 = quantize(weight, fmt)
+            except ValueError:  # swallowed by the loader; _quantize_rest raises it again
+                result[key] = weight
+                continue
+            module = HiggsLinear(fmt, device="meta")
+            module.bias = linear.bias
+            model.set_submodule(name, module.train(linear.training))
+            if missing_keys is not None:
+                missing_keys.discard(key)
+            result[f"{name}.indices"], result[f"{name}.scales"] = constant(indices), constant(scales)
+        return result
+
 
 @register_quantizer(QUANT_METHOD)
 class HiggsHfQuantizer(HfQuantizer):
-    """Builds HiggsLinear modules before the weights are loaded."""
+    """Stored checkpoints: builds HiggsLinear modules before the weights are loaded. Others: quantizes the weights as
+    they are loaded."""
 
     requires_calibration = False
     quantization_config: HiggsQuantConfig
 
+    def __init__(self, quantization_config: HiggsQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.formats: dict[str, LayerFormat] = {}  # of the layers to quantize while loading
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            raise UnsupportedError(
-                "quantizing while loading is not supported; load the model and call higgs.quantize_(model, bits=4), "
-                "or use `higgs quantize`"
-            )
+            plan = self.quantization_config.plan
+            grid_of_all(plan["bits"], plan["grid"], plan["allocation"])
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -62,6 +146,9 @@ class HiggsHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if not self.pre_quantized:
+            self._plan(model)
+            return
         config = self.quantization_config.parsed()
         stored = _stored_shapes(checkpoint_files)
         # The config goes by the names in the file, which differ from the modules' where transformers renames.
@@ -87,7 +174,45 @@ class HiggsHfQuantizer(HfQuantizer):
                     _check_shape(f"{name}.{tensor}", tuple(parameter.shape), stored)
             model.set_submodule(module_name, module.train(linear.training))
 
+    def _plan(self, model: nn.Module) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UnsupportedError(
+                "quantizing while loading is not supported with distributed_config or tp_plan: "
+                "save the quantized model, then load that"
+            )
+        formats, skipped = plan_formats(model, **self.quantization_config.plan)
+        for name, reason in skipped.items():
+            logger.warning(f"layer {name} is not quantized: {reason}")
+        if self.quantization_config.scales == "none":
+            self.formats = formats
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        return param_name.endswith(".weight") and layer_name(param_name) in self.formats
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes, for ``device_map="auto"``."""
+        if self.param_needs_quantization(model, param_name):
+            return self.formats[layer_name(param_name)].bits() / 8
+        return param.element_size()
+
+    def get_quantize_ops(self) -> _Quantize:
+        return _Quantize(self.formats)
+
+    def _quantize_rest(self, model: nn.Module) -> None:
+        """What has no weight of its own in the checkpoint (a tied head), and everything if there are column scales."""
+        config = self.quantization_config
+        if config.scales != "none":
+            quantize_(model, **config.plan, scales=config.scales)
+            return
+        for name, fmt in self.formats.items():
+            module = model.get_submodule(name)
+            if isinstance(module, nn.Linear):
+                model.set_submodule(name, quantized_linear(name, module, fmt)[0])
+        attach(model, quantization_config(model))
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            self._quantize_rest(model)
         for name, module in model.named_modules():
             if isinstance(module, HiggsLinear) and not module.stored()[0].is_meta:  # meta: offloaded
                 _check_scales(name, module)
@@ -104,7 +229,8 @@ class HiggsHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """For adapters: the quantized weights are constants, gradients go through them to the input."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -145,8 +271,18 @@ def attach(model: Any, config: QuantizationConfig) -> None:
     """Makes ``save_pretrained`` write a quantized checkpoint."""
     hf_config = HiggsQuantConfig(**config.to_dict())
     model.config.quantization_config = hf_config
+    if isinstance(model.get_output_embeddings(), HiggsLinear):
+        _untie_head(model)
     model.hf_quantizer = HiggsHfQuantizer(hf_config, pre_quantized=True)
     model.is_quantized = True
+
+
+def _untie_head(model: Any) -> None:
+    """The head has tensors of its own now."""
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    tied = model.all_tied_weights_keys
+    model.all_tied_weights_keys = {key: source for key, source in tied.items() if layer_name(key) != head}
 
 
 def detach(model: Any) -> None:
