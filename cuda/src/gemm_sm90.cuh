@@ -153,7 +153,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
     for (int k = first; k < last; ++k, x += block_stride) {
       uint64_t* full = stages.full + stages.index;
       barrier_wait(stages.empty + stages.index, stages.phase ^ 1);
-      barrier_expect(full, Config::kStageBytes);
+      mbarrier_expect(full, Config::kStageBytes);
       copy_bulk<Config::kClusterSize>(stages.stage() + cta.rank * kShare, x, kShare, full);
       stages.advance();
     }

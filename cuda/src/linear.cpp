@@ -30,10 +30,11 @@ std::vector<std::span<const LinearPart>> launch_groups(std::span<const LinearPar
   return groups;
 }
 
-LaunchPlan plan_group(std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
+// Plans a launch by `make` (plan or plan_gemm) on the current device.
+auto plan_group(auto make, std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
   std::array<LayerFormat, kMaxParts> formats;
   for (std::size_t i = 0; i < parts.size(); ++i) formats[i] = parts[i].weights.format;
-  return plan({m, dtype, {formats.data(), parts.size()}}, current_device());
+  return make({m, dtype, {formats.data(), parts.size()}}, current_device());
 }
 
 void check_parts(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts) {
@@ -107,12 +108,6 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
 
 bool uses_gemm(std::int64_t m, int block) { return m > kMaxDecodeRows || !supports_block(block); }
 
-GemmPlan plan_gemm_group(std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
-  std::array<LayerFormat, kMaxParts> formats;
-  for (std::size_t i = 0; i < parts.size(); ++i) formats[i] = parts[i].weights.format;
-  return plan_gemm({m, dtype, {formats.data(), parts.size()}}, current_device());
-}
-
 GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> parts) {
   const LayerFormat& f = parts[0].weights.format;
   const TiledFormat t = tiled_format(f);
@@ -168,7 +163,7 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
   std::vector<GemmPlan> plans;
   GemmWorkspace sizes;
   for (const auto& group : groups) {
-    plans.push_back(plan_gemm_group(m, dtype, group));
+    plans.push_back(plan_group(plan_gemm, m, dtype, group));
     sizes.add(plans.back());
   }
   auto* const base = static_cast<std::byte*>(workspace);
@@ -191,12 +186,12 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
 void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
                 void* workspace, Stream stream) {
   for (const auto& group : launch_groups(parts)) {
-    const LaunchPlan full = plan_group(m, dtype, group);
+    const LaunchPlan full = plan_group(plan, m, dtype, group);
     if (full.k_launches > 1) check_pointer("linear", "workspace", workspace);
     const DecoderOps& ops = decoder_ops(full.field);
     for (std::int64_t row = 0; row < m; row += full.rows) {
       const int rows = static_cast<int>(std::min<std::int64_t>(full.rows, m - row));
-      const LaunchPlan part_plan = rows == full.rows ? full : plan_group(rows, dtype, group);
+      const LaunchPlan part_plan = rows == full.rows ? full : plan_group(plan, rows, dtype, group);
       float* partial = part_plan.k_launches > 1 ? static_cast<float*>(workspace) : nullptr;
       GemvParams params = make_params(part_plan, x, d, group, partial, row, rows);
       for (int i = 0; i < part_plan.k_launches; ++i) {
@@ -222,15 +217,15 @@ std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const
   if (m == 0) return 0;
   if (uses_gemm(m, parts[0].weights.format.block)) {
     GemmWorkspace sizes;
-    for (const auto& group : launch_groups(parts)) sizes.add(plan_gemm_group(m, dtype, group));
+    for (const auto& group : launch_groups(parts)) sizes.add(plan_group(plan_gemm, m, dtype, group));
     return sizes.bytes();
   }
   for (const auto& group : launch_groups(parts)) {
-    const LaunchPlan plan = plan_group(m, dtype, group);
-    if (plan.k_launches == 1) continue;
+    const LaunchPlan launch = plan_group(plan, m, dtype, group);
+    if (launch.k_launches == 1) continue;
     std::int64_t rows = 0;
     for (const LinearPart& part : group) rows += part.weights.format.n;
-    bytes = std::max(bytes, rows * plan.rows * 4);
+    bytes = std::max(bytes, rows * launch.rows * 4);
   }
   return bytes;
 }

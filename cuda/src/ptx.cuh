@@ -19,8 +19,6 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
   return v;
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // Programmatic dependent launch: let the next kernel start its prologue / wait for the results of the previous one.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

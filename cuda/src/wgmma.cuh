@@ -68,8 +68,7 @@ HIGGS_WGMMA_N(64, "128", HIGGS_P64, "64", "65", "66", "67", "68", HIGGS_D32(0), 
 HIGGS_WGMMA_N(128, "256", HIGGS_P128, "128", "129", "130", "131", "132", HIGGS_D32(0), HIGGS_D32(32), HIGGS_D32(64),
               HIGGS_D32(96))
 
-// --- barriers in shared memory, and bulk copies that count their bytes at one
-// -----------------------------------------
+// --- barriers in shared memory (mbarrier_expect: ptx.cuh), and bulk copies that count their bytes at one
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -90,10 +89,7 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
         : "memory");
   }
 }
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
+// Scope of the CTA: that of mbarrier_wait, the cluster, would wait for all loads of the thread.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(
