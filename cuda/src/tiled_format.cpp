@@ -35,8 +35,10 @@ TiledFormat tiled_format(const LayerFormat& format) {
   t.field = field_shape(*format.grid);
   t.row_tiles = ceil_div(format.n, kTileRows);
   t.row_groups = format.row_groups();
-  const std::int64_t units = ceil_div(format.k, kUnitColumns);
-  t.units_per_slice = static_cast<int>(ceil_div(units, ceil_div(units, t.field.max_units())));
+  const int joined = t.field.joined_units();
+  const std::int64_t units = ceil_div(format.k, kUnitColumns * joined) * joined;
+  const std::int64_t slices = ceil_div(units, t.field.max_units());
+  t.units_per_slice = static_cast<int>(ceil_div(units, slices * joined) * joined);
   t.slices = static_cast<int>(ceil_div(units, t.units_per_slice));
   t.last_units = static_cast<int>(units - std::int64_t{t.slices - 1} * t.units_per_slice);
   t.slice_bytes = bytes_of_slice(t.field, t.units_per_slice);
@@ -44,7 +46,8 @@ TiledFormat tiled_format(const LayerFormat& format) {
   const std::int64_t table = align(std::int64_t{t.field.entries()} * t.field.entry_bytes());
   t.table_f16 = 0;
   t.table_bf16 = table;
-  t.scales = 2 * table;
+  t.table_bytes = 2 * table;
+  t.scales = 2 * table + align(t.field.byte_table_bytes());
   t.weights = t.scales + align(t.row_tiles * t.row_groups * kTileRows * 2);
   t.bytes = t.weights + align(t.row_tiles * t.tile_bytes);
   return t;

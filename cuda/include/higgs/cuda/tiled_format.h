@@ -34,15 +34,21 @@ inline constexpr int kTiledAlignment = 256;
 struct FieldShape {
   int bits = 0;     // of one field
   int weights = 0;  // columns covered by one field: 4, 2 or 1
+  int shift = 0;    // additive trellis: steps between the two windows of a value; 0: a vector grid
 
   friend bool operator==(const FieldShape&, const FieldShape&) = default;
-  [[nodiscard]] constexpr int entries() const noexcept { return 1 << bits; }
+  [[nodiscard]] constexpr bool trellis() const noexcept { return shift > 0; }
+  [[nodiscard]] constexpr int entries() const noexcept { return trellis() ? 256 : 1 << bits; }
   // 32-bit words a lane holds of one unit: 8 steps of 8 weights.
   [[nodiscard]] constexpr int unit_words() const noexcept { return 64 / weights * bits / 32; }
   // Longest slice: a warp keeps the x fragments of one slice and the words of the next tile in registers.
   [[nodiscard]] constexpr int max_units() const noexcept { return unit_words() <= 8 ? 4 : unit_words() <= 11 ? 3 : 2; }
-  // A table entry: `weights` 16-bit values, a single one stored twice.
-  [[nodiscard]] constexpr int entry_bytes() const noexcept { return weights == 4 ? 8 : 4; }
+  // Units a decoder takes at once: a trellis run covers two.
+  [[nodiscard]] constexpr int joined_units() const noexcept { return trellis() ? 2 : 1; }
+  // A table entry: `weights` 16-bit values, a single one stored twice; of a trellis, for both windows.
+  [[nodiscard]] constexpr int entry_bytes() const noexcept { return weights == 4 || trellis() ? 8 : 4; }
+  // Table of signed bytes of a trellis.
+  [[nodiscard]] constexpr int byte_table_bytes() const noexcept { return trellis() ? 4 * entries() : 0; }
 };
 
 // The decoder of a grid. Throws Error(unsupported) if no decoder fits.
@@ -59,6 +65,7 @@ struct TiledFormat {
   std::int64_t tile_bytes = 0;  // of one row tile over all of k
   std::int64_t table_f16 = 0;   // byte offsets of the parts
   std::int64_t table_bf16 = 0;
+  std::int64_t table_bytes = 0;  // of a trellis
   std::int64_t scales = 0;
   std::int64_t weights = 0;
   std::int64_t bytes = 0;  // of the whole buffer
