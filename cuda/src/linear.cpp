@@ -10,6 +10,10 @@
 #include "higgs/cuda/plan.h"
 #include "launch.h"
 
+#ifdef HIGGS_TRACE
+long long* higgs_trace_next = nullptr;
+#endif
+
 namespace higgs::cuda {
 
 namespace {
@@ -76,6 +80,8 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.tile_bytes = static_cast<int>(t.tile_bytes);
   p.inbox_floats = plan.inbox_floats;
   p.row_groups_of_scales = static_cast<std::uint16_t>(t.row_groups);
+  p.norm = remaining_norm(f.block);
+  p.iterations = static_cast<std::uint8_t>(plan.regular ? t.units_per_slice / iteration_units(t.field, true) : 1);
   p.slices = static_cast<std::uint16_t>(t.slices);
   p.block = static_cast<std::uint16_t>(f.block);
   p.part_count = static_cast<std::uint8_t>(parts.size());
@@ -98,7 +104,10 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
     part.first_cluster = plan.parts[i].first_cluster;
     part.clusters = plan.parts[i].clusters;
     const int per_round = part.clusters * plan.row_groups;
-    part.rounds = static_cast<int>((layout.row_tiles + per_round - 1) / per_round);
+    part.to_next_block = std::int64_t{per_round} * block_tiles(t.field, plan.regular) * t.tile_bytes -
+                         p.iterations * iteration_loads(t.field, plan.regular) * 16 * kLanes;
+    const std::int64_t blocks = row_blocks(plan, layout);
+    part.rounds = static_cast<int>((blocks + per_round - 1) / per_round);
     part.partial = workspace;
     if (workspace != nullptr) workspace += rows * from.weights.format.n;
   }
@@ -137,6 +146,10 @@ void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::spa
         params.first_slice = static_cast<std::uint16_t>(i * part_plan.cluster * part_plan.slices);
         params.add_partial = i > 0;
         params.store_partial = i + 1 < part_plan.k_launches;
+#ifdef HIGGS_TRACE
+        params.trace = higgs_trace_next;
+        higgs_trace_next += 512 * 8;
+#endif
         ops.gemv(part_plan, params, stream);
       }
     }

@@ -1,6 +1,9 @@
 #include "higgs/cuda/plan.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <numeric>
 #include <string>
 
 #include "checks.h"
@@ -13,7 +16,7 @@ constexpr int kTableBytes = 65536;  // of every decoder (decode.cuh)
 constexpr int kChunkColumns = 1024;
 constexpr int kMaxCluster = 8;  // the portable limit
 constexpr int kMaxBatch = 8;
-constexpr int kMaxRotations = 32;  // chunks x rows of x a CTA rotates before splitting k further pays
+constexpr int kReservedShared = 1024;  // of every CTA
 
 template <typename T>
 constexpr T ceil_div(T a, T b) {
@@ -40,9 +43,10 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
 
 SharedUse shared_use(int chunks, const LaunchPlan& p, std::int64_t rounds, int budget) {
   SharedUse use;
-  const int partials = p.slices * p.row_groups * p.rows * 80;  // of one round
-  const int outputs = p.row_groups * p.rows * kTileRows;
-  const int xs = p.rows * (chunks * kChunkColumns + 16) * 2;
+  const int rows = kTileRows * block_tiles(p.field, p.regular);  // of a row block
+  const int partials = p.slices * p.row_groups * p.rows * (rows + 4) * 4;  // of one round
+  const int outputs = p.row_groups * p.rows * rows;
+  const int xs = p.rows * (chunks * kChunkColumns + 32) * 2;
   for (use.batch = static_cast<int>(std::clamp<std::int64_t>(rounds, 1, kMaxBatch)); use.batch > 0; --use.batch) {
     // A cluster's inbox: an output of every CTA for those this CTA owns, rounded up to 32 outputs per CTA.
     use.inbox_floats = p.cluster == 1 ? 0 : ceil_div(use.batch * outputs, 32 * p.cluster) * 32 * p.cluster;
@@ -52,42 +56,57 @@ SharedUse shared_use(int chunks, const LaunchPlan& p, std::int64_t rounds, int b
   return {};
 }
 
-// Rows of x per launch and what follows from them.
-void set_rows(LaunchPlan& p, int rows) {
-  p.rows = rows;
-  p.token_tiles = rows > 8 ? 2 : 1;
-  p.halved = p.token_tiles == 2 && p.regular && p.field.max_units() == 4 && p.field.unit_words() % 2 == 0;
+int env(const char* name, int otherwise) {
+  const char* v = std::getenv(name);
+  return v == nullptr ? otherwise : std::atoi(v);
 }
 
-// Warps of a CTA: 16 with up to 128 registers each, unless the x fragments alone need more than 64.
-int max_warps_of(const LaunchPlan& p) {
-  const int units = p.halved ? p.field.max_units() / 2 : p.field.max_units();
-  return p.token_tiles * units <= 4 ? 16 : 8;
-}
-
-// Fills in the partition that cuts k into about `split` pieces. False if it does not fit in shared memory.
-bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, std::int64_t row_tiles, int split,
-               const DeviceProperties& device) {
+// Fills in the partition that cuts k into slices of `units` units and these into k_launches x cluster pieces. False if
+// it does not fit.
+bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, std::int64_t blocks, int units,
+               int cluster, int k_launches, const DeviceProperties& device) {
+  const int max_warps = env("HIGGS_WARPS", kMaxThreads / 32);
+  p.units = units;
   const TiledFormat t = warp_slices(p, stored);
-  const int max_warps = max_warps_of(p);
-  const int max_cluster = device.has_clusters() ? kMaxCluster : 1;
-  p.k_launches = ceil_div(split, max_cluster);
-  p.slices = ceil_div(t.slices, ceil_div(split, p.k_launches) * p.k_launches);
+  p.slices = ceil_div(t.slices, cluster * k_launches);
   if (p.slices > max_warps) return false;
-  p.cluster = ceil_div(ceil_div(t.slices, p.k_launches), p.slices);
+  p.cluster = ceil_div(ceil_div(t.slices, k_launches), p.slices);
   p.k_launches = ceil_div(t.slices, p.slices * p.cluster);
-  const int clusters = device.max_clusters(p.cluster);
+  const int clusters = device.max_clusters(p.cluster) * env("HIGGS_CTAS", 1);
   p.row_groups =
-      static_cast<int>(std::clamp<std::int64_t>(ceil_div<std::int64_t>(row_tiles, clusters), 1, max_warps / p.slices));
-  const int budget = device.shared_bytes_per_block - kTableBytes;
-  const std::int64_t rounds = ceil_div<std::int64_t>(row_tiles, std::int64_t{clusters} * p.row_groups);
+      static_cast<int>(std::clamp<std::int64_t>(ceil_div<std::int64_t>(blocks, clusters), 1, max_warps / p.slices));
+  const std::int64_t rounds = ceil_div<std::int64_t>(blocks, std::int64_t{clusters} * p.row_groups);
+  p.rounds = static_cast<int>(rounds);
   const int chunks = chunks_of(t, f.k, p.slices);
-  const SharedUse use = shared_use(chunks, p, rounds, budget);
+  const int whole = device.shared_bytes_per_block - kTableBytes;
+  const int half = (device.shared_bytes_per_block - kReservedShared) / 2 - kTableBytes;
+  SharedUse use = shared_use(chunks, p, rounds, half);
+  if (use.bytes == 0) use = shared_use(chunks, p, rounds, whole);
   p.batch = use.batch;
   p.rotate_warps = std::min(p.slices * p.row_groups, p.rows * chunks);
   p.inbox_floats = use.inbox_floats;
   p.shared_bytes = kTableBytes + use.bytes;
   return use.bytes > 0;
+}
+
+// Cycles of a launch, roughly; what the partitions differ in.
+double cost(const LaunchPlan& p, const TiledFormat& t, std::int64_t k, const DeviceProperties& device) {
+  const int tiles = block_tiles(p.field, p.regular);
+  const int warps = p.slices * p.row_groups;
+  // Main loop: shared-memory cycles of an MMA step (16 x 16 weights) and a row tile; global memory brings 18 bytes a cycle.
+  const double lookups = p.field.weights == 1 ? 8 : 4;
+  const double x = std::max(1, p.rows / 2) * 0.5 / tiles;
+  const double bytes = p.field.unit_words() * 16.0;
+  const double step = std::max(warps * std::max(1.3 * (lookups + x), bytes / 18), 40.0);
+  const double main = step * 8 * p.units * tiles * p.rounds;
+  // Rotation: a chunk is latency, and 2 KB from the L2 cache.
+  const double chunks = chunks_of(warp_slices(p, t), k, p.slices) * p.rows;
+  const double rotation = 500 * std::ceil(chunks / warps) + chunks * 64;
+  // Partial sums go through shared memory; each batch waits for its slowest warp.
+  const double sums = warps * tiles * p.rows * p.rounds * (p.cluster > 1 ? 2.0 : 1.0);
+  const double batches = std::ceil(static_cast<double>(p.rounds) / p.batch) * (p.cluster > 1 ? 1000 : 500);
+  const bool alone = p.shared_bytes > (device.shared_bytes_per_block - kReservedShared) / 2;
+  return p.k_launches * (main + rotation + sums + batches + (alone ? 3000 : 0));
 }
 
 void check_problem(const LinearProblem& p) {
@@ -106,6 +125,42 @@ void check_problem(const LinearProblem& p) {
                   "linear: matrices of one launch need the same k, block, group and decoder");
     }
   }
+}
+
+// The cheapest partition; fewer rows of x, or several launches, where even one slice per CTA does not fit.
+LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const TiledFormat& t, std::int64_t blocks,
+                          const DeviceProperties& device) {
+  const LayerFormat& format = problem.matrices[0];
+  const int max_cluster = device.has_clusters() ? kMaxCluster : 1;
+  const int least_units = p.regular ? iteration_units(p.field, true) : t.units_per_slice;
+  const std::int64_t most_units = p.regular ? std::gcd(format.k, format.group) / kUnitColumns : t.units_per_slice;
+  const int only_cluster = env("HIGGS_C", 0);
+  const int only_units = env("HIGGS_U", 0);
+  for (p.rows = static_cast<int>(problem.m); p.rows > 0; p.rows /= 2) {
+    p.token_tiles = p.rows > 8 ? 2 : 1;
+    for (int launches = 1; launches <= t.slices * t.units_per_slice / least_units; ++launches) {
+      double least = 0;
+      LaunchPlan best;
+      for (int units = least_units; units <= most_units; units += least_units) {
+        if (most_units % units != 0) continue;
+        if (only_units != 0 && units != only_units) continue;
+        for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
+          if (only_cluster != 0 && cluster != only_cluster) continue;
+          LaunchPlan candidate = p;
+          if (!partition(candidate, format, t, blocks, units, cluster, launches, device)) continue;
+          const double c = cost(candidate, t, format.k, device);
+          if (least == 0 || c < least) {
+            least = c;
+            best = candidate;
+          }
+        }
+      }
+      if (least > 0) return best;
+    }
+  }
+  throw Error(ErrorCode::unsupported, "linear: " + device.name + " has " +
+                                          std::to_string(device.shared_bytes_per_block) +
+                                          " bytes of shared memory per block; about 99 KB are needed");
 }
 
 // Splits the clusters among the matrices in proportion to their row tiles, at least one each.
@@ -129,12 +184,16 @@ std::vector<PartPlan> split_clusters(const std::vector<std::int64_t>& tiles, int
 }  // namespace
 
 TiledFormat warp_slices(const LaunchPlan& plan, TiledFormat t) {
-  if (!plan.halved) return t;  // regular: all slices are full, so halves follow each other in memory
-  t.slices *= 2;
-  t.units_per_slice /= 2;
-  t.last_units = t.units_per_slice;
-  t.slice_bytes /= 2;
+  if (!plan.regular) return t;  // regular: all slices are full, so their units follow each other in memory
+  const int units = t.slices * t.units_per_slice;
+  t.slice_bytes = t.slice_bytes * plan.units / t.units_per_slice;
+  t.slices = units / plan.units;
+  t.units_per_slice = t.last_units = plan.units;
   return t;
+}
+
+std::int64_t row_blocks(const LaunchPlan& plan, const TiledFormat& tiled) noexcept {
+  return ceil_div<std::int64_t>(tiled.row_tiles, block_tiles(plan.field, plan.regular));
 }
 
 bool can_share_launch(const LayerFormat& a, const LayerFormat& b) {
@@ -149,42 +208,22 @@ LaunchPlan plan(const LinearProblem& problem, const DeviceProperties& device) {
   p.field = t.field;
   p.dtype = problem.dtype;
   p.regular = t.regular(problem.matrices[0]);
-  std::vector<std::int64_t> tiles;
-  std::int64_t all_tiles = 0;
+  p.token_tiles = 1;
+  std::vector<std::int64_t> blocks;
+  std::int64_t all_blocks = 0;
   for (const LayerFormat& f : problem.matrices) {
-    tiles.push_back(ceil_div<std::int64_t>(f.n, kTileRows));
-    all_tiles += tiles.back();
+    blocks.push_back(row_blocks(p, tiled_format(f)));
+    all_blocks += blocks.back();
   }
-
-  // The fewest pieces of k that fit; fewer rows of x where even one slice per CTA does not.
-  const LayerFormat& format = problem.matrices[0];
-  int split = 0;
-  for (int rows = static_cast<int>(problem.m); rows > 0 && split == 0; rows /= 2) {
-    set_rows(p, rows);
-    for (int s = 1; s <= t.slices && split == 0; ++s) split = partition(p, format, t, all_tiles, s, device) ? s : 0;
-  }
-  if (split == 0) {
-    throw Error(ErrorCode::unsupported, "linear: " + device.name + " has " +
-                                            std::to_string(device.shared_bytes_per_block) +
-                                            " bytes of shared memory per block; about 99 KB are needed");
-  }
-  // Cut k further where there are too few row tiles for all multiprocessors, or too much x for a CTA to rotate.
-  if (device.has_clusters() && p.k_launches == 1) {
-    for (int s = 2 * p.cluster; s <= std::min(kMaxCluster, t.slices); s *= 2) {
-      const bool idle = all_tiles * s <= device.multiprocessors;
-      const bool much_to_rotate = p.rows * ceil_div<std::int64_t>(format.k, kChunkColumns * p.cluster) > kMaxRotations;
-      LaunchPlan finer = p;
-      if ((idle || much_to_rotate) && partition(finer, format, t, all_tiles, s, device) && finer.k_launches == 1)
-        p = finer;
-    }
-  }
-  const int clusters = device.max_clusters(p.cluster);
-  const auto wanted = ceil_div<std::int64_t>(all_tiles, p.row_groups);
+  p = best_partition(p, problem, t, all_blocks, device);
+  const int clusters = device.max_clusters(p.cluster) * env("HIGGS_CTAS", 1);
+  const auto wanted = ceil_div<std::int64_t>(all_blocks, p.row_groups);
   p.parts = split_clusters(
-      tiles, std::max(static_cast<int>(tiles.size()), static_cast<int>(std::min<std::int64_t>(clusters, wanted))));
-  for (std::size_t i = 0; i < tiles.size(); ++i) {
+      blocks, std::max(static_cast<int>(blocks.size()), static_cast<int>(std::min<std::int64_t>(clusters, wanted))));
+  p.rounds = 0;
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
     const std::int64_t per_round = std::int64_t{p.parts[i].clusters} * p.row_groups;
-    p.rounds = std::max(p.rounds, static_cast<int>(ceil_div(tiles[i], per_round)));
+    p.rounds = std::max(p.rounds, static_cast<int>(ceil_div(blocks[i], per_round)));
   }
   return p;
 }
@@ -194,7 +233,7 @@ std::string LaunchPlan::to_string() const {
   const auto add = [&](const char* name, int value) { s += std::string(" ") + name + "=" + std::to_string(value); };
   add("token_tiles", token_tiles);
   add("regular", regular ? 1 : 0);
-  add("halved", halved ? 1 : 0);
+  add("units", units);
   add("ctas", ctas());
   add("threads", threads());
   add("slices", slices);

@@ -19,6 +19,26 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
   return v;
 }
 
+// out = valid ? p[kOffset] : 0. One instruction, and not to be moved past wait_for_primary().
+template <int kOffset>
+__device__ __forceinline__ void load_if(bool valid, const float4* p, float4& out) {
+  asm volatile(
+      "{\n.reg .pred valid;\nsetp.ne.b32 valid, %4, 0;\nmov.b32 %0, 0f00000000;\nmov.b32 %1, 0f00000000;\n"
+      "mov.b32 %2, 0f00000000;\nmov.b32 %3, 0f00000000;\n@valid ld.global.v4.f32 {%0,%1,%2,%3},[%5+%6];\n}"
+      : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
+      : "r"(static_cast<int>(valid)), "l"(p), "n"(kOffset * 16)
+      : "memory");
+}
+template <int kOffset>
+__device__ __forceinline__ void load_if(bool valid, const uint2* p, uint2& out) {
+  asm volatile(
+      "{\n.reg .pred valid;\nsetp.ne.b32 valid, %2, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+      "@valid ld.global.v2.u32 {%0,%1},[%3+%4];\n}"
+      : "=r"(out.x), "=r"(out.y)
+      : "r"(static_cast<int>(valid)), "l"(p), "n"(kOffset * 8)
+      : "memory");
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Programmatic dependent launch: let the next kernel start its prologue / wait for the results of the previous one.

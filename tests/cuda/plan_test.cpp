@@ -27,7 +27,7 @@ LayerFormat format(const Grid& grid, std::int64_t n, std::int64_t k) {
 void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, std::int64_t m,
                   const DeviceProperties& d) {
   const TiledFormat t = warp_slices(p, tiled_format(matrices[0]));
-  EXPECT_LE(p.threads(), 512);
+  EXPECT_LE(p.threads(), kMaxThreads);
   EXPECT_GE(p.slices, 1);
   EXPECT_GE(p.row_groups, 1);
   EXPECT_LE(p.shared_bytes, d.shared_bytes_per_block);
@@ -45,8 +45,9 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
     EXPECT_EQ(p.parts[i].first_cluster, next);
     EXPECT_GE(p.parts[i].clusters, 1);
     next += p.parts[i].clusters;
-    const std::int64_t tiles = (matrices[i].n + kTileRows - 1) / kTileRows;
-    EXPECT_GE(std::int64_t{p.rounds} * p.parts[i].clusters * p.row_groups, tiles);
+    const std::int64_t blocks = row_blocks(p, tiled_format(matrices[i]));
+    EXPECT_GE(blocks * block_tiles(p.field, p.regular) * kTileRows, matrices[i].n);
+    EXPECT_GE(std::int64_t{p.rounds} * p.parts[i].clusters * p.row_groups, blocks);
   }
   EXPECT_LE(p.ctas(), std::max(d.multiprocessors, p.cluster * static_cast<int>(matrices.size())));
   EXPECT_EQ(decoder_ops(p.field).field, t.field);

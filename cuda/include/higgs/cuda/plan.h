@@ -15,6 +15,23 @@ namespace higgs::cuda {
 inline constexpr int kMaxDecodeRows = 16;  // `linear` runs up to this many rows of x
 inline constexpr int kMaxParts = 4;        // weight matrices that share x in one launch
 
+inline constexpr int kMaxThreads = 256;    // of a CTA of the decode kernel: up to 128 registers each, two fit
+
+// What a warp multiplies in one iteration of the main loop: `iteration_units` units of `block_tiles` row tiles. Fragments
+// of x serve all row tiles; the words of an iteration stay in registers.
+constexpr int block_tiles(FieldShape s, bool regular) noexcept {
+  return regular && s.unit_words() % 2 == 0 && s.unit_words() * s.max_units() % 4 == 0 ? 2 : 1;
+}
+constexpr int iteration_units(FieldShape s, bool regular) noexcept {
+  if (block_tiles(s, regular) == 1) return s.max_units();
+  return s.unit_words() <= 4 ? 4 : s.unit_words() <= 8 ? 2 : 1;
+}
+
+// 16-byte loads of a lane per iteration and row tile.
+constexpr int iteration_loads(FieldShape s, bool regular) noexcept {
+  return (iteration_units(s, regular) * s.unit_words() + 3) / 4;
+}
+
 struct LinearProblem {
   std::int64_t m = 0;                     // rows of x
   DType dtype = DType::f16;               // of x and y: f16 or bf16
@@ -28,18 +45,18 @@ struct PartPlan {
 };
 
 // One launch of the decode kernel. A CTA has slices x row_groups warps: warp w multiplies slice w % slices of its k
-// range with row tiles w / slices, + row_groups, ... A cluster of `cluster` CTAs shares row tiles and splits k.
+// range with row blocks w / slices, + row_groups, ... A cluster of `cluster` CTAs shares row blocks and splits k.
 struct LaunchPlan {
   FieldShape field;
   DType dtype = DType::f16;
   int token_tiles = 1;   // 8 rows of x each: 1 or 2
   bool regular = false;  // all slices full and inside one scale group: the instance without tail code
-  bool halved = false;   // a warp takes half a slice: m > 8 needs twice the registers per column for x
+  int units = 0;         // of a warp's slice; regular plans divide k as they like, others as the layout does
   int slices = 0;        // per CTA
-  int row_groups = 0;    // row tiles in flight per CTA
+  int row_groups = 0;    // row blocks in flight per CTA
   int cluster = 1;
   int k_launches = 1;    // > 1: k is too long for one cluster; partial sums go through the workspace
-  int rounds = 0;        // row tiles per warp
+  int rounds = 0;        // row blocks per warp
   int batch = 0;         // rounds between two reductions
   int rotate_warps = 0;  // warps that rotate x
   int rows = 0;          // rows of x per launch
@@ -57,8 +74,11 @@ struct LaunchPlan {
 // Whether one launch can serve these matrices together.
 [[nodiscard]] bool can_share_launch(const LayerFormat& a, const LayerFormat& b);
 
-// The slices as the warps of a plan see them: those of the layout, or their halves.
+// The slices as the warps of a plan see them: plan.units each.
 [[nodiscard]] TiledFormat warp_slices(const LaunchPlan& plan, TiledFormat tiled);
+
+// Row blocks of a matrix: block_tiles row tiles each, the last one may have fewer.
+[[nodiscard]] std::int64_t row_blocks(const LaunchPlan& plan, const TiledFormat& tiled) noexcept;
 
 // Throws Error(invalid_argument) for m outside 1..16, no or too many matrices, or matrices that cannot share a launch.
 [[nodiscard]] LaunchPlan plan(const LinearProblem& problem, const DeviceProperties& device);
