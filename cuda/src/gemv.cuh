@@ -101,11 +101,11 @@ __device__ __forceinline__ WarpRole make_role(const GemvParams& p, int slice, in
 struct RowBlocks {
   int row_block;
   int stride;
-  int end;       // 0 if the warp has no columns
-  bool odd;      // the last one lacks its second row tile: the first is read twice, its sums are not stored
+  int end;      // 0 if the warp has no columns
+  int row_tiles;
 
-  // Whether row tile `r` of row block `b` is there.
-  __device__ __forceinline__ int second(int b) const { return odd && b == end - 1 ? 0 : 1; }
+  // Distance of a row block's second row tile. Where there is none the first is read twice; those sums are not stored.
+  __device__ __forceinline__ int second(int b) const { return 2 * b + 1 < row_tiles ? 1 : 0; }
 };
 
 // Scales of a row tile for one slice. Regular: those of rows g and g + 8. Otherwise lane l holds values 4 l .. 4 l + 3
@@ -114,14 +114,14 @@ template <typename Config>
 struct TileScales {
   uint2 raw = {};
 
-  __device__ __forceinline__ void load(const GemvParams& p, const GemvPart& part, const WarpRole& role, int tile) {
-    const auto* s = reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
-                    (static_cast<long long>(tile) * p.row_groups_of_scales + role.first_group) * kTileRows;
+  static __device__ __forceinline__ int first(int lane) { return Config::kRegular ? lane / 4 : lane * 4; }
+  // s: value first(lane) of the slice's first scale group.
+  __device__ __forceinline__ void load(const uint16_t* s, const WarpRole& role) {
     if constexpr (Config::kRegular) {
-      raw.x = __ldg(s + role.lane / 4);
-      raw.y = __ldg(s + role.lane / 4 + 8);
+      raw.x = __ldg(s);
+      raw.y = __ldg(s + 8);
     } else if (role.lane * 4 < role.segments * kTileRows) {
-      raw = __ldg(reinterpret_cast<const uint2*>(s) + role.lane);
+      raw = __ldg(reinterpret_cast<const uint2*>(s));
     }
   }
   __device__ __forceinline__ float2 rows(int segment, int lane) const {
@@ -173,6 +173,21 @@ struct WordStream {
     return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
   }
 };
+
+// Brings p.prefetch iterations after the first to the L2 cache: memory would idle until x is there. `first`: the warp's
+// first words.
+template <typename Config>
+__device__ __forceinline__ void prefetch(const GemvParams& p, const GemvPart& part, const RowBlocks& blocks,
+                                         const uint8_t* first, int lane) {
+  constexpr int kBytes = Config::kLoads * 16 * kLanes;
+  const int ahead = lane / Config::kTiles + 1;
+  const int steps = small_divide(ahead, p.iterations);
+  const int block = blocks.row_block + steps * blocks.stride;
+  if (ahead > p.prefetch || block >= blocks.end) return;
+  first += ahead * kBytes + steps * part.to_next_block;
+  if (lane % Config::kTiles == 1) first += blocks.second(block) * p.tile_bytes;
+  prefetch_l2(first, kBytes);
+}
 
 // Which part of x a warp rotates: chunks of 1024 columns `chunk`, + chunk_step, ... of rows `row`, + row_step, ...
 template <typename T>
@@ -416,21 +431,34 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
   RowBlocks blocks;
   blocks.row_block = first_block + row_group;
   blocks.stride = part.clusters * p.cta_row_groups;
-  blocks.end = role.units > 0 ? (row_tiles + Config::kTiles - 1) / Config::kTiles : 0;
-  blocks.odd = Config::kTiles == 2 && row_tiles % 2 != 0;
+  blocks.end = (row_tiles + Config::kTiles - 1) / Config::kTiles;
+  if (first_block >= blocks.end) {  // a cluster without work keeps its place, so that those of the next kernel spread
+    wait_for_primary();
+    return;
+  }
+  if (role.units == 0) blocks.end = 0;
+  blocks.row_tiles = row_tiles;
 
   WordStream<Config> words = {};
   words.row_block = blocks.row_block;
   words.to_second = blocks.second(blocks.row_block) * p.tile_bytes;
-  words.next = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment + role.slice * p.slice_bytes +
-               lane * 16 + static_cast<long long>(blocks.row_block) * Config::kTiles * p.tile_bytes;
+  const uint8_t* first = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
+                         role.slice * p.slice_bytes +
+                         static_cast<long long>(blocks.row_block) * Config::kTiles * p.tile_bytes;
+  words.next = first + lane * 16;
   TileScales<Config> scales[Config::kTiles];
+  const auto* scale = reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
+                      (static_cast<long long>(blocks.row_block) * Config::kTiles * p.row_groups_of_scales +
+                       role.first_group) *
+                          kTileRows +
+                      TileScales<Config>::first(lane);
   const auto load_scales = [&](TileScales<Config>(&to)[Config::kTiles], int b) {
     if (b >= blocks.end) return;
 #pragma unroll
     for (int r = 0; r < Config::kTiles; ++r) {
-      to[r].load(p, part, role, b * Config::kTiles + (r == 0 ? 0 : blocks.second(b)));
+      to[r].load(scale + (r == 0 ? 0 : blocks.second(b) * p.row_groups_of_scales * kTileRows), role);
     }
+    scale += part.scales_step;
   };
 #pragma unroll
   for (int i = 0; i < Config::kLoads; ++i) {
@@ -439,6 +467,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
   }
   words.advance(p, part, blocks);
   load_scales(scales, blocks.row_block);
+  prefetch<Config>(p, part, blocks, first, lane);
   const int warps = p.cta_slices * p.cta_row_groups;
   TableFill<Decoder> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x), warps * kLanes);
 

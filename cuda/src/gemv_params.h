@@ -14,6 +14,7 @@ struct GemvPart {
   float* partial = nullptr;          // fp32 [m, n] sums of the k launches so far
   std::int64_t to_next_block = 0;    // bytes from behind a warp's words of a row block to those of its next one
   std::uint32_t weights_offset = 0;  // in units of kTiledAlignment
+  int scales_step = 0;  // scales from a row block of a warp to its next one
   int n = 0;
   int first_cluster = 0;
   int clusters = 0;
@@ -44,6 +45,7 @@ struct GemvParams {
   std::uint8_t batch = 0;
   std::uint8_t iterations = 0;             // of the main loop per row block
   std::uint8_t rotate_warps = 0;
+  std::uint8_t prefetch = 0;               // iterations brought to the L2 cache before x is there
   bool add_partial = false;    // not the first k launch
   bool store_partial = false;  // not the last k launch
 #ifdef HIGGS_TRACE

@@ -41,13 +41,13 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
   return static_cast<int>(chunks);
 }
 
-SharedUse shared_use(int chunks, const LaunchPlan& p, std::int64_t rounds, int budget) {
+SharedUse shared_use(int chunks, const LaunchPlan& p, int budget) {
   SharedUse use;
   const int rows = kTileRows * block_tiles(p.field, p.regular);  // of a row block
   const int partials = p.slices * p.row_groups * p.rows * (rows + 4) * 4;  // of one round
   const int outputs = p.row_groups * p.rows * rows;
   const int xs = p.rows * (chunks * kChunkColumns + 32) * 2;
-  for (use.batch = static_cast<int>(std::clamp<std::int64_t>(rounds, 1, kMaxBatch)); use.batch > 0; --use.batch) {
+  for (use.batch = std::min(p.rounds, kMaxBatch); use.batch > 0; --use.batch) {
     // A cluster's inbox: an output of every CTA for those this CTA owns, rounded up to 32 outputs per CTA.
     use.inbox_floats = p.cluster == 1 ? 0 : ceil_div(use.batch * outputs, 32 * p.cluster) * 32 * p.cluster;
     use.bytes = 16 + 4 * use.inbox_floats + xs + use.batch * partials;
@@ -61,10 +61,33 @@ int env(const char* name, int otherwise) {
   return v == nullptr ? otherwise : std::atoi(v);
 }
 
+// Splits the clusters among the matrices (numbers of row blocks) so that as few rounds as possible do, and all have one.
+void split_clusters(LaunchPlan& p, const std::vector<std::int64_t>& blocks, int clusters) {
+  const auto wanted = [&](std::int64_t b) {
+    return std::max<std::int64_t>(1, ceil_div<std::int64_t>(b, std::int64_t{p.rounds} * p.row_groups));
+  };
+  std::int64_t all = 0;
+  for (const std::int64_t b : blocks) all += b;
+  p.rounds = static_cast<int>(std::max<std::int64_t>(1, ceil_div<std::int64_t>(all, std::int64_t{clusters} * p.row_groups)));
+  std::int64_t sum = 0;
+  for (;; ++p.rounds) {
+    sum = 0;
+    for (const std::int64_t b : blocks) sum += wanted(b);
+    if (sum <= clusters || sum == static_cast<std::int64_t>(blocks.size())) break;
+  }
+  p.parts.clear();
+  int next = 0;
+  for (const std::int64_t b : blocks) {
+    p.parts.push_back({next, static_cast<int>(wanted(b))});
+    next += p.parts.back().clusters;
+  }
+  if (env("HIGGS_FULL", 1)) p.parts.back().clusters += std::max(0, clusters - next);
+}
+
 // Fills in the partition that cuts k into slices of `units` units and these into k_launches x cluster pieces. False if
 // it does not fit.
-bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, std::int64_t blocks, int units,
-               int cluster, int k_launches, const DeviceProperties& device) {
+bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, const std::vector<std::int64_t>& blocks,
+               int units, int cluster, int k_launches, const DeviceProperties& device) {
   const int max_warps = env("HIGGS_WARPS", kMaxThreads / 32);
   p.units = units;
   const TiledFormat t = warp_slices(p, stored);
@@ -73,15 +96,16 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, s
   p.cluster = ceil_div(ceil_div(t.slices, k_launches), p.slices);
   p.k_launches = ceil_div(t.slices, p.slices * p.cluster);
   const int clusters = device.max_clusters(p.cluster) * env("HIGGS_CTAS", 1);
+  std::int64_t all = 0;
+  for (const std::int64_t b : blocks) all += b;
   p.row_groups =
-      static_cast<int>(std::clamp<std::int64_t>(ceil_div<std::int64_t>(blocks, clusters), 1, max_warps / p.slices));
-  const std::int64_t rounds = ceil_div<std::int64_t>(blocks, std::int64_t{clusters} * p.row_groups);
-  p.rounds = static_cast<int>(rounds);
+      static_cast<int>(std::clamp<std::int64_t>(ceil_div<std::int64_t>(all, clusters), 1, max_warps / p.slices));
+  split_clusters(p, blocks, clusters);
   const int chunks = chunks_of(t, f.k, p.slices);
   const int whole = device.shared_bytes_per_block - kTableBytes;
   const int half = (device.shared_bytes_per_block - kReservedShared) / 2 - kTableBytes;
-  SharedUse use = shared_use(chunks, p, rounds, half);
-  if (use.bytes == 0) use = shared_use(chunks, p, rounds, whole);
+  SharedUse use = shared_use(chunks, p, half);
+  if (use.bytes == 0) use = shared_use(chunks, p, whole);
   p.batch = use.batch;
   p.rotate_warps = std::min(p.slices * p.row_groups, p.rows * chunks);
   p.inbox_floats = use.inbox_floats;
@@ -128,8 +152,8 @@ void check_problem(const LinearProblem& p) {
 }
 
 // The cheapest partition; fewer rows of x, or several launches, where even one slice per CTA does not fit.
-LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const TiledFormat& t, std::int64_t blocks,
-                          const DeviceProperties& device) {
+LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const TiledFormat& t,
+                          const std::vector<std::int64_t>& blocks, const DeviceProperties& device) {
   const LayerFormat& format = problem.matrices[0];
   const int max_cluster = device.has_clusters() ? kMaxCluster : 1;
   const int least_units = p.regular ? iteration_units(p.field, true) : t.units_per_slice;
@@ -163,24 +187,6 @@ LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const Tile
                                           " bytes of shared memory per block; about 99 KB are needed");
 }
 
-// Splits the clusters among the matrices in proportion to their row tiles, at least one each.
-std::vector<PartPlan> split_clusters(const std::vector<std::int64_t>& tiles, int clusters) {
-  std::int64_t total = 0;
-  for (const std::int64_t t : tiles) total += t;
-  std::vector<PartPlan> parts;
-  int next = 0;
-  std::int64_t seen = 0;
-  for (std::size_t i = 0; i < tiles.size(); ++i) {
-    seen += tiles[i];
-    const int left = static_cast<int>(tiles.size() - i) - 1;
-    const int end = total == 0 ? next + 1 : static_cast<int>((seen * clusters + total / 2) / total);
-    const int last = std::clamp(end, next + 1, std::max(next + 1, clusters - left));
-    parts.push_back({next, last - next});
-    next = last;
-  }
-  return parts;
-}
-
 }  // namespace
 
 TiledFormat warp_slices(const LaunchPlan& plan, TiledFormat t) {
@@ -210,22 +216,8 @@ LaunchPlan plan(const LinearProblem& problem, const DeviceProperties& device) {
   p.regular = t.regular(problem.matrices[0]);
   p.token_tiles = 1;
   std::vector<std::int64_t> blocks;
-  std::int64_t all_blocks = 0;
-  for (const LayerFormat& f : problem.matrices) {
-    blocks.push_back(row_blocks(p, tiled_format(f)));
-    all_blocks += blocks.back();
-  }
-  p = best_partition(p, problem, t, all_blocks, device);
-  const int clusters = device.max_clusters(p.cluster) * env("HIGGS_CTAS", 1);
-  const auto wanted = ceil_div<std::int64_t>(all_blocks, p.row_groups);
-  p.parts = split_clusters(
-      blocks, std::max(static_cast<int>(blocks.size()), static_cast<int>(std::min<std::int64_t>(clusters, wanted))));
-  p.rounds = 0;
-  for (std::size_t i = 0; i < blocks.size(); ++i) {
-    const std::int64_t per_round = std::int64_t{p.parts[i].clusters} * p.row_groups;
-    p.rounds = std::max(p.rounds, static_cast<int>(ceil_div(blocks[i], per_round)));
-  }
-  return p;
+  for (const LayerFormat& f : problem.matrices) blocks.push_back(row_blocks(p, tiled_format(f)));
+  return best_partition(p, problem, t, blocks, device);
 }
 
 std::string LaunchPlan::to_string() const {
