@@ -65,6 +65,8 @@ __device__ __forceinline__ int small_divide(int a, int b) {
   return __float2int_rd((static_cast<float>(a) + 0.5f) * __frcp_rn(static_cast<float>(b)));
 }
 
+__device__ __forceinline__ float4 add(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
 // What a warp works on, the same for all its row blocks.
 struct WarpRole {
   int lane = 0;
@@ -323,77 +325,91 @@ __device__ __forceinline__ void multiply(WordStream<Config>& words, const WarpRo
 
 // Sums of `rounds` finished rounds of row blocks, to be reduced over slices and over the CTAs of the cluster.
 struct Reduction {
-  float* partials;    // [round][row group][slice][m][kPartialStride]
-  float* inbox;       // [rank][outputs of this CTA]: sums of the other CTAs
+  float4* partials;   // [round][row group][slice][m][kPartialStride / 4]
+  float4* inbox;      // [rank][quads this CTA owns]: sums of the CTAs
   uint64_t* barrier;  // counts the bytes that arrived in the inbox
   uint32_t rank;
   int first_block;
   int block_stride;
 };
 
+// Four consecutive rows of y.
 template <typename T>
-__device__ __forceinline__ void store_output(const GemvParams& p, const GemvPart& part, float value, long long n_row,
-                                             int token) {
-  if (n_row >= part.n) return;
+__device__ __forceinline__ void store_outputs(const GemvParams& p, const GemvPart& part, float4 sums, int n_row,
+                                              int token) {
+  float value[4] = {sums.x, sums.y, sums.z, sums.w};
+  const int count = min(4, part.n - n_row);  // may be negative
   const long long out = token * static_cast<long long>(part.n) + n_row;
-  if (p.add_partial) value = part.partial[out] + value;
+  if (p.add_partial) {
+    for (int i = 0; i < count; ++i) value[i] += part.partial[out + i];
+  }
   if (p.store_partial) {
-    part.partial[out] = value;
+    for (int i = 0; i < count; ++i) part.partial[out + i] = value[i];
     return;
   }
-  if (part.bias != nullptr) value += to_float(static_cast<const T*>(part.bias)[n_row]);
-  static_cast<T*>(part.y)[out] = from_float<T>(value);
+  T y[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (part.bias != nullptr && i < count) value[i] += to_float(static_cast<const T*>(part.bias)[n_row + i]);
+    y[i] = from_float<T>(value[i]);
+  }
+  T* to = static_cast<T*>(part.y) + out;
+  if (part.n % 4 == 0) {
+    if (count > 0) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(y);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) to[i] = y[i];
+    }
+  }
 }
 
-// In a cluster every CTA sums its own slices, sends each sum to the CTA that owns the output (32 outputs in turn), and
-// the owner adds them up in the order of the ranks.
+// A thread sums four rows of an x row. In a cluster every CTA sums its own slices, sends each sum to the CTA that owns
+// the output (those of 32 threads in turn), and in a second pass the owner adds them up in the order of the ranks.
 template <typename Config>
 __device__ __forceinline__ void reduce_and_store(const GemvParams& p, const GemvPart& part, const Reduction& r,
                                                  int rounds, uint32_t parity) {
-  using T = typename Config::T;
-  constexpr int kRows = Config::kRows;
-  const int warp_floats = p.m * Config::kPartialStride;
-  const int outputs = rounds * p.cta_row_groups * p.m * kRows;
-  const auto slot_of = [&](int i) { return small_divide(i / kRows, p.m); };  // round * row groups + row group
-  const auto token_of = [&](int i, int slot) { return i / kRows - slot * p.m; };
-  const auto global_row = [&](int i, int slot) {
-    const int round = small_divide(slot, p.cta_row_groups);
-    const int block = r.first_block + round * r.block_stride + slot - round * p.cta_row_groups;
-    return static_cast<long long>(block) * kRows + i % kRows;
-  };
-  const int blocks = (outputs + kLanes - 1) / kLanes;
-  const int owned = small_divide(blocks + p.cluster - 1, p.cluster) * kLanes;  // at most, by one CTA
+  constexpr int kQuads = Config::kRows / 4;
+  constexpr int kStride = Config::kPartialStride / 4;
+  const int quads = rounds * p.cta_row_groups * p.m * kQuads;  // [round][row group][x row][4 rows]
+  const int turns = (quads + kLanes - 1) / kLanes;
+  const int owned = small_divide(turns + p.cluster - 1, p.cluster) * kLanes;  // at most, by one CTA
+  const int rank = static_cast<int>(r.rank);
+  const float4* from = r.partials;
+  int terms = p.cta_slices;
+  int count = quads;
+  bool last = p.cluster == 1;
   __syncthreads();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
-    const int slot = slot_of(i);
-    const int token = token_of(i, slot);
-    const float* at = r.partials + slot * p.cta_slices * warp_floats + token * Config::kPartialStride + i % kRows;
-    float value = 0;
-#pragma unroll 4
-    for (int s = 0; s < p.cta_slices; ++s) value += at[s * warp_floats];
-    if (p.cluster == 1) {
-      store_output<T>(p, part, value, global_row(i, slot), token);
-    } else {
-      const int block = i / kLanes;
-      const int turn = small_divide(block, p.cluster);
-      send(r.inbox + r.rank * owned + turn * kLanes + i % kLanes, value, r.barrier, block - turn * p.cluster);
-    }
-  }
-  if (p.cluster > 1) {
-    const int rank = static_cast<int>(r.rank);
-    int mine = small_divide(blocks - rank + p.cluster - 1, p.cluster) * kLanes;
-    if ((blocks - 1 - rank) == (mine / kLanes - 1) * p.cluster) mine -= blocks * kLanes - outputs;  // the last block may be short
-    if (threadIdx.x == 0) mbarrier_expect(r.barrier, mine * p.cluster * sizeof(float));
-    mbarrier_wait(r.barrier, parity);
+  while (true) {
+    const bool gathered = last && p.cluster > 1;
 #pragma unroll 1
-    for (int j = threadIdx.x; j < mine; j += blockDim.x) {
-      const int i = (j / kLanes * p.cluster + rank) * kLanes + j % kLanes;
-      float value = 0;
-      for (int c = 0; c < p.cluster; ++c) value += r.inbox[c * owned + j];
-      const int slot = slot_of(i);
-      store_output<T>(p, part, value, global_row(i, slot), token_of(i, slot));
+    for (int j = threadIdx.x; j < count; j += blockDim.x) {
+      const int i = gathered ? (j / kLanes * p.cluster + rank) * kLanes + j % kLanes : j;
+      const int slot = small_divide(i / kQuads, p.m);  // round * row groups + row group
+      const int token = i / kQuads - slot * p.m;
+      const int at = gathered ? j : (slot * p.cta_slices * p.m + token) * kStride + i % kQuads;
+      const int step = gathered ? owned : p.m * kStride;
+      float4 sums = {};
+#pragma unroll 4
+      for (int s = 0; s < terms; ++s) sums = add(sums, from[at + s * step]);
+      if (last) {
+        const int round = small_divide(slot, p.cta_row_groups);
+        const int block = r.first_block + round * r.block_stride + slot - round * p.cta_row_groups;
+        store_outputs<typename Config::T>(p, part, sums, block * Config::kRows + i % kQuads * 4, token);
+      } else {
+        const int turn = small_divide(i / kLanes, p.cluster);
+        send(r.inbox + rank * owned + turn * kLanes + i % kLanes, sums, r.barrier, i / kLanes - turn * p.cluster);
+      }
     }
+    if (last) return;
+    last = true;
+    from = r.inbox;
+    terms = p.cluster;
+    count = small_divide(turns - rank + p.cluster - 1, p.cluster) * kLanes;
+    if (turns - 1 == rank + (count / kLanes - 1) * p.cluster) count -= turns * kLanes - quads;  // the last turn is short
+    if (threadIdx.x == 0) mbarrier_expect(r.barrier, count * p.cluster * sizeof(float4));
+    mbarrier_wait(r.barrier, parity);
   }
 }
 
@@ -472,8 +488,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
   TableFill<Decoder> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x), warps * kLanes);
 
   auto* barrier = reinterpret_cast<uint64_t*>(shared + Decoder::kTableBytes);
-  auto* inbox = reinterpret_cast<float*>(barrier + 2);
-  T* xs = reinterpret_cast<T*>(inbox + p.inbox_floats);
+  auto* inbox = reinterpret_cast<float4*>(barrier + 2);
+  T* xs = reinterpret_cast<T*>(reinterpret_cast<float*>(inbox) + p.inbox_floats);
   if (p.cluster > 1) {
     if (threadIdx.x == 0) mbarrier_init(barrier);
     __syncthreads();
@@ -499,7 +515,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
            rotate.chunk0 * kChunk + lane % 4 * 8;
   }
   auto* partials = reinterpret_cast<float*>(xs + p.m * xs_stride(rotate.chunks));
-  const Reduction reduction{partials, inbox, barrier, rank, first_block, blocks.stride};
+  const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, rank, first_block, blocks.stride};
   const uint32_t offset = Decoder::lane_offset(lane);
   uint32_t parity = 0;
   for (int round = 0; round < part.rounds; round += p.batch, parity ^= 1) {
@@ -523,7 +539,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
 #pragma unroll
         for (int r = 0; r < Config::kTiles; ++r) scales[r] = next_scales[r];
       }
-      float* out = reduction.partials + (slot * warps + warp) * p.m * Config::kPartialStride + lane / 4;
+      float* out = partials + (slot * warps + warp) * p.m * Config::kPartialStride + lane / 4;
 #pragma unroll
       for (int t = 0; t < Config::kTokenTiles; ++t) {
 #pragma unroll

@@ -48,8 +48,8 @@ SharedUse shared_use(int chunks, const LaunchPlan& p, int budget) {
   const int outputs = p.row_groups * p.rows * rows;
   const int xs = p.rows * (chunks * kChunkColumns + 32) * 2;
   for (use.batch = std::min(p.rounds, kMaxBatch); use.batch > 0; --use.batch) {
-    // A cluster's inbox: an output of every CTA for those this CTA owns, rounded up to 32 outputs per CTA.
-    use.inbox_floats = p.cluster == 1 ? 0 : ceil_div(use.batch * outputs, 32 * p.cluster) * 32 * p.cluster;
+    // A cluster's inbox: a sum of every CTA for the outputs this CTA owns, 4 for each of 32 threads in turn.
+    use.inbox_floats = p.cluster == 1 ? 0 : ceil_div(use.batch * outputs, 128 * p.cluster) * 128 * p.cluster;
     use.bytes = 16 + 4 * use.inbox_floats + xs + use.batch * partials;
     if (use.bytes <= budget) return use;
   }

@@ -106,13 +106,14 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 #endif
 }
 // Writes to the shared memory of CTA `rank` of the cluster and counts the bytes at its barrier.
-__device__ __forceinline__ void send(float* to, float value, uint64_t* barrier, uint32_t rank) {
+__device__ __forceinline__ void send(float4* to, float4 value, uint64_t* barrier, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .b32 to, bar;\n"
-      "mapa.shared::cluster.u32 to, %0, %3;\nmapa.shared::cluster.u32 bar, %2, %3;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [bar];\n}" ::"r"(shared_address(to)),
-      "r"(__float_as_uint(value)), "r"(shared_address(barrier)), "r"(rank)
+      "mapa.shared::cluster.u32 to, %0, %6;\nmapa.shared::cluster.u32 bar, %5, %6;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1,%2,%3,%4}, [bar];\n}" ::"r"(
+          shared_address(to)),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(shared_address(barrier)), "r"(rank)
       : "memory");
 #endif
 }
