@@ -99,15 +99,13 @@ __device__ __forceinline__ WarpRole make_role(const GemvParams& p, int slice, in
   return role;
 }
 
-// The row blocks of a warp: `row_block`, + stride, ... below `end`.
+// The row blocks of a warp. Where a row block has no second row tile the first is read twice; those sums are not stored.
 struct RowBlocks {
-  int row_block;
-  int stride;
-  int end;      // 0 if the warp has no columns
-  int row_tiles;
+  int count;  // 0 if the warp has no columns
+  bool odd;   // the last one has no second row tile
 
-  // Distance of a row block's second row tile. Where there is none the first is read twice; those sums are not stored.
-  __device__ __forceinline__ int second(int b) const { return 2 * b + 1 < row_tiles ? 1 : 0; }
+  // Distance of the second row tile of row block `i` of the warp.
+  __device__ __forceinline__ int second(int i) const { return odd && i == count - 1 ? 0 : 1; }
 };
 
 // Scales of a row tile for one slice. Regular: those of rows g and g + 8. Otherwise lane l holds values 4 l .. 4 l + 3
@@ -153,21 +151,21 @@ struct WordStream {
   uint4 q[Config::kTiles][Config::kLoads];
   const uint8_t* next;  // the next iteration's words of this lane
   int to_second;  // bytes from the first row tile of a row block to the second
-  int row_block;  // of the next iteration
-  int iteration;
+  int left;       // iterations from the next one on
+  int iteration;  // the next one's within its row block
 
-  __device__ __forceinline__ void load(int r, int i, const WarpRole& role, const RowBlocks& blocks) {
-    if (row_block < blocks.end && (Config::kRegular || i < role.loads)) {
+  __device__ __forceinline__ void load(int r, int i, const WarpRole& role) {
+    if (left > 0 && (Config::kRegular || i < role.loads)) {
       q[r][i] = load_streaming(reinterpret_cast<const uint4*>(next + (r == 0 ? 0 : to_second)) + i * kLanes);
     }
   }
   __device__ __forceinline__ void advance(const GemvParams& p, const GemvPart& part, const RowBlocks& blocks) {
     next += Config::kLoads * 16 * kLanes;
+    --left;
     if (++iteration == p.iterations) {
       iteration = 0;
-      row_block += blocks.stride;
       next += part.to_next_block;
-      if (Config::kTiles == 2) to_second = blocks.second(row_block) * p.tile_bytes;
+      if (blocks.odd && left == p.iterations) to_second = 0;
     }
   }
   __device__ __forceinline__ uint32_t word(int r, int i) const {
@@ -184,10 +182,9 @@ __device__ __forceinline__ void prefetch(const GemvParams& p, const GemvPart& pa
   constexpr int kBytes = Config::kLoads * 16 * kLanes;
   const int ahead = lane / Config::kTiles + 1;
   const int steps = small_divide(ahead, p.iterations);
-  const int block = blocks.row_block + steps * blocks.stride;
-  if (ahead > p.prefetch || block >= blocks.end) return;
+  if (ahead > p.prefetch || steps >= blocks.count) return;
   first += ahead * kBytes + steps * part.to_next_block;
-  if (lane % Config::kTiles == 1) first += blocks.second(block) * p.tile_bytes;
+  if (lane % Config::kTiles == 1) first += blocks.second(steps) * p.tile_bytes;
   prefetch_l2(first, kBytes);
 }
 
@@ -269,7 +266,7 @@ struct BlockSums {
 
 // One iteration: kUnits units of a row block. x: the lane's first fragment of each token tile.
 template <typename Config>
-__device__ __forceinline__ void multiply(WordStream<Config>& words, const WarpRole& role, const RowBlocks& blocks,
+__device__ __forceinline__ void multiply(WordStream<Config>& words, const WarpRole& role,
                                          const TileScales<Config> (&scales)[Config::kTiles], const uint8_t* table,
                                          uint32_t offset, float norm,
                                          const typename Config::T* const (&x)[Config::kTokenTiles],
@@ -315,7 +312,7 @@ __device__ __forceinline__ void multiply(WordStream<Config>& words, const WarpRo
 #pragma unroll
     for (int i = u * kWords / 4; i < consumed; ++i) {
 #pragma unroll
-      for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, role, blocks);
+      for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, role);
     }
 #ifdef HIGGS_SYNC
     __syncwarp();
@@ -444,45 +441,45 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
   const WarpRole role = make_role<Config>(p, first_slice + cta_slice, lane);
   const int row_tiles = (part.n + kTileRows - 1) / kTileRows;
   const int first_block = (cluster_index - part.first_cluster) * p.cta_row_groups;
-  RowBlocks blocks;
-  blocks.row_block = first_block + row_group;
-  blocks.stride = part.clusters * p.cta_row_groups;
-  blocks.end = (row_tiles + Config::kTiles - 1) / Config::kTiles;
-  if (first_block >= blocks.end) {  // a cluster without work keeps its place, so that those of the next kernel spread
+  const int all_blocks = (row_tiles + Config::kTiles - 1) / Config::kTiles;
+  if (first_block >= all_blocks) {  // a cluster without work keeps its place, so that those of the next kernel spread
     wait_for_primary();
     return;
   }
-  if (role.units == 0) blocks.end = 0;
-  blocks.row_tiles = row_tiles;
+  const int stride = part.clusters * p.cta_row_groups;
+  const int row_block = first_block + row_group;
+  RowBlocks blocks;
+  blocks.count = role.units > 0 ? max(0, all_blocks - row_block + stride - 1) / stride : 0;
+  blocks.odd = row_tiles % 2 != 0 && row_block + (blocks.count - 1) * stride == all_blocks - 1;
 
   WordStream<Config> words = {};
-  words.row_block = blocks.row_block;
-  words.to_second = blocks.second(blocks.row_block) * p.tile_bytes;
+  words.left = blocks.count * p.iterations;
+  words.to_second = blocks.second(0) * p.tile_bytes;
   const uint8_t* first = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
                          role.slice * p.slice_bytes +
-                         static_cast<long long>(blocks.row_block) * Config::kTiles * p.tile_bytes;
+                         static_cast<long long>(row_block) * Config::kTiles * p.tile_bytes;
   words.next = first + lane * 16;
   TileScales<Config> scales[Config::kTiles];
   const auto* scale = reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
-                      (static_cast<long long>(blocks.row_block) * Config::kTiles * p.row_groups_of_scales +
+                      (static_cast<long long>(row_block) * Config::kTiles * p.row_groups_of_scales +
                        role.first_group) *
                           kTileRows +
                       TileScales<Config>::first(lane);
-  const auto load_scales = [&](TileScales<Config>(&to)[Config::kTiles], int b) {
-    if (b >= blocks.end) return;
+  const auto load_scales = [&](TileScales<Config>(&to)[Config::kTiles], int i) {
+    if (i >= blocks.count) return;
 #pragma unroll
     for (int r = 0; r < Config::kTiles; ++r) {
-      to[r].load(scale + (r == 0 ? 0 : blocks.second(b) * p.row_groups_of_scales * kTileRows), role);
+      to[r].load(scale + (r == 0 ? 0 : blocks.second(i) * p.row_groups_of_scales * kTileRows), role);
     }
     scale += part.scales_step;
   };
 #pragma unroll
   for (int i = 0; i < Config::kLoads; ++i) {
 #pragma unroll
-    for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, role, blocks);
+    for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, role);
   }
   words.advance(p, part, blocks);
-  load_scales(scales, blocks.row_block);
+  load_scales(scales, 0);
   prefetch<Config>(p, part, blocks, first, lane);
   const int warps = p.cta_slices * p.cta_row_groups;
   TableFill<Decoder> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x), warps * kLanes);
@@ -515,26 +512,25 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
            rotate.chunk0 * kChunk + lane % 4 * 8;
   }
   auto* partials = reinterpret_cast<float*>(xs + p.m * xs_stride(rotate.chunks));
-  const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, rank, first_block, blocks.stride};
+  const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, rank, first_block, stride};
   const uint32_t offset = Decoder::lane_offset(lane);
   uint32_t parity = 0;
   for (int round = 0; round < part.rounds; round += p.batch, parity ^= 1) {
     const int rounds = min(p.batch, part.rounds - round);
-    for (int slot = 0; slot < rounds; ++slot, blocks.row_block += blocks.stride) {
+    for (int slot = 0; slot < rounds; ++slot) {
       BlockSums<Config> sums;
-      if (blocks.row_block < blocks.end) {
+      if (round + slot < blocks.count) {
         TileScales<Config> next_scales[Config::kTiles];
-        load_scales(next_scales, blocks.row_block + blocks.stride);
-        const T* from[Config::kTokenTiles];
-#pragma unroll
-        for (int t = 0; t < Config::kTokenTiles; ++t) from[t] = x[t];
+        load_scales(next_scales, round + slot + 1);
 #pragma unroll 1
         for (int i = 0; i < p.iterations; ++i) {
-          multiply<Config>(words, role, blocks, scales, shared, offset, p.norm, from, sums);
+          multiply<Config>(words, role, scales, shared, offset, p.norm, x, sums);
           words.advance(p, part, blocks);
 #pragma unroll
-          for (int t = 0; t < Config::kTokenTiles; ++t) from[t] += Config::kUnits * kUnitColumns;
+          for (int t = 0; t < Config::kTokenTiles; ++t) x[t] += Config::kUnits * kUnitColumns;
         }
+#pragma unroll
+        for (int t = 0; t < Config::kTokenTiles; ++t) x[t] -= p.iterations * Config::kUnits * kUnitColumns;
         if constexpr (Config::kRegular) sums.flush(scales, 0, p.norm, lane);
 #pragma unroll
         for (int r = 0; r < Config::kTiles; ++r) scales[r] = next_scales[r];
@@ -555,7 +551,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
       }
     }
     Reduction batch = reduction;
-    batch.first_block += round * blocks.stride;
+    batch.first_block += round * stride;
     TRACE(4);
     reduce_and_store<Config>(p, part, batch, rounds, parity);
     if (round + p.batch < part.rounds) {  // everybody is done with the sums of this batch
