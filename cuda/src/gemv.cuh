@@ -50,9 +50,13 @@ struct GemvConfig {
   static constexpr int kScalesOffset = 2 * kTableBytes;
   static constexpr bool kRegular = Regular_;
   static constexpr int kUnitWords = Decoder::kShape.unit_words();
-  static constexpr int kUnits = iteration_units(Decoder::kShape, Regular_);
-  static constexpr int kTiles = block_tiles(Decoder::kShape, Regular_);
-  static constexpr int kLoads = iteration_loads(Decoder::kShape, Regular_);  // per row tile
+  static constexpr bool kPaired = Regular_ && TokenTiles_ == 2;
+  static constexpr bool kXInRegisters = Regular_ && TokenTiles_ == 1;
+  static constexpr int kUnits = iteration_units(Decoder::kShape, kPaired);
+  static constexpr int kTiles = block_tiles(Decoder::kShape, kPaired);
+  static constexpr int kLoads = iteration_loads(Decoder::kShape, kPaired);  // per row tile
+  // Loads in flight per row tile. Half a slice where a slice has 8 loads and x takes 64 registers: more would spill.
+  static constexpr int kWindow = kXInRegisters && kUnits == 4 && kLoads > 4 && kLoads % 2 == 0 ? kLoads / 2 : kLoads;
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
   static_assert(TokenTiles_ == 1 || TokenTiles_ == 2);
@@ -144,49 +148,70 @@ struct TileScales {
   }
 };
 
-// The words of an iteration (kUnits units of kTiles row tiles) in registers, each 16 bytes replaced by those of the next
-// iteration as soon as they have been consumed.
+// The next kWindow 16-byte loads of each row tile, in registers: load i of an iteration lives in q[i % kWindow], and is
+// replaced as soon as it has been consumed.
 template <typename Config>
 struct WordStream {
-  uint4 q[Config::kTiles][Config::kLoads];
-  const uint8_t* next;  // the next iteration's words of this lane
-  int to_second;  // bytes from the first row tile of a row block to the second
-  int left;       // iterations from the next one on
-  int iteration;  // the next one's within its row block
+  uint4 q[Config::kTiles][Config::kWindow];
+  const uint8_t* at;  // this lane's words of the iteration, first row tile
+  int to_second;      // bytes from the first row tile of the next iteration's row block to the second
+  int left;           // iterations after this one
+  int iteration;      // within the row block
 
-  __device__ __forceinline__ void load(int r, int i, const WarpRole& role) {
-    if (left > 0 && (Config::kRegular || i < role.loads)) {
-      q[r][i] = load_streaming(reinterpret_cast<const uint4*>(next + (r == 0 ? 0 : to_second)) + i * kLanes);
+  // Load i of the iteration at `from`.
+  __device__ __forceinline__ void load(int r, int i, const uint8_t* from, const WarpRole& role) {
+    if (Config::kRegular || i < role.loads) {
+      q[r][i % Config::kWindow] =
+          load_streaming(reinterpret_cast<const uint4*>(from + (r == 0 ? 0 : to_second)) + i * kLanes);
     }
   }
-  __device__ __forceinline__ void advance(const GemvParams& p, const GemvPart& part, const RowBlocks& blocks) {
-    next += Config::kLoads * 16 * kLanes;
-    --left;
-    if (++iteration == p.iterations) {
-      iteration = 0;
-      next += part.to_next_block;
-      if (blocks.odd && left == p.iterations) to_second = 0;
+  // Load i has been consumed.
+  __device__ __forceinline__ void replace(int r, int i, const uint8_t* next, const WarpRole& role) {
+    const int ahead = i + Config::kWindow;
+    if (ahead < Config::kLoads) {
+      load(r, ahead, at, role);
+    } else if (left > 0) {
+      load(r, ahead - Config::kLoads, next, role);
     }
+  }
+  __device__ __forceinline__ const uint8_t* next(const GemvPart& part, int iterations) const {
+    const uint8_t* end = at + Config::kLoads * 16 * kLanes;
+    return iteration + 1 == iterations ? end + part.to_next_block : end;
+  }
+  __device__ __forceinline__ void advance(const uint8_t* next, const RowBlocks& blocks, int iterations) {
+    at = next;
+    --left;
+    if (++iteration == iterations) iteration = 0;
+    if (blocks.odd && left == iterations) to_second = 0;
   }
   __device__ __forceinline__ uint32_t word(int r, int i) const {
-    const uint4& v = q[r][i / 4];
+    const uint4& v = q[r][i / 4 % Config::kWindow];
     return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
   }
 };
 
-// Brings p.prefetch iterations after the first to the L2 cache: memory would idle until x is there. `first`: the warp's
-// first words.
+// The B fragments of two steps each: of a whole slice in registers, or from shared memory as they are needed.
 template <typename Config>
-__device__ __forceinline__ void prefetch(const GemvParams& p, const GemvPart& part, const RowBlocks& blocks,
-                                         const uint8_t* first, int lane) {
-  constexpr int kBytes = Config::kLoads * 16 * kLanes;
-  const int ahead = lane / Config::kTiles + 1;
-  const int steps = small_divide(ahead, p.iterations);
-  if (ahead > p.prefetch || steps >= blocks.count) return;
-  first += ahead * kBytes + steps * part.to_next_block;
-  if (lane % Config::kTiles == 1) first += blocks.second(steps) * p.tile_bytes;
-  prefetch_l2(first, kBytes);
-}
+struct XFragments {
+  static constexpr int kHeld = Config::kXInRegisters ? Config::kUnits * kSteps / 2 : 1;
+  const typename Config::T* from[Config::kTokenTiles];  // the lane's first fragment of the iteration
+  uint4 held[kHeld];
+
+  __device__ __forceinline__ void hold() {
+    if constexpr (Config::kXInRegisters) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) held[i] = *reinterpret_cast<const uint4*>(from[0] + i * 32);
+    }
+  }
+  __device__ __forceinline__ uint4 of(int tile, int unit, int pair) const {
+    if constexpr (Config::kXInRegisters) return held[unit * (kSteps / 2) + pair];
+    return *reinterpret_cast<const uint4*>(from[tile] + unit * kUnitColumns + pair * 32);
+  }
+  __device__ __forceinline__ void move(int iterations) {
+#pragma unroll
+    for (int t = 0; t < Config::kTokenTiles; ++t) from[t] += iterations * Config::kUnits * kUnitColumns;
+  }
+};
 
 // Which part of x a warp rotates: chunks of 1024 columns `chunk`, + chunk_step, ... of rows `row`, + row_step, ...
 template <typename T>
@@ -264,12 +289,11 @@ struct BlockSums {
   }
 };
 
-// One iteration: kUnits units of a row block. x: the lane's first fragment of each token tile.
+// One iteration: kUnits units of a row block.
 template <typename Config>
-__device__ __forceinline__ void multiply(WordStream<Config>& words, const WarpRole& role,
+__device__ __forceinline__ void multiply(WordStream<Config>& words, const uint8_t* next, const WarpRole& role,
                                          const TileScales<Config> (&scales)[Config::kTiles], const uint8_t* table,
-                                         uint32_t offset, float norm,
-                                         const typename Config::T* const (&x)[Config::kTokenTiles],
+                                         uint32_t offset, float norm, const XFragments<Config>& x,
                                          BlockSums<Config>& sums) {
   constexpr int kWords = Config::kUnitWords;
   int segment = 0;
@@ -289,7 +313,7 @@ __device__ __forceinline__ void multiply(WordStream<Config>& words, const WarpRo
       uint4 b[Config::kTokenTiles];  // the B fragments of two steps
 #pragma unroll
       for (int t = 0; t < Config::kTokenTiles; ++t) {
-        b[t] = *reinterpret_cast<const uint4*>(x[t] + u * kUnitColumns + pair * 32);
+        b[t] = x.of(t, u, pair);
       }
 #pragma unroll
       for (int step = 2 * pair; step < 2 * pair + 2; ++step) {
@@ -312,7 +336,7 @@ __device__ __forceinline__ void multiply(WordStream<Config>& words, const WarpRo
 #pragma unroll
     for (int i = u * kWords / 4; i < consumed; ++i) {
 #pragma unroll
-      for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, role);
+      for (int r = 0; r < Config::kTiles; ++r) words.replace(r, i, next, role);
     }
 #ifdef HIGGS_SYNC
     __syncwarp();
@@ -453,34 +477,35 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
   blocks.odd = row_tiles % 2 != 0 && row_block + (blocks.count - 1) * stride == all_blocks - 1;
 
   WordStream<Config> words = {};
-  words.left = blocks.count * p.iterations;
+  const int iterations = Config::kPaired ? p.iterations : 1;
+  words.left = blocks.count * iterations - 1;
   words.to_second = blocks.second(0) * p.tile_bytes;
   const uint8_t* first = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
                          role.slice * p.slice_bytes +
                          static_cast<long long>(row_block) * Config::kTiles * p.tile_bytes;
-  words.next = first + lane * 16;
+  words.at = first + lane * 16;
   TileScales<Config> scales[Config::kTiles];
   const auto* scale = reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
                       (static_cast<long long>(row_block) * Config::kTiles * p.row_groups_of_scales +
                        role.first_group) *
                           kTileRows +
                       TileScales<Config>::first(lane);
-  const auto load_scales = [&](TileScales<Config>(&to)[Config::kTiles], int i) {
-    if (i >= blocks.count) return;
+  const auto load_scales = [&](int i) {
 #pragma unroll
     for (int r = 0; r < Config::kTiles; ++r) {
-      to[r].load(scale + (r == 0 ? 0 : blocks.second(i) * p.row_groups_of_scales * kTileRows), role);
+      scales[r].load(scale + (r == 0 ? 0 : blocks.second(i) * p.row_groups_of_scales * kTileRows), role);
     }
     scale += part.scales_step;
   };
+  if (blocks.count > 0) {
 #pragma unroll
-  for (int i = 0; i < Config::kLoads; ++i) {
+    for (int i = 0; i < Config::kWindow; ++i) {
 #pragma unroll
-    for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, role);
+      for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, words.at, role);
+    }
   }
-  words.advance(p, part, blocks);
-  load_scales(scales, 0);
-  prefetch<Config>(p, part, blocks, first, lane);
+  if (blocks.odd && words.left <= iterations) words.to_second = 0;
+  if (blocks.count > 0) load_scales(0);
   const int warps = p.cta_slices * p.cta_row_groups;
   TableFill<Decoder> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x), warps * kLanes);
 
@@ -504,13 +529,14 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
   TRACE(3);
   if (p.cluster > 1) cluster_wait();  // the other CTAs have started: their inboxes may be written
 
-  const T* x[Config::kTokenTiles];
+  XFragments<Config> x;
 #pragma unroll
   for (int t = 0; t < Config::kTokenTiles; ++t) {
     // Rows beyond m: the sums of any other row do.
-    x[t] = xs + min(t * 8 + lane / 4, p.m - 1) * xs_stride(rotate.chunks) + role.slice * p.units_per_slice * kUnitColumns -
-           rotate.chunk0 * kChunk + lane % 4 * 8;
+    x.from[t] = xs + min(t * 8 + lane / 4, p.m - 1) * xs_stride(rotate.chunks) +
+                role.slice * p.units_per_slice * kUnitColumns - rotate.chunk0 * kChunk + lane % 4 * 8;
   }
+  if (role.units > 0) x.hold();
   auto* partials = reinterpret_cast<float*>(xs + p.m * xs_stride(rotate.chunks));
   const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, rank, first_block, stride};
   const uint32_t offset = Decoder::lane_offset(lane);
@@ -520,20 +546,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
     for (int slot = 0; slot < rounds; ++slot) {
       BlockSums<Config> sums;
       if (round + slot < blocks.count) {
-        TileScales<Config> next_scales[Config::kTiles];
-        load_scales(next_scales, round + slot + 1);
+        if (round + slot > 0) load_scales(round + slot);  // they are needed last
 #pragma unroll 1
-        for (int i = 0; i < p.iterations; ++i) {
-          multiply<Config>(words, role, scales, shared, offset, p.norm, x, sums);
-          words.advance(p, part, blocks);
-#pragma unroll
-          for (int t = 0; t < Config::kTokenTiles; ++t) x[t] += Config::kUnits * kUnitColumns;
+        for (int i = 0; i < iterations; ++i) {
+          const uint8_t* next = words.next(part, iterations);
+          multiply<Config>(words, next, role, scales, shared, offset, p.norm, x, sums);
+          words.advance(next, blocks, iterations);
+          x.move(1);
         }
-#pragma unroll
-        for (int t = 0; t < Config::kTokenTiles; ++t) x[t] -= p.iterations * Config::kUnits * kUnitColumns;
+        x.move(-iterations);
         if constexpr (Config::kRegular) sums.flush(scales, 0, p.norm, lane);
-#pragma unroll
-        for (int r = 0; r < Config::kTiles; ++r) scales[r] = next_scales[r];
       }
       float* out = partials + (slot * warps + warp) * p.m * Config::kPartialStride + lane / 4;
 #pragma unroll

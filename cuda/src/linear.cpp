@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -82,8 +81,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.inbox_floats = plan.inbox_floats;
   p.row_groups_of_scales = static_cast<std::uint16_t>(t.row_groups);
   p.norm = remaining_norm(f.block);
-  p.iterations = static_cast<std::uint8_t>(plan.regular ? t.units_per_slice / iteration_units(t.field, true) : 1);
-  p.prefetch = static_cast<std::uint8_t>(plan.regular && std::getenv("HIGGS_PF") ? std::atoi(std::getenv("HIGGS_PF")) : 0);
+  p.iterations = static_cast<std::uint8_t>(plan.paired() ? t.units_per_slice / iteration_units(t.field, true) : 1);
   p.slices = static_cast<std::uint16_t>(t.slices);
   p.block = static_cast<std::uint16_t>(f.block);
   p.part_count = static_cast<std::uint8_t>(parts.size());
@@ -106,9 +104,9 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
     part.first_cluster = plan.parts[i].first_cluster;
     part.clusters = plan.parts[i].clusters;
     const int per_round = part.clusters * plan.row_groups;
-    part.to_next_block = std::int64_t{per_round} * block_tiles(t.field, plan.regular) * t.tile_bytes -
-                         p.iterations * iteration_loads(t.field, plan.regular) * 16 * kLanes;
-    part.scales_step = static_cast<int>(per_round * block_tiles(t.field, plan.regular) * t.row_groups * kTileRows);
+    part.to_next_block = std::int64_t{per_round} * block_tiles(t.field, plan.paired()) * t.tile_bytes -
+                         p.iterations * iteration_loads(t.field, plan.paired()) * 16 * kLanes;
+    part.scales_step = static_cast<int>(per_round * block_tiles(t.field, plan.paired()) * t.row_groups * kTileRows);
     const std::int64_t blocks = row_blocks(plan, layout);
     part.rounds = static_cast<int>((blocks + per_round - 1) / per_round);
     part.partial = workspace;

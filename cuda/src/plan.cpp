@@ -43,7 +43,7 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
 
 SharedUse shared_use(int chunks, const LaunchPlan& p, int budget) {
   SharedUse use;
-  const int rows = kTileRows * block_tiles(p.field, p.regular);  // of a row block
+  const int rows = kTileRows * block_tiles(p.field, p.paired());  // of a row block
   const int partials = p.slices * p.row_groups * p.rows * (rows + 4) * 4;  // of one round
   const int outputs = p.row_groups * p.rows * rows;
   const int xs = p.rows * (chunks * kChunkColumns + 32) * 2;
@@ -95,7 +95,7 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
   if (p.slices > max_warps) return false;
   p.cluster = ceil_div(ceil_div(t.slices, k_launches), p.slices);
   p.k_launches = ceil_div(t.slices, p.slices * p.cluster);
-  const int clusters = device.max_clusters(p.cluster) * env("HIGGS_CTAS", 1);
+  const int clusters = device.max_clusters(p.cluster) * p.per_multiprocessor;
   std::int64_t all = 0;
   for (const std::int64_t b : blocks) all += b;
   p.row_groups =
@@ -105,7 +105,7 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
   const int whole = device.shared_bytes_per_block - kTableBytes;
   const int half = (device.shared_bytes_per_block - kReservedShared) / 2 - kTableBytes;
   SharedUse use = shared_use(chunks, p, half);
-  if (use.bytes == 0) use = shared_use(chunks, p, whole);
+  if (use.bytes == 0 && p.per_multiprocessor == 1) use = shared_use(chunks, p, whole);
   p.batch = use.batch;
   p.rotate_warps = std::min(p.slices * p.row_groups, p.rows * chunks);
   p.inbox_floats = use.inbox_floats;
@@ -115,13 +115,14 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
 
 // Cycles of a launch, roughly; what the partitions differ in.
 double cost(const LaunchPlan& p, const TiledFormat& t, std::int64_t k, const DeviceProperties& device) {
-  const int tiles = block_tiles(p.field, p.regular);
+  const int tiles = block_tiles(p.field, p.paired());
   const int warps = p.slices * p.row_groups;
-  // Main loop: shared-memory cycles of an MMA step (16 x 16 weights) and a row tile; global memory brings 18 bytes a cycle.
+  // Main loop: cycles of the load unit for an MMA step (16 x 16 weights): look-ups, x, and 8 for 16 bytes a lane of
+  // weights; a warp alone waits for latencies.
   const double lookups = p.field.weights == 1 ? 8 : 4;
-  const double x = std::max(1, p.rows / 2) * 0.5 / tiles;
-  const double bytes = p.field.unit_words() * 16.0;
-  const double step = std::max(warps * std::max(1.3 * (lookups + x), bytes / 18), 40.0);
+  const double x = p.paired() || !p.regular ? 2.0 * p.token_tiles / tiles : 0;
+  const double weights = p.field.unit_words() / 4.0;
+  const double step = std::max(1.2 * warps * p.per_multiprocessor * (lookups + x + weights), 40.0);
   const double main = step * 8 * p.units * tiles * p.rounds;
   // Rotation: a chunk is latency, and 2 KB from the L2 cache.
   const double chunks = chunks_of(warp_slices(p, t), k, p.slices) * p.rows;
@@ -153,15 +154,17 @@ void check_problem(const LinearProblem& p) {
 
 // The cheapest partition; fewer rows of x, or several launches, where even one slice per CTA does not fit.
 LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const TiledFormat& t,
-                          const std::vector<std::int64_t>& blocks, const DeviceProperties& device) {
+                          const DeviceProperties& device) {
   const LayerFormat& format = problem.matrices[0];
   const int max_cluster = device.has_clusters() ? kMaxCluster : 1;
-  const int least_units = p.regular ? iteration_units(p.field, true) : t.units_per_slice;
-  const std::int64_t most_units = p.regular ? std::gcd(format.k, format.group) / kUnitColumns : t.units_per_slice;
   const int only_cluster = env("HIGGS_C", 0);
   const int only_units = env("HIGGS_U", 0);
   for (p.rows = static_cast<int>(problem.m); p.rows > 0; p.rows /= 2) {
     p.token_tiles = p.rows > 8 ? 2 : 1;
+    const int least_units = p.paired() ? iteration_units(p.field, true) : t.units_per_slice;
+    const std::int64_t most_units = p.paired() ? std::gcd(format.k, format.group) / kUnitColumns : t.units_per_slice;
+    std::vector<std::int64_t> blocks;
+    for (const LayerFormat& f : problem.matrices) blocks.push_back(row_blocks(p, tiled_format(f)));
     for (int launches = 1; launches <= t.slices * t.units_per_slice / least_units; ++launches) {
       double least = 0;
       LaunchPlan best;
@@ -170,12 +173,16 @@ LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const Tile
         if (only_units != 0 && units != only_units) continue;
         for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
           if (only_cluster != 0 && cluster != only_cluster) continue;
-          LaunchPlan candidate = p;
-          if (!partition(candidate, format, t, blocks, units, cluster, launches, device)) continue;
-          const double c = cost(candidate, t, format.k, device);
-          if (least == 0 || c < least) {
-            least = c;
-            best = candidate;
+          for (const int per_multiprocessor : {1, 2}) {
+            if (env("HIGGS_CTAS", 0) != 0 && env("HIGGS_CTAS", 0) != per_multiprocessor) continue;
+            LaunchPlan candidate = p;
+            candidate.per_multiprocessor = per_multiprocessor;
+            if (!partition(candidate, format, t, blocks, units, cluster, launches, device)) continue;
+            const double c = cost(candidate, t, format.k, device);
+            if (least == 0 || c < least) {
+              least = c;
+              best = candidate;
+            }
           }
         }
       }
@@ -199,7 +206,7 @@ TiledFormat warp_slices(const LaunchPlan& plan, TiledFormat t) {
 }
 
 std::int64_t row_blocks(const LaunchPlan& plan, const TiledFormat& tiled) noexcept {
-  return ceil_div<std::int64_t>(tiled.row_tiles, block_tiles(plan.field, plan.regular));
+  return ceil_div<std::int64_t>(tiled.row_tiles, block_tiles(plan.field, plan.paired()));
 }
 
 bool can_share_launch(const LayerFormat& a, const LayerFormat& b) {
@@ -214,10 +221,7 @@ LaunchPlan plan(const LinearProblem& problem, const DeviceProperties& device) {
   p.field = t.field;
   p.dtype = problem.dtype;
   p.regular = t.regular(problem.matrices[0]);
-  p.token_tiles = 1;
-  std::vector<std::int64_t> blocks;
-  for (const LayerFormat& f : problem.matrices) blocks.push_back(row_blocks(p, tiled_format(f)));
-  return best_partition(p, problem, t, blocks, device);
+  return best_partition(p, problem, t, device);
 }
 
 std::string LaunchPlan::to_string() const {

@@ -39,13 +39,6 @@ __device__ __forceinline__ void load_if(bool valid, const uint2* p, uint2& out) 
       : "memory");
 }
 
-// Brings `bytes` bytes (a multiple of 16) to the L2 cache.
-__device__ __forceinline__ void prefetch_l2(const void* p, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
-}
-
 // Programmatic dependent launch: let the next kernel start its prologue / wait for the results of the previous one.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

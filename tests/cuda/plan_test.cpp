@@ -46,7 +46,7 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
     EXPECT_GE(p.parts[i].clusters, 1);
     next += p.parts[i].clusters;
     const std::int64_t blocks = row_blocks(p, tiled_format(matrices[i]));
-    EXPECT_GE(blocks * block_tiles(p.field, p.regular) * kTileRows, matrices[i].n);
+    EXPECT_GE(blocks * block_tiles(p.field, p.paired()) * kTileRows, matrices[i].n);
     EXPECT_GE(std::int64_t{p.rounds} * p.parts[i].clusters * p.row_groups, blocks);
   }
   EXPECT_LE(p.ctas(), std::max(d.multiprocessors, p.cluster * static_cast<int>(matrices.size())));

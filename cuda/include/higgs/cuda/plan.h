@@ -17,19 +17,19 @@ inline constexpr int kMaxParts = 4;        // weight matrices that share x in on
 
 inline constexpr int kMaxThreads = 256;    // of a CTA of the decode kernel: up to 128 registers each, two fit
 
-// What a warp multiplies in one iteration of the main loop: `iteration_units` units of `block_tiles` row tiles. Fragments
-// of x serve all row tiles; the words of an iteration stay in registers.
-constexpr int block_tiles(FieldShape s, bool regular) noexcept {
-  return regular && s.unit_words() % 2 == 0 && s.unit_words() * s.max_units() % 4 == 0 ? 2 : 1;
+// What a warp multiplies in one iteration of the main loop: `iteration_units` units of `block_tiles` row tiles. Paired
+// (LaunchPlan::paired): two row tiles where the layout allows it, as each fragment of x is a shared-memory load.
+constexpr int block_tiles(FieldShape s, bool paired) noexcept {
+  return paired && s.unit_words() % 2 == 0 && s.unit_words() * s.max_units() % 4 == 0 ? 2 : 1;
 }
-constexpr int iteration_units(FieldShape s, bool regular) noexcept {
-  if (block_tiles(s, regular) == 1) return s.max_units();
+constexpr int iteration_units(FieldShape s, bool paired) noexcept {
+  if (block_tiles(s, paired) == 1) return s.max_units();
   return s.unit_words() <= 4 ? 4 : s.unit_words() <= 8 ? 2 : 1;
 }
 
 // 16-byte loads of a lane per iteration and row tile.
-constexpr int iteration_loads(FieldShape s, bool regular) noexcept {
-  return (iteration_units(s, regular) * s.unit_words() + 3) / 4;
+constexpr int iteration_loads(FieldShape s, bool paired) noexcept {
+  return (iteration_units(s, paired) * s.unit_words() + 3) / 4;
 }
 
 struct LinearProblem {
@@ -51,10 +51,11 @@ struct LaunchPlan {
   DType dtype = DType::f16;
   int token_tiles = 1;   // 8 rows of x each: 1 or 2
   bool regular = false;  // all slices full and inside one scale group: the instance without tail code
-  int units = 0;         // of a warp's slice; regular plans divide k as they like, others as the layout does
+  int units = 0;         // of a warp's slice: as in the layout, or a multiple of iteration_units
   int slices = 0;        // per CTA
   int row_groups = 0;    // row blocks in flight per CTA
   int cluster = 1;
+  int per_multiprocessor = 1;  // CTAs of this launch
   int k_launches = 1;    // > 1: k is too long for one cluster; partial sums go through the workspace
   int rounds = 0;        // row blocks per warp
   int batch = 0;         // rounds between two reductions
@@ -64,6 +65,8 @@ struct LaunchPlan {
   int shared_bytes = 0;
   std::vector<PartPlan> parts;
 
+  // Whether x fragments come from shared memory for several row tiles at once: they do not fit in registers.
+  [[nodiscard]] bool paired() const noexcept { return regular && token_tiles == 2; }
   [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
   [[nodiscard]] int ctas() const noexcept {
     return parts.empty() ? 0 : cluster * (parts.back().first_cluster + parts.back().clusters);
