@@ -51,12 +51,13 @@ struct GemvConfig {
   static constexpr bool kRegular = Regular_;
   static constexpr int kUnitWords = Decoder::kShape.unit_words();
   static constexpr bool kPaired = Regular_ && TokenTiles_ == 2;
-  static constexpr bool kXInRegisters = Regular_ && TokenTiles_ == 1;
   static constexpr int kUnits = iteration_units(Decoder::kShape, kPaired);
   static constexpr int kTiles = block_tiles(Decoder::kShape, kPaired);
   static constexpr int kLoads = iteration_loads(Decoder::kShape, kPaired);  // per row tile
-  // Loads in flight per row tile. Half a slice where a slice has 8 loads and x takes 64 registers: more would spill.
-  static constexpr int kWindow = kXInRegisters && kUnits == 4 && kLoads > 4 && kLoads % 2 == 0 ? kLoads / 2 : kLoads;
+  // Loads in flight per row tile, and whether the x fragments of a slice stay in registers, as far as those suffice.
+  static constexpr bool kHalfWindow = Regular_ && TokenTiles_ == 1 && kUnits == 4 && kLoads > 4 && kLoads % 2 == 0;
+  static constexpr int kWindow = kHalfWindow ? kLoads / 2 : kLoads;
+  static constexpr bool kXInRegisters = Regular_ && TokenTiles_ == 1 && 16 * kUnits + 4 * kWindow <= 80;
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
   static_assert(TokenTiles_ == 1 || TokenTiles_ == 2);
@@ -248,7 +249,7 @@ struct RotateRole {
       wait_for_primary();
       uint2 raw[8];
       rotation.load_x(static_cast<const T*>(p.x) + static_cast<long long>(r) * p.k + column, count, lane, raw);
-      rotation.rotate(raw, d, xs + r * xs_stride(chunks) + c * kChunk, lane);
+      rotation.rotate(raw, d, xs + r * xs_stride(p.chunks) + c * kChunk, lane);
       r += row_step;
       if (r >= p.m) {
         r = row;
@@ -349,9 +350,7 @@ struct Reduction {
   float4* partials;   // [round][row group][slice][m][kPartialStride / 4]
   float4* inbox;      // [rank][quads this CTA owns]: sums of the CTAs
   uint64_t* barrier;  // counts the bytes that arrived in the inbox
-  uint32_t rank;
   int first_block;
-  int block_stride;
 };
 
 // Four consecutive rows of y.
@@ -395,7 +394,7 @@ __device__ __forceinline__ void reduce_and_store(const GemvParams& p, const Gemv
   const int quads = rounds * p.cta_row_groups * p.m * kQuads;  // [round][row group][x row][4 rows]
   const int turns = (quads + kLanes - 1) / kLanes;
   const int owned = small_divide(turns + p.cluster - 1, p.cluster) * kLanes;  // at most, by one CTA
-  const int rank = static_cast<int>(r.rank);
+  const int rank = p.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
   const float4* from = r.partials;
   int terms = p.cta_slices;
   int count = quads;
@@ -416,7 +415,7 @@ __device__ __forceinline__ void reduce_and_store(const GemvParams& p, const Gemv
       for (int s = 0; s < terms; ++s) sums = add(sums, from[at + s * step]);
       if (last) {
         const int round = small_divide(slot, p.cta_row_groups);
-        const int block = r.first_block + round * r.block_stride + slot - round * p.cta_row_groups;
+        const int block = r.first_block + round * part.clusters * p.cta_row_groups + slot - round * p.cta_row_groups;
         store_outputs<typename Config::T>(p, part, sums, block * Config::kRows + i % kQuads * 4, token);
       } else {
         const int turn = small_divide(i / kLanes, p.cluster);
@@ -533,12 +532,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
 #pragma unroll
   for (int t = 0; t < Config::kTokenTiles; ++t) {
     // Rows beyond m: the sums of any other row do.
-    x.from[t] = xs + min(t * 8 + lane / 4, p.m - 1) * xs_stride(rotate.chunks) +
+    x.from[t] = xs + min(t * 8 + lane / 4, p.m - 1) * xs_stride(p.chunks) +
                 role.slice * p.units_per_slice * kUnitColumns - rotate.chunk0 * kChunk + lane % 4 * 8;
   }
   if (role.units > 0) x.hold();
-  auto* partials = reinterpret_cast<float*>(xs + p.m * xs_stride(rotate.chunks));
-  const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, rank, first_block, stride};
+  auto* partials = reinterpret_cast<float*>(xs + p.m * xs_stride(p.chunks));
+  const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
   const uint32_t offset = Decoder::lane_offset(lane);
   uint32_t parity = 0;
   for (int round = 0; round < part.rounds; round += p.batch, parity ^= 1) {

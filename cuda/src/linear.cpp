@@ -91,6 +91,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.cta_slices = static_cast<std::uint8_t>(plan.slices);
   p.cta_row_groups = static_cast<std::uint8_t>(plan.row_groups);
   p.batch = static_cast<std::uint8_t>(plan.batch);
+  p.chunks = static_cast<std::uint8_t>(plan.chunks);
   p.rotate_warps = static_cast<std::uint8_t>(plan.rotate_warps);
   for (std::size_t i = 0; i < parts.size(); ++i) {
     const LinearPart& from = parts[i];

@@ -41,12 +41,12 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
   return static_cast<int>(chunks);
 }
 
-SharedUse shared_use(int chunks, const LaunchPlan& p, int budget) {
+SharedUse shared_use(const LaunchPlan& p, int budget) {
   SharedUse use;
   const int rows = kTileRows * block_tiles(p.field, p.paired());  // of a row block
   const int partials = p.slices * p.row_groups * p.rows * (rows + 4) * 4;  // of one round
   const int outputs = p.row_groups * p.rows * rows;
-  const int xs = p.rows * (chunks * kChunkColumns + 32) * 2;
+  const int xs = p.rows * (p.chunks * kChunkColumns + 32) * 2;
   for (use.batch = std::min(p.rounds, kMaxBatch); use.batch > 0; --use.batch) {
     // A cluster's inbox: a sum of every CTA for the outputs this CTA owns, 4 for each of 32 threads in turn.
     use.inbox_floats = p.cluster == 1 ? 0 : ceil_div(use.batch * outputs, 128 * p.cluster) * 128 * p.cluster;
@@ -101,20 +101,20 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
   p.row_groups =
       static_cast<int>(std::clamp<std::int64_t>(ceil_div<std::int64_t>(all, clusters), 1, max_warps / p.slices));
   split_clusters(p, blocks, clusters);
-  const int chunks = chunks_of(t, f.k, p.slices);
+  p.chunks = chunks_of(t, f.k, p.slices);
   const int whole = device.shared_bytes_per_block - kTableBytes;
   const int half = (device.shared_bytes_per_block - kReservedShared) / 2 - kTableBytes;
-  SharedUse use = shared_use(chunks, p, half);
-  if (use.bytes == 0 && p.per_multiprocessor == 1) use = shared_use(chunks, p, whole);
+  SharedUse use = shared_use(p, half);
+  if (use.bytes == 0 && p.per_multiprocessor == 1) use = shared_use(p, whole);
   p.batch = use.batch;
-  p.rotate_warps = std::min(p.slices * p.row_groups, p.rows * chunks);
+  p.rotate_warps = std::min(p.slices * p.row_groups, p.rows * p.chunks);
   p.inbox_floats = use.inbox_floats;
   p.shared_bytes = kTableBytes + use.bytes;
   return use.bytes > 0;
 }
 
 // Cycles of a launch, roughly; what the partitions differ in.
-double cost(const LaunchPlan& p, const TiledFormat& t, std::int64_t k, const DeviceProperties& device) {
+double cost(const LaunchPlan& p, const DeviceProperties& device) {
   const int tiles = block_tiles(p.field, p.paired());
   const int warps = p.slices * p.row_groups;
   // Main loop: cycles of the load unit for an MMA step (16 x 16 weights): look-ups, x, and 8 for 16 bytes a lane of
@@ -125,7 +125,7 @@ double cost(const LaunchPlan& p, const TiledFormat& t, std::int64_t k, const Dev
   const double step = std::max(1.2 * warps * p.per_multiprocessor * (lookups + x + weights), 40.0);
   const double main = step * 8 * p.units * tiles * p.rounds;
   // Rotation: a chunk is latency, and 2 KB from the L2 cache.
-  const double chunks = chunks_of(warp_slices(p, t), k, p.slices) * p.rows;
+  const double chunks = p.chunks * p.rows;
   const double rotation = 500 * std::ceil(chunks / warps) + chunks * 64;
   // Partial sums go through shared memory; each batch waits for its slowest warp.
   const double sums = warps * tiles * p.rows * p.rounds * (p.cluster > 1 ? 2.0 : 1.0);
@@ -178,7 +178,7 @@ LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const Tile
             LaunchPlan candidate = p;
             candidate.per_multiprocessor = per_multiprocessor;
             if (!partition(candidate, format, t, blocks, units, cluster, launches, device)) continue;
-            const double c = cost(candidate, t, format.k, device);
+            const double c = cost(candidate, device);
             if (least == 0 || c < least) {
               least = c;
               best = candidate;

@@ -60,6 +60,7 @@ struct LaunchPlan {
   int rounds = 0;        // row blocks per warp
   int batch = 0;         // rounds between two reductions
   int rotate_warps = 0;  // warps that rotate x
+  int chunks = 0;        // of 1024 columns: what a CTA rotates of a row of x, at most
   int rows = 0;          // rows of x per launch
   int inbox_floats = 0;  // per CTA, for sums of the other CTAs of the cluster
   int shared_bytes = 0;
