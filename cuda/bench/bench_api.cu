@@ -51,14 +51,7 @@ __global__ void __launch_bounds__(512) read_kernel(const uint4* p, long long cou
 
 }  // namespace
 
-#ifdef HIGGS_TRACE
-extern long long* higgs_trace_next;
-#endif
 extern "C" {
-#ifdef HIGGS_TRACE
-void higgs_trace(long long* p) { higgs_trace_next = p; }
-#endif
-
 const char* higgs_last_error() { return last_error.c_str(); }
 
 // Bytes of the stored indices, the scales, the tiled buffer and the weights within it.

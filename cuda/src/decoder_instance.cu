@@ -9,18 +9,22 @@ namespace {
 
 using D = HIGGS_DECODER;
 
-template <typename T, int TokenTiles>
+template <typename T, int TokenTiles, Loop kLoop>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
-  if (plan.regular) {
-    launch_gemv<gemv_kernel<GemvConfig<D, T, TokenTiles, true>>>(params, plan, stream);
-  } else {
-    launch_gemv<gemv_kernel<GemvConfig<D, T, TokenTiles, false>>>(params, plan, stream);
-  }
+  launch_gemv<gemv_kernel<GemvConfig<D, T, TokenTiles, kLoop>>>(params, plan, stream);
 }
 
 template <typename T>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
-  plan.token_tiles == 1 ? gemv<T, 1>(plan, params, stream) : gemv<T, 2>(plan, params, stream);
+  if (plan.paired) {
+    plan.token_tiles == 1 ? gemv<T, 1, Loop::paired>(plan, params, stream)
+                          : gemv<T, 2, Loop::paired>(plan, params, stream);
+  } else if (plan.regular) {
+    gemv<T, 1, Loop::held>(plan, params, stream);
+  } else {
+    plan.token_tiles == 1 ? gemv<T, 1, Loop::general>(plan, params, stream)
+                          : gemv<T, 2, Loop::general>(plan, params, stream);
+  }
 }
 
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {

@@ -38,7 +38,9 @@
 
 namespace higgs::cuda {
 
-template <typename Decoder_, typename T_, int TokenTiles_, bool Regular_>
+enum class Loop { general, held, paired };
+
+template <typename Decoder_, typename T_, int TokenTiles_, Loop kLoop>
 struct GemvConfig {
   using Decoder = Decoder_;
   using T = T_;
@@ -48,19 +50,19 @@ struct GemvConfig {
       kTiledAlignment;
   static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableBytes;
   static constexpr int kScalesOffset = 2 * kTableBytes;
-  static constexpr bool kRegular = Regular_;
+  static constexpr bool kRegular = kLoop != Loop::general;
   static constexpr int kUnitWords = Decoder::kShape.unit_words();
-  static constexpr bool kPaired = Regular_ && TokenTiles_ == 2;
+  static constexpr bool kPaired = kLoop == Loop::paired;
+  static constexpr int kMaxThreads = kLoop == Loop::held ? 512 : 256;
   static constexpr int kUnits = iteration_units(Decoder::kShape, kPaired);
   static constexpr int kTiles = block_tiles(Decoder::kShape, kPaired);
   static constexpr int kLoads = iteration_loads(Decoder::kShape, kPaired);  // per row tile
-  // Loads in flight per row tile, and whether the x fragments of a slice stay in registers, as far as those suffice.
-  static constexpr bool kHalfWindow = Regular_ && TokenTiles_ == 1 && kUnits == 4 && kLoads > 4 && kLoads % 2 == 0;
-  static constexpr int kWindow = kHalfWindow ? kLoads / 2 : kLoads;
-  static constexpr bool kXInRegisters = Regular_ && TokenTiles_ == 1 && 16 * kUnits + 4 * kWindow <= 80;
+  static constexpr bool kXInRegisters = kLoop == Loop::held;
+  // Loads in flight per row tile. Half a slice where x takes 64 registers: more would spill.
+  static constexpr int kWindow = kXInRegisters && kUnits == 4 && kLoads > 4 && kLoads % 2 == 0 ? kLoads / 2 : kLoads;
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
-  static_assert(TokenTiles_ == 1 || TokenTiles_ == 2);
+  static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && !kXInRegisters));
   static_assert(sizeof(T_) == 2);
   static_assert(Decoder::kTableBytes == 65536);
 };
@@ -339,9 +341,7 @@ __device__ __forceinline__ void multiply(WordStream<Config>& words, const uint8_
 #pragma unroll
       for (int r = 0; r < Config::kTiles; ++r) words.replace(r, i, next, role);
     }
-#ifdef HIGGS_SYNC
-    __syncwarp();
-#endif
+    __syncwarp();  // keeps the loads here: left alone, the assembler gathers them at the end of the iteration
   }
 }
 
@@ -433,23 +433,12 @@ __device__ __forceinline__ void reduce_and_store(const GemvParams& p, const Gemv
   }
 }
 
-#ifdef HIGGS_TRACE
-#define TRACE(i) \
-  if (threadIdx.x == 0) p.trace[blockIdx.x * 8 + i] = clock64()
-#else
-#define TRACE(i)
-#endif
-
 template <typename Config>
-__global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_constant__ GemvParams p) {
+__global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads) gemv_kernel(const __grid_constant__ GemvParams p) {
   using T = typename Config::T;
   using Decoder = typename Config::Decoder;
   extern __shared__ __align__(1024) uint8_t shared[];
   launch_dependents();
-  TRACE(0);
-#ifdef HIGGS_TRACE
-  if (threadIdx.x == 0) { uint32_t sm; asm volatile("mov.u32 %0, %%smid;" : "=r"(sm)); p.trace[blockIdx.x * 8 + 7] = sm; }
-#endif
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0;
@@ -518,14 +507,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
   }
   const RotateRole<T> rotate(p, first_slice, warp, lane);
   table.store(shared);
-  TRACE(1);
-#ifdef HIGGS_TRACE
-  wait_for_primary();
-#endif
-  TRACE(2);
   rotate.run(p, xs, lane);
   __syncthreads();
-  TRACE(3);
   if (p.cluster > 1) cluster_wait();  // the other CTAs have started: their inboxes may be written
 
   XFragments<Config> x;
@@ -573,7 +556,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
     }
     Reduction batch = reduction;
     batch.first_block += round * stride;
-    TRACE(4);
     reduce_and_store<Config>(p, part, batch, rounds, parity);
     if (round + p.batch < part.rounds) {  // everybody is done with the sums of this batch
       if (p.cluster > 1) {
@@ -584,7 +566,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gemv_kernel(const __grid_const
       }
     }
   }
-  TRACE(5);
 }
 
 }  // namespace higgs::cuda

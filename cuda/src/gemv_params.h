@@ -48,9 +48,6 @@ struct GemvParams {
   std::uint8_t chunks = 0;                 // of x in shared memory, at most
   bool add_partial = false;    // not the first k launch
   bool store_partial = false;  // not the last k launch
-#ifdef HIGGS_TRACE
-  long long* trace = nullptr;
-#endif
   GemvPart parts[kMaxParts];
 };
 

@@ -10,10 +10,6 @@
 #include "higgs/cuda/plan.h"
 #include "launch.h"
 
-#ifdef HIGGS_TRACE
-long long* higgs_trace_next = nullptr;
-#endif
-
 namespace higgs::cuda {
 
 namespace {
@@ -81,7 +77,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.inbox_floats = plan.inbox_floats;
   p.row_groups_of_scales = static_cast<std::uint16_t>(t.row_groups);
   p.norm = remaining_norm(f.block);
-  p.iterations = static_cast<std::uint8_t>(plan.paired() ? t.units_per_slice / iteration_units(t.field, true) : 1);
+  p.iterations = static_cast<std::uint8_t>(plan.paired ? t.units_per_slice / iteration_units(t.field, true) : 1);
   p.slices = static_cast<std::uint16_t>(t.slices);
   p.block = static_cast<std::uint16_t>(f.block);
   p.part_count = static_cast<std::uint8_t>(parts.size());
@@ -105,9 +101,9 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
     part.first_cluster = plan.parts[i].first_cluster;
     part.clusters = plan.parts[i].clusters;
     const int per_round = part.clusters * plan.row_groups;
-    part.to_next_block = std::int64_t{per_round} * block_tiles(t.field, plan.paired()) * t.tile_bytes -
-                         p.iterations * iteration_loads(t.field, plan.paired()) * 16 * kLanes;
-    part.scales_step = static_cast<int>(per_round * block_tiles(t.field, plan.paired()) * t.row_groups * kTileRows);
+    part.to_next_block = std::int64_t{per_round} * block_tiles(t.field, plan.paired) * t.tile_bytes -
+                         p.iterations * iteration_loads(t.field, plan.paired) * 16 * kLanes;
+    part.scales_step = static_cast<int>(per_round * block_tiles(t.field, plan.paired) * t.row_groups * kTileRows);
     const std::int64_t blocks = row_blocks(plan, layout);
     part.rounds = static_cast<int>((blocks + per_round - 1) / per_round);
     part.partial = workspace;
@@ -148,10 +144,6 @@ void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::spa
         params.first_slice = static_cast<std::uint16_t>(i * part_plan.cluster * part_plan.slices);
         params.add_partial = i > 0;
         params.store_partial = i + 1 < part_plan.k_launches;
-#ifdef HIGGS_TRACE
-        params.trace = higgs_trace_next;
-        higgs_trace_next += 512 * 8;
-#endif
         ops.gemv(part_plan, params, stream);
       }
     }

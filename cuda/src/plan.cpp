@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <numeric>
 #include <string>
 
@@ -43,7 +42,7 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
 
 SharedUse shared_use(const LaunchPlan& p, int budget) {
   SharedUse use;
-  const int rows = kTileRows * block_tiles(p.field, p.paired());  // of a row block
+  const int rows = kTileRows * block_tiles(p.field, p.paired);  // of a row block
   const int partials = p.slices * p.row_groups * p.rows * (rows + 4) * 4;  // of one round
   const int outputs = p.row_groups * p.rows * rows;
   const int xs = p.rows * (p.chunks * kChunkColumns + 32) * 2;
@@ -54,11 +53,6 @@ SharedUse shared_use(const LaunchPlan& p, int budget) {
     if (use.bytes <= budget) return use;
   }
   return {};
-}
-
-int env(const char* name, int otherwise) {
-  const char* v = std::getenv(name);
-  return v == nullptr ? otherwise : std::atoi(v);
 }
 
 // Splits the clusters among the matrices (numbers of row blocks) so that as few rounds as possible do, and all have one.
@@ -81,21 +75,21 @@ void split_clusters(LaunchPlan& p, const std::vector<std::int64_t>& blocks, int 
     p.parts.push_back({next, static_cast<int>(wanted(b))});
     next += p.parts.back().clusters;
   }
-  if (env("HIGGS_FULL", 1)) p.parts.back().clusters += std::max(0, clusters - next);
+  p.parts.back().clusters += std::max(0, clusters - next);
 }
 
 // Fills in the partition that cuts k into slices of `units` units and these into k_launches x cluster pieces. False if
 // it does not fit.
 bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, const std::vector<std::int64_t>& blocks,
                int units, int cluster, int k_launches, const DeviceProperties& device) {
-  const int max_warps = env("HIGGS_WARPS", kMaxThreads / 32);
+  const int max_warps = p.max_threads() / 32;
   p.units = units;
   const TiledFormat t = warp_slices(p, stored);
   p.slices = ceil_div(t.slices, cluster * k_launches);
   if (p.slices > max_warps) return false;
   p.cluster = ceil_div(ceil_div(t.slices, k_launches), p.slices);
   p.k_launches = ceil_div(t.slices, p.slices * p.cluster);
-  const int clusters = device.max_clusters(p.cluster) * p.per_multiprocessor;
+  const int clusters = device.max_clusters(p.cluster);
   std::int64_t all = 0;
   for (const std::int64_t b : blocks) all += b;
   p.row_groups =
@@ -105,7 +99,7 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
   const int whole = device.shared_bytes_per_block - kTableBytes;
   const int half = (device.shared_bytes_per_block - kReservedShared) / 2 - kTableBytes;
   SharedUse use = shared_use(p, half);
-  if (use.bytes == 0 && p.per_multiprocessor == 1) use = shared_use(p, whole);
+  if (use.bytes == 0) use = shared_use(p, whole);
   p.batch = use.batch;
   p.rotate_warps = std::min(p.slices * p.row_groups, p.rows * p.chunks);
   p.inbox_floats = use.inbox_floats;
@@ -115,23 +109,23 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
 
 // Cycles of a launch, roughly; what the partitions differ in.
 double cost(const LaunchPlan& p, const DeviceProperties& device) {
-  const int tiles = block_tiles(p.field, p.paired());
+  const int tiles = block_tiles(p.field, p.paired);
   const int warps = p.slices * p.row_groups;
   // Main loop: cycles of the load unit for an MMA step (16 x 16 weights): look-ups, x, and 8 for 16 bytes a lane of
   // weights; a warp alone waits for latencies.
   const double lookups = p.field.weights == 1 ? 8 : 4;
-  const double x = p.paired() || !p.regular ? 2.0 * p.token_tiles / tiles : 0;
+  const double x = p.paired || !p.regular ? 2.0 * p.token_tiles / tiles : 0;
   const double weights = p.field.unit_words() / 4.0;
-  const double step = std::max(1.2 * warps * p.per_multiprocessor * (lookups + x + weights), 40.0);
+  const double step = std::max(1.2 * warps * (lookups + x + weights), 60.0);
   const double main = step * 8 * p.units * tiles * p.rounds;
   // Rotation: a chunk is latency, and 2 KB from the L2 cache.
   const double chunks = p.chunks * p.rows;
   const double rotation = 500 * std::ceil(chunks / warps) + chunks * 64;
   // Partial sums go through shared memory; each batch waits for its slowest warp.
-  const double sums = warps * tiles * p.rows * p.rounds * (p.cluster > 1 ? 2.0 : 1.0);
+  const double sums = p.rounds * (250 + warps * tiles * p.rows * (p.cluster > 1 ? 2.0 : 1.0));
   const double batches = std::ceil(static_cast<double>(p.rounds) / p.batch) * (p.cluster > 1 ? 1000 : 500);
-  const bool alone = p.shared_bytes > (device.shared_bytes_per_block - kReservedShared) / 2;
-  return p.k_launches * (main + rotation + sums + batches + (alone ? 3000 : 0));
+  const bool alone = p.max_threads() > 256 || p.shared_bytes > (device.shared_bytes_per_block - kReservedShared) / 2;
+  return p.k_launches * (main + rotation + sums + batches + (alone ? 2000 : 0));
 }
 
 void check_problem(const LinearProblem& p) {
@@ -152,42 +146,51 @@ void check_problem(const LinearProblem& p) {
   }
 }
 
-// The cheapest partition; fewer rows of x, or several launches, where even one slice per CTA does not fit.
+// The cheapest partition of the launches' kind (rows, paired) into `launches` launches; cost 0 if none fits.
+double best_of_kind(LaunchPlan& p, const LinearProblem& problem, const TiledFormat& t, int launches,
+                    const DeviceProperties& device) {
+  const LayerFormat& format = problem.matrices[0];
+  const std::int64_t step = p.paired ? iteration_units(p.field, true) : t.units_per_slice;
+  const std::int64_t most = p.paired ? std::gcd(format.k, format.group) / kUnitColumns : t.units_per_slice;
+  std::vector<std::int64_t> blocks;
+  for (const LayerFormat& f : problem.matrices) blocks.push_back(row_blocks(p, tiled_format(f)));
+  const int max_cluster = device.has_clusters() ? kMaxCluster : 1;
+  double least = 0;
+  LaunchPlan best;
+  for (std::int64_t units = step; units <= most; units += step) {
+    if (most % units != 0) continue;
+    // Paired CTAs in clusters: alone, two of a launch may come to share a multiprocessor while others have none.
+    for (int cluster = p.paired ? std::min(2, max_cluster) : 1; cluster <= max_cluster; cluster *= 2) {
+      LaunchPlan candidate = p;
+      if (!partition(candidate, format, t, blocks, static_cast<int>(units), cluster, launches, device)) continue;
+      const double c = cost(candidate, device);
+      if (least == 0 || c < least) {
+        least = c;
+        best = candidate;
+      }
+    }
+  }
+  if (least > 0) p = best;
+  return least;
+}
+
+// The cheapest partition; several launches, or fewer rows of x, where even one slice per CTA does not fit.
 LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const TiledFormat& t,
                           const DeviceProperties& device) {
-  const LayerFormat& format = problem.matrices[0];
-  const int max_cluster = device.has_clusters() ? kMaxCluster : 1;
-  const int only_cluster = env("HIGGS_C", 0);
-  const int only_units = env("HIGGS_U", 0);
   for (p.rows = static_cast<int>(problem.m); p.rows > 0; p.rows /= 2) {
     p.token_tiles = p.rows > 8 ? 2 : 1;
-    const int least_units = p.paired() ? iteration_units(p.field, true) : t.units_per_slice;
-    const std::int64_t most_units = p.paired() ? std::gcd(format.k, format.group) / kUnitColumns : t.units_per_slice;
-    std::vector<std::int64_t> blocks;
-    for (const LayerFormat& f : problem.matrices) blocks.push_back(row_blocks(p, tiled_format(f)));
-    for (int launches = 1; launches <= t.slices * t.units_per_slice / least_units; ++launches) {
-      double least = 0;
-      LaunchPlan best;
-      for (int units = least_units; units <= most_units; units += least_units) {
-        if (most_units % units != 0) continue;
-        if (only_units != 0 && units != only_units) continue;
-        for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
-          if (only_cluster != 0 && cluster != only_cluster) continue;
-          for (const int per_multiprocessor : {1, 2}) {
-            if (env("HIGGS_CTAS", 0) != 0 && env("HIGGS_CTAS", 0) != per_multiprocessor) continue;
-            LaunchPlan candidate = p;
-            candidate.per_multiprocessor = per_multiprocessor;
-            if (!partition(candidate, format, t, blocks, units, cluster, launches, device)) continue;
-            const double c = cost(candidate, device);
-            if (least == 0 || c < least) {
-              least = c;
-              best = candidate;
-            }
-          }
-        }
-      }
-      if (least > 0) return best;
+    LaunchPlan held = p;
+    p.paired = p.regular;
+    for (int launches = 1; launches <= t.slices * t.units_per_slice; ++launches) {
+      LaunchPlan paired = p;
+      const double cost_paired = best_of_kind(paired, problem, t, launches, device);
+      LaunchPlan other = held;
+      const double cost_held =
+          p.regular && p.token_tiles == 1 ? best_of_kind(other, problem, t, launches, device) : 0;
+      if (cost_held > 0 && (cost_paired == 0 || cost_held < cost_paired)) return other;
+      if (cost_paired > 0) return paired;
     }
+    p.paired = false;
   }
   throw Error(ErrorCode::unsupported, "linear: " + device.name + " has " +
                                           std::to_string(device.shared_bytes_per_block) +
@@ -206,7 +209,7 @@ TiledFormat warp_slices(const LaunchPlan& plan, TiledFormat t) {
 }
 
 std::int64_t row_blocks(const LaunchPlan& plan, const TiledFormat& tiled) noexcept {
-  return ceil_div<std::int64_t>(tiled.row_tiles, block_tiles(plan.field, plan.paired()));
+  return ceil_div<std::int64_t>(tiled.row_tiles, block_tiles(plan.field, plan.paired));
 }
 
 bool can_share_launch(const LayerFormat& a, const LayerFormat& b) {
@@ -229,6 +232,7 @@ std::string LaunchPlan::to_string() const {
   const auto add = [&](const char* name, int value) { s += std::string(" ") + name + "=" + std::to_string(value); };
   add("token_tiles", token_tiles);
   add("regular", regular ? 1 : 0);
+  add("paired", paired ? 1 : 0);
   add("units", units);
   add("ctas", ctas());
   add("threads", threads());

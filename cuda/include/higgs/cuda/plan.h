@@ -15,10 +15,9 @@ namespace higgs::cuda {
 inline constexpr int kMaxDecodeRows = 16;  // `linear` runs up to this many rows of x
 inline constexpr int kMaxParts = 4;        // weight matrices that share x in one launch
 
-inline constexpr int kMaxThreads = 256;    // of a CTA of the decode kernel: up to 128 registers each, two fit
 
 // What a warp multiplies in one iteration of the main loop: `iteration_units` units of `block_tiles` row tiles. Paired
-// (LaunchPlan::paired): two row tiles where the layout allows it, as each fragment of x is a shared-memory load.
+// (see LaunchPlan): two row tiles where the layout allows it.
 constexpr int block_tiles(FieldShape s, bool paired) noexcept {
   return paired && s.unit_words() % 2 == 0 && s.unit_words() * s.max_units() % 4 == 0 ? 2 : 1;
 }
@@ -50,12 +49,13 @@ struct LaunchPlan {
   FieldShape field;
   DType dtype = DType::f16;
   int token_tiles = 1;   // 8 rows of x each: 1 or 2
-  bool regular = false;  // all slices full and inside one scale group: the instance without tail code
+  bool regular = false;  // all slices full and inside one scale group: the instances without tail code
+  bool paired = false;   // regular, and fragments of x come from shared memory, each for two row tiles: m > 8, and small
+                         // layers, as the CTAs of the next kernel then find room beside these
   int units = 0;         // of a warp's slice: as in the layout, or a multiple of iteration_units
   int slices = 0;        // per CTA
   int row_groups = 0;    // row blocks in flight per CTA
   int cluster = 1;
-  int per_multiprocessor = 1;  // CTAs of this launch
   int k_launches = 1;    // > 1: k is too long for one cluster; partial sums go through the workspace
   int rounds = 0;        // row blocks per warp
   int batch = 0;         // rounds between two reductions
@@ -66,8 +66,8 @@ struct LaunchPlan {
   int shared_bytes = 0;
   std::vector<PartPlan> parts;
 
-  // Whether x fragments come from shared memory for several row tiles at once: they do not fit in registers.
-  [[nodiscard]] bool paired() const noexcept { return regular && token_tiles == 2; }
+  // Most threads of a CTA, with up to 128 registers each: all of a multiprocessor's where warps hold x fragments.
+  [[nodiscard]] int max_threads() const noexcept { return regular && !paired ? 512 : 256; }
   [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
   [[nodiscard]] int ctas() const noexcept {
     return parts.empty() ? 0 : cluster * (parts.back().first_cluster + parts.back().clusters);
