@@ -20,7 +20,7 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
     plan.token_tiles == 1 ? gemv<T, 1, Loop::paired>(plan, params, stream)
                           : gemv<T, 2, Loop::paired>(plan, params, stream);
   } else if (plan.regular) {
-    gemv<T, 1, Loop::held>(plan, params, stream);
+    if constexpr (holds_x(D::kShape)) gemv<T, 1, Loop::held>(plan, params, stream);
   } else {
     plan.token_tiles == 1 ? gemv<T, 1, Loop::general>(plan, params, stream)
                           : gemv<T, 2, Loop::general>(plan, params, stream);

@@ -11,68 +11,35 @@
 //   row block 0    warp 0    warp 1    ...              partial sums of one row block meet in shared memory, slice by
 //   row block 1    warp S    warp S+1  ...              slice and CTA by CTA: a fixed order
 //
-// The main loop has no barrier. It touches shared memory for table look-ups and for x, whose fragments serve kTiles row
-// tiles: weights go from global memory to registers in 16-byte loads, a register being reloaded with the next
-// iteration's words as soon as it has been consumed. Partial sums are reduced every `batch` row blocks.
+// The main loop has no barrier: weights go from global memory to registers in 16-byte loads, a register being reloaded
+// with the next words as soon as it has been consumed. Partial sums are reduced every `batch` row blocks. There are
+// three loops (gemv_config.cuh). All are bound by the load unit, which spends about a cycle on each 128 bytes of table,
+// x and (twice that) weights:
 //
-// Programmatic dependent launch. A CTA takes half the registers of a multiprocessor and, where x is small enough, half
-// its shared memory, but plan() launches one per multiprocessor: the next kernel's CTAs move in beside it, load their
-// table, d and first weights, and wait in griddepcontrol.wait for x.
+//   held     x fragments of the slice stay in registers: the fewest loads, but a CTA fills a multiprocessor
+//   paired   x fragments come from shared memory, each for two row tiles: for m > 8, and for small layers, as half a
+//            multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
+//            wait in griddepcontrol.wait for x
+//   general  slices that are not full, or several scale groups in one
+//
+// Before griddepcontrol.wait, while the previous kernel still runs: loads of table, d and first weights, table fill.
+// After it: rotation.
 //
 // Shared memory: Decoder::kTableBytes
 //   + 16 + 4 * inbox_floats          sums sent by the other CTAs of the cluster
 //   + m * xs_stride(chunks) * 2      rotated x
-//   + batch * warps * m * 4 * (16 * kTiles + 4)   partial sums: the rows of a row block and padding per x row
-//
-// Template values: Decoder of instances.h; T = __half, __nv_bfloat16; TokenTiles = 1 (m <= 8) or 2 (m <= 16); Regular:
-// every slice is full and inside one scale group.
+//   + batch * warps * m * 4 * kPartialStride   partial sums of a row block
 #pragma once
 
-#include <type_traits>
-
 #include "decode.cuh"
+#include "gemv_config.cuh"
 #include "gemv_params.h"
+#include "gemv_reduce.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
 #include "rotate_x.cuh"
 
 namespace higgs::cuda {
-
-enum class Loop { general, held, paired };
-
-template <typename Decoder_, typename T_, int TokenTiles_, Loop kLoop>
-struct GemvConfig {
-  using Decoder = Decoder_;
-  using T = T_;
-  static constexpr int kTokenTiles = TokenTiles_;
-  static constexpr int kTableBytes =  // tables in the tiled buffer: fp16, then bf16, then the scales
-      (Decoder::kShape.entries() * Decoder::kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
-      kTiledAlignment;
-  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableBytes;
-  static constexpr int kScalesOffset = 2 * kTableBytes;
-  static constexpr bool kRegular = kLoop != Loop::general;
-  static constexpr int kUnitWords = Decoder::kShape.unit_words();
-  static constexpr bool kPaired = kLoop == Loop::paired;
-  static constexpr int kMaxThreads = kLoop == Loop::held ? 512 : 256;
-  static constexpr int kUnits = iteration_units(Decoder::kShape, kPaired);
-  static constexpr int kTiles = block_tiles(Decoder::kShape, kPaired);
-  static constexpr int kLoads = iteration_loads(Decoder::kShape, kPaired);  // per row tile
-  static constexpr bool kXInRegisters = kLoop == Loop::held;
-  // Loads in flight per row tile. Half a slice where x takes 64 registers: more would spill.
-  static constexpr int kWindow = kXInRegisters && kUnits == 4 && kLoads > 4 && kLoads % 2 == 0 ? kLoads / 2 : kLoads;
-  static constexpr int kRows = kTiles * kTileRows;
-  static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
-  static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && !kXInRegisters));
-  static_assert(sizeof(T_) == 2);
-  static_assert(Decoder::kTableBytes == 65536);
-};
-
-// a / b for 0 <= a < 2^16 and small b, without the integer division sequence.
-__device__ __forceinline__ int small_divide(int a, int b) {
-  return __float2int_rd((static_cast<float>(a) + 0.5f) * __frcp_rn(static_cast<float>(b)));
-}
-
-__device__ __forceinline__ float4 add(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
 // What a warp works on, the same for all its row blocks.
 struct WarpRole {
@@ -106,7 +73,8 @@ __device__ __forceinline__ WarpRole make_role(const GemvParams& p, int slice, in
   return role;
 }
 
-// The row blocks of a warp. Where a row block has no second row tile the first is read twice; those sums are not stored.
+// The row blocks of a warp. Where a row block has no second row tile the first is read twice; those sums are not
+// stored.
 struct RowBlocks {
   int count;  // 0 if the warp has no columns
   bool odd;   // the last one has no second row tile
@@ -196,18 +164,18 @@ struct WordStream {
 // The B fragments of two steps each: of a whole slice in registers, or from shared memory as they are needed.
 template <typename Config>
 struct XFragments {
-  static constexpr int kHeld = Config::kXInRegisters ? Config::kUnits * kSteps / 2 : 1;
+  static constexpr int kCount = Config::kHeld ? Config::kUnits * kSteps / 2 : 1;
   const typename Config::T* from[Config::kTokenTiles];  // the lane's first fragment of the iteration
-  uint4 held[kHeld];
+  uint4 held[kCount];
 
   __device__ __forceinline__ void hold() {
-    if constexpr (Config::kXInRegisters) {
+    if constexpr (Config::kHeld) {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) held[i] = *reinterpret_cast<const uint4*>(from[0] + i * 32);
+      for (int i = 0; i < kCount; ++i) held[i] = *reinterpret_cast<const uint4*>(from[0] + i * 32);
     }
   }
   __device__ __forceinline__ uint4 of(int tile, int unit, int pair) const {
-    if constexpr (Config::kXInRegisters) return held[unit * (kSteps / 2) + pair];
+    if constexpr (Config::kHeld) return held[unit * (kSteps / 2) + pair];
     return *reinterpret_cast<const uint4*>(from[tile] + unit * kUnitColumns + pair * 32);
   }
   __device__ __forceinline__ void move(int iterations) {
@@ -332,7 +300,8 @@ __device__ __forceinline__ void multiply(WordStream<Config>& words, const uint8_
         }
       }
       if constexpr (!Config::kRegular) {
-        if (pair % 2 == 1 && (role.segment_ends >> (2 * u + pair / 2) & 1) != 0) sums.flush(scales, segment++, norm, role.lane);
+        if (pair % 2 == 1 && (role.segment_ends >> (2 * u + pair / 2) & 1) != 0)
+          sums.flush(scales, segment++, norm, role.lane);
       }
     }
     const int consumed = u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4;
@@ -345,96 +314,9 @@ __device__ __forceinline__ void multiply(WordStream<Config>& words, const uint8_
   }
 }
 
-// Sums of `rounds` finished rounds of row blocks, to be reduced over slices and over the CTAs of the cluster.
-struct Reduction {
-  float4* partials;   // [round][row group][slice][m][kPartialStride / 4]
-  float4* inbox;      // [rank][quads this CTA owns]: sums of the CTAs
-  uint64_t* barrier;  // counts the bytes that arrived in the inbox
-  int first_block;
-};
-
-// Four consecutive rows of y.
-template <typename T>
-__device__ __forceinline__ void store_outputs(const GemvParams& p, const GemvPart& part, float4 sums, int n_row,
-                                              int token) {
-  float value[4] = {sums.x, sums.y, sums.z, sums.w};
-  const int count = min(4, part.n - n_row);  // may be negative
-  const long long out = token * static_cast<long long>(part.n) + n_row;
-  if (p.add_partial) {
-    for (int i = 0; i < count; ++i) value[i] += part.partial[out + i];
-  }
-  if (p.store_partial) {
-    for (int i = 0; i < count; ++i) part.partial[out + i] = value[i];
-    return;
-  }
-  T y[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (part.bias != nullptr && i < count) value[i] += to_float(static_cast<const T*>(part.bias)[n_row + i]);
-    y[i] = from_float<T>(value[i]);
-  }
-  T* to = static_cast<T*>(part.y) + out;
-  if (part.n % 4 == 0) {
-    if (count > 0) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(y);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i < count) to[i] = y[i];
-    }
-  }
-}
-
-// A thread sums four rows of an x row. In a cluster every CTA sums its own slices, sends each sum to the CTA that owns
-// the output (those of 32 threads in turn), and in a second pass the owner adds them up in the order of the ranks.
 template <typename Config>
-__device__ __forceinline__ void reduce_and_store(const GemvParams& p, const GemvPart& part, const Reduction& r,
-                                                 int rounds, uint32_t parity) {
-  constexpr int kQuads = Config::kRows / 4;
-  constexpr int kStride = Config::kPartialStride / 4;
-  const int quads = rounds * p.cta_row_groups * p.m * kQuads;  // [round][row group][x row][4 rows]
-  const int turns = (quads + kLanes - 1) / kLanes;
-  const int owned = small_divide(turns + p.cluster - 1, p.cluster) * kLanes;  // at most, by one CTA
-  const int rank = p.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const float4* from = r.partials;
-  int terms = p.cta_slices;
-  int count = quads;
-  bool last = p.cluster == 1;
-  __syncthreads();
-#pragma unroll 1
-  while (true) {
-    const bool gathered = last && p.cluster > 1;
-#pragma unroll 1
-    for (int j = threadIdx.x; j < count; j += blockDim.x) {
-      const int i = gathered ? (j / kLanes * p.cluster + rank) * kLanes + j % kLanes : j;
-      const int slot = small_divide(i / kQuads, p.m);  // round * row groups + row group
-      const int token = i / kQuads - slot * p.m;
-      const int at = gathered ? j : (slot * p.cta_slices * p.m + token) * kStride + i % kQuads;
-      const int step = gathered ? owned : p.m * kStride;
-      float4 sums = {};
-#pragma unroll 4
-      for (int s = 0; s < terms; ++s) sums = add(sums, from[at + s * step]);
-      if (last) {
-        const int round = small_divide(slot, p.cta_row_groups);
-        const int block = r.first_block + round * part.clusters * p.cta_row_groups + slot - round * p.cta_row_groups;
-        store_outputs<typename Config::T>(p, part, sums, block * Config::kRows + i % kQuads * 4, token);
-      } else {
-        const int turn = small_divide(i / kLanes, p.cluster);
-        send(r.inbox + rank * owned + turn * kLanes + i % kLanes, sums, r.barrier, i / kLanes - turn * p.cluster);
-      }
-    }
-    if (last) return;
-    last = true;
-    from = r.inbox;
-    terms = p.cluster;
-    count = small_divide(turns - rank + p.cluster - 1, p.cluster) * kLanes;
-    if (turns - 1 == rank + (count / kLanes - 1) * p.cluster) count -= turns * kLanes - quads;  // the last turn is short
-    if (threadIdx.x == 0) mbarrier_expect(r.barrier, count * p.cluster * sizeof(float4));
-    mbarrier_wait(r.barrier, parity);
-  }
-}
-
-template <typename Config>
-__global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads) gemv_kernel(const __grid_constant__ GemvParams p) {
+__global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads)
+    gemv_kernel(const __grid_constant__ GemvParams p) {
   using T = typename Config::T;
   using Decoder = typename Config::Decoder;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -469,15 +351,13 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   words.left = blocks.count * iterations - 1;
   words.to_second = blocks.second(0) * p.tile_bytes;
   const uint8_t* first = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
-                         role.slice * p.slice_bytes +
-                         static_cast<long long>(row_block) * Config::kTiles * p.tile_bytes;
+                         role.slice * p.slice_bytes + static_cast<long long>(row_block) * Config::kTiles * p.tile_bytes;
   words.at = first + lane * 16;
   TileScales<Config> scales[Config::kTiles];
-  const auto* scale = reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
-                      (static_cast<long long>(row_block) * Config::kTiles * p.row_groups_of_scales +
-                       role.first_group) *
-                          kTileRows +
-                      TileScales<Config>::first(lane);
+  const auto* scale =
+      reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
+      (static_cast<long long>(row_block) * Config::kTiles * p.row_groups_of_scales + role.first_group) * kTileRows +
+      TileScales<Config>::first(lane);
   const auto load_scales = [&](int i) {
 #pragma unroll
     for (int r = 0; r < Config::kTiles; ++r) {
@@ -495,7 +375,10 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   if (blocks.odd && words.left <= iterations) words.to_second = 0;
   if (blocks.count > 0) load_scales(0);
   const int warps = p.cta_slices * p.cta_row_groups;
-  TableFill<Decoder> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x), warps * kLanes);
+  // While some warps rotate x the others, if there are enough of them, fill the table.
+  const int first_fill = 2 * p.rotate_warps <= warps ? p.rotate_warps : 0;
+  TableFill<Decoder> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x) - first_fill * kLanes,
+                           (warps - first_fill) * kLanes);
 
   auto* barrier = reinterpret_cast<uint64_t*>(shared + Decoder::kTableBytes);
   auto* inbox = reinterpret_cast<float4*>(barrier + 2);

@@ -42,7 +42,7 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
 
 SharedUse shared_use(const LaunchPlan& p, int budget) {
   SharedUse use;
-  const int rows = kTileRows * block_tiles(p.field, p.paired);  // of a row block
+  const int rows = kTileRows * block_tiles(p.field, p.paired);             // of a row block
   const int partials = p.slices * p.row_groups * p.rows * (rows + 4) * 4;  // of one round
   const int outputs = p.row_groups * p.rows * rows;
   const int xs = p.rows * (p.chunks * kChunkColumns + 32) * 2;
@@ -55,14 +55,16 @@ SharedUse shared_use(const LaunchPlan& p, int budget) {
   return {};
 }
 
-// Splits the clusters among the matrices (numbers of row blocks) so that as few rounds as possible do, and all have one.
+// Splits the clusters among the matrices (numbers of row blocks) so that as few rounds as possible do, and all have
+// one.
 void split_clusters(LaunchPlan& p, const std::vector<std::int64_t>& blocks, int clusters) {
   const auto wanted = [&](std::int64_t b) {
     return std::max<std::int64_t>(1, ceil_div<std::int64_t>(b, std::int64_t{p.rounds} * p.row_groups));
   };
   std::int64_t all = 0;
   for (const std::int64_t b : blocks) all += b;
-  p.rounds = static_cast<int>(std::max<std::int64_t>(1, ceil_div<std::int64_t>(all, std::int64_t{clusters} * p.row_groups)));
+  p.rounds =
+      static_cast<int>(std::max<std::int64_t>(1, ceil_div<std::int64_t>(all, std::int64_t{clusters} * p.row_groups)));
   std::int64_t sum = 0;
   for (;; ++p.rounds) {
     sum = 0;
@@ -118,14 +120,13 @@ double cost(const LaunchPlan& p, const DeviceProperties& device) {
   const double weights = p.field.unit_words() / 4.0;
   const double step = std::max(1.2 * warps * (lookups + x + weights), 60.0);
   const double main = step * 8 * p.units * tiles * p.rounds;
-  // Rotation: a chunk is latency, and 2 KB from the L2 cache.
-  const double chunks = p.chunks * p.rows;
-  const double rotation = 500 * std::ceil(chunks / warps) + chunks * 64;
+  const int chunks = p.chunks * p.rows;
+  const double rotation = 400 + 900.0 * ceil_div(chunks, warps) + 40.0 * chunks;
   // Partial sums go through shared memory; each batch waits for its slowest warp.
-  const double sums = p.rounds * (250 + warps * tiles * p.rows * (p.cluster > 1 ? 2.0 : 1.0));
+  const double sums = p.rounds * (250 + warps * tiles * p.rows * (p.cluster > 1 ? 1.0 : 0.5));
   const double batches = std::ceil(static_cast<double>(p.rounds) / p.batch) * (p.cluster > 1 ? 1000 : 500);
   const bool alone = p.max_threads() > 256 || p.shared_bytes > (device.shared_bytes_per_block - kReservedShared) / 2;
-  return p.k_launches * (main + rotation + sums + batches + (alone ? 2000 : 0));
+  return p.k_launches * (main + rotation + sums + batches + (alone ? 1800 : 0));
 }
 
 void check_problem(const LinearProblem& p) {
@@ -186,7 +187,7 @@ LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const Tile
       const double cost_paired = best_of_kind(paired, problem, t, launches, device);
       LaunchPlan other = held;
       const double cost_held =
-          p.regular && p.token_tiles == 1 ? best_of_kind(other, problem, t, launches, device) : 0;
+          p.regular && p.token_tiles == 1 && holds_x(p.field) ? best_of_kind(other, problem, t, launches, device) : 0;
       if (cost_held > 0 && (cost_paired == 0 || cost_held < cost_paired)) return other;
       if (cost_paired > 0) return paired;
     }

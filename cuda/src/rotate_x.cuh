@@ -34,9 +34,9 @@ __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-// Rotated x in shared memory. Within 32 columns, those of lane t for two MMA steps are neighbours (columns 4 t .. + 3 and
-// 16 + 4 t .. + 3). Rows are 64 bytes apart modulo 128: the 16-byte fragment loads of a quarter-warp (2 rows x 4 lanes)
-// cover all banks.
+// Rotated x in shared memory. Within 32 columns, those of lane t for two MMA steps are neighbours (columns 4 t .. + 3
+// and 16 + 4 t .. + 3). Rows are 64 bytes apart modulo 128: the 16-byte fragment loads of a quarter-warp (2 rows x 4
+// lanes) cover all banks.
 __host__ __device__ constexpr int xs_stride(int chunks) { return chunks * kChunk + 32; }
 
 // The A operand: Hadamard over the lowest `bits` (2 to 4) of four bits, identity over the others, times `one` (T
@@ -134,7 +134,7 @@ struct Rotation {
       const auto& part = y[i / 2];
       const int c = i % 2 * 2;
       *reinterpret_cast<uint2*>(out + 128 * i + first_place(lane)) = {pack2<T>(part[0][c], part[0][c + 1]),
-                                                                       pack2<T>(part[1][c], part[1][c + 1])};
+                                                                      pack2<T>(part[1][c], part[1][c + 1])};
     }
   }
 };

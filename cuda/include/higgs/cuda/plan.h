@@ -15,7 +15,6 @@ namespace higgs::cuda {
 inline constexpr int kMaxDecodeRows = 16;  // `linear` runs up to this many rows of x
 inline constexpr int kMaxParts = 4;        // weight matrices that share x in one launch
 
-
 // What a warp multiplies in one iteration of the main loop: `iteration_units` units of `block_tiles` row tiles. Paired
 // (see LaunchPlan): two row tiles where the layout allows it.
 constexpr int block_tiles(FieldShape s, bool paired) noexcept {
@@ -30,6 +29,14 @@ constexpr int iteration_units(FieldShape s, bool paired) noexcept {
 constexpr int iteration_loads(FieldShape s, bool paired) noexcept {
   return (iteration_units(s, paired) * s.unit_words() + 3) / 4;
 }
+
+// Loads in flight of a warp that holds the x fragments of a slice in registers, and whether those suffice for that: x
+// takes up to 64 of 128, half a slice of words does not spill.
+constexpr int held_window(FieldShape s) noexcept {
+  const int loads = iteration_loads(s, false);
+  return s.max_units() == 4 && loads > 4 && loads % 2 == 0 ? loads / 2 : loads;
+}
+constexpr bool holds_x(FieldShape s) noexcept { return 16 * s.max_units() + 4 * held_window(s) <= 80; }
 
 struct LinearProblem {
   std::int64_t m = 0;                     // rows of x
@@ -50,11 +57,11 @@ struct LaunchPlan {
   DType dtype = DType::f16;
   int token_tiles = 1;   // 8 rows of x each: 1 or 2
   bool regular = false;  // all slices full and inside one scale group: the instances without tail code
-  bool paired = false;   // regular, and fragments of x come from shared memory, each for two row tiles: m > 8, and small
-                         // layers, as the CTAs of the next kernel then find room beside these
-  int units = 0;         // of a warp's slice: as in the layout, or a multiple of iteration_units
-  int slices = 0;        // per CTA
-  int row_groups = 0;    // row blocks in flight per CTA
+  bool paired = false;  // regular, and fragments of x come from shared memory, each for two row tiles: m > 8, and small
+                        // layers, as the CTAs of the next kernel then find room beside these
+  int units = 0;        // of a warp's slice: as in the layout, or a multiple of iteration_units
+  int slices = 0;       // per CTA
+  int row_groups = 0;   // row blocks in flight per CTA
   int cluster = 1;
   int k_launches = 1;    // > 1: k is too long for one cluster; partial sums go through the workspace
   int rounds = 0;        // row blocks per warp
