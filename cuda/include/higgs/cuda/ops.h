@@ -55,6 +55,9 @@ void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scal
 // bf16 matmul on dequantized weights); with fp16, x * d is rounded to fp16 and rotated in two steps:
 // |x * d| must stay below about 32000.
 //
+// Weights and d are read while the kernel launched before may still run, if that one lets its dependents start early:
+// they must not be results of such a kernel.
+//
 // For larger m: rotate x (VectorKind::input), dequantize_rotated into a [n, k] buffer of x's dtype, and multiply by any
 // GEMM. Rounding scale * point to the dtype is what makes it differ from this kernel.
 struct LinearPart {
