@@ -52,7 +52,6 @@ __global__ void __launch_bounds__(512) read_kernel(const uint4* p, long long cou
 }  // namespace
 
 extern "C" {
-
 const char* higgs_last_error() { return last_error.c_str(); }
 
 // Bytes of the stored indices, the scales, the tiled buffer and the weights within it.

@@ -17,23 +17,23 @@ void launch_gemm(const GemmParams& params, const GemmPlan& plan, Stream stream) 
                                         stream, params);
 }
 
-template <typename Config>
-void launch_gemv(const GemvParams& params, const LaunchPlan& plan, Stream stream) {
-  launch_dependent<gemv_kernel<Config>>({plan.ctas(), plan.threads(), plan.shared_bytes, plan.cluster}, stream, params);
-}
-
-template <typename T, int TokenTiles>
+template <typename T, int TokenTiles, Loop kLoop>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
-  if (plan.regular) {
-    launch_gemv<GemvConfig<D, T, TokenTiles, true>>(params, plan, stream);
-  } else {
-    launch_gemv<GemvConfig<D, T, TokenTiles, false>>(params, plan, stream);
-  }
+  launch_dependent<gemv_kernel<GemvConfig<D, T, TokenTiles, kLoop>>>(
+      {plan.ctas(), plan.threads(), plan.shared_bytes, plan.cluster}, stream, params);
 }
 
 template <typename T>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
-  plan.token_tiles == 1 ? gemv<T, 1>(plan, params, stream) : gemv<T, 2>(plan, params, stream);
+  if (plan.paired) {
+    plan.token_tiles == 1 ? gemv<T, 1, Loop::paired>(plan, params, stream)
+                          : gemv<T, 2, Loop::paired>(plan, params, stream);
+  } else if (plan.regular) {
+    if constexpr (holds_x(D::kShape)) gemv<T, 1, Loop::held>(plan, params, stream);
+  } else {
+    plan.token_tiles == 1 ? gemv<T, 1, Loop::general>(plan, params, stream)
+                          : gemv<T, 2, Loop::general>(plan, params, stream);
+  }
 }
 
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {

@@ -4,16 +4,23 @@
 //   weights  tiled layout (tiled_format.h); table and scales from the same buffer
 //   y        [m, n] in x's type, accumulated in fp32
 //
-// Partition. A CTA has cta_slices x cta_row_groups warps. A warp owns one slice of k, whose x fragments stay in its
-// registers, and every (clusters * cta_row_groups)-th row tile of 16 rows:
+// Partition. A CTA has cta_slices x cta_row_groups warps. A warp owns one slice of k and every
+// (clusters * cta_row_groups)-th row block, of kTiles row tiles of 16 rows:
 //
-//                 slice 0   slice 1   ...              the CTAs of a cluster continue along k
-//   row tile 0    warp 0    warp 1    ...              partial sums of one row tile meet in shared memory, slice by
-//   row tile 1    warp S    warp S+1  ...              slice and CTA by CTA: a fixed order
+//                  slice 0   slice 1   ...              the CTAs of a cluster continue along k
+//   row block 0    warp 0    warp 1    ...              partial sums of one row block meet in shared memory, slice by
+//   row block 1    warp S    warp S+1  ...              slice and CTA by CTA: a fixed order
 //
-// The main loop has no barrier and touches shared memory for table look-ups only: weights go from global memory to
-// registers in 16-byte loads, a register being reloaded with the next row tile's words as soon as it has been consumed.
-// Partial sums are reduced every `batch` row tiles.
+// The main loop has no barrier: weights go from global memory to registers in 16-byte loads, a register being reloaded
+// with the next words as soon as it has been consumed. Partial sums are reduced every `batch` row blocks. There are
+// three loops (gemv_config.cuh). All are bound by the load unit, which spends about a cycle on each 128 bytes of table,
+// x and (twice that) weights:
+//
+//   held     x fragments of the slice stay in registers: the fewest loads, but a CTA fills a multiprocessor
+//   paired   x fragments come from shared memory, each for two row tiles: for m > 8, and for small layers, as half a
+//            multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
+//            wait in griddepcontrol.wait for x
+//   general  slices that are not full, or several scale groups in one
 //
 // Before griddepcontrol.wait, while the previous kernel still runs: loads of table, d and first weights, table fill.
 // After it: rotation.
@@ -21,64 +28,28 @@
 // Shared memory: Decoder::kTableBytes
 //   + 16 + 4 * inbox_floats          sums sent by the other CTAs of the cluster
 //   + m * xs_stride(chunks) * 2      rotated x
-//   + batch * warps * m * 80         partial sums: 16 rows (+ 4 padding) per x row
-//
-// Template values: Decoder of instances.h; T = __half, __nv_bfloat16; TokenTiles = 1 (m <= 8) or 2 (m <= 16: twice the
-// x fragments, so half a slice per warp or half the warps); Regular: every slice is full and inside one scale group.
+//   + batch * warps * m * 4 * kPartialStride   partial sums of a row block
 #pragma once
 
-#include <type_traits>
-
 #include "decode.cuh"
+#include "gemv_config.cuh"
 #include "gemv_params.h"
+#include "gemv_reduce.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
 #include "rotate_x.cuh"
 
 namespace higgs::cuda {
 
-inline constexpr int kPartialStride = 20;  // floats per x row of a 16-row partial sum: spreads x rows over banks
-
-template <typename Decoder_, typename T_, int TokenTiles_, bool Regular_>
-struct GemvConfig {
-  using Decoder = Decoder_;
-  using T = T_;
-  static constexpr int kTokenTiles = TokenTiles_;
-  static constexpr int kTableBytes =  // tables in the tiled buffer: fp16, then bf16, then the scales
-      (Decoder::kShape.entries() * Decoder::kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
-      kTiledAlignment;
-  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableBytes;
-  static constexpr int kScalesOffset = 2 * kTableBytes;
-  static constexpr bool kRegular = Regular_;
-  static constexpr int kUnitWords = Decoder::kShape.unit_words();
-  static constexpr bool kHalved =  // half a slice per warp, see LaunchPlan
-      TokenTiles_ == 2 && Regular_ && Decoder::kShape.max_units() == 4 && kUnitWords % 2 == 0;
-  static constexpr int kUnits = Decoder::kShape.max_units() / (kHalved ? 2 : 1);
-  static constexpr int kMaxThreads = TokenTiles_ * kUnits <= 4 ? 512 : 256;
-  static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;
-  // Loads in flight per warp. Half a slice where a slice has 8 loads and x takes 64 registers: more would spill.
-  static constexpr int kWindow = kUnits == 4 && kLoads == 8 && TokenTiles_ == 1 ? 4 : kLoads;
-  static_assert(kLoads % kWindow == 0);
-  static_assert(TokenTiles_ == 1 || TokenTiles_ == 2);
-  static_assert(sizeof(T_) == 2);
-  static_assert(Decoder::kTableBytes == 65536);
-};
-
-// a / b for 0 <= a < 2^16 and small b, without the integer division sequence.
-__device__ __forceinline__ int small_divide(int a, int b) {
-  return __float2int_rd((static_cast<float>(a) + 0.5f) * __frcp_rn(static_cast<float>(b)));
-}
-
-// What a warp works on, the same for all its row tiles.
+// What a warp works on, the same for all its row blocks.
 struct WarpRole {
   int lane = 0;
   int slice = 0;
   int units = 0;              // 0: this warp has no columns
-  int loads = 0;              // 16-byte loads of the slice
+  int loads = 0;              // 16-byte loads of the slice and row tile
   int first_group = 0;        // scale group of the slice's first column
   int segments = 0;           // scale groups the slice touches
   uint32_t segment_ends = 0;  // bit h: a scale group (or the slice) ends after half unit h
-  int weight_offset = 0;
 };
 
 template <typename Config>
@@ -89,7 +60,6 @@ __device__ __forceinline__ WarpRole make_role(const GemvParams& p, int slice, in
   if (slice >= p.slices) return role;
   role.units = slice == p.slices - 1 ? p.last_units : p.units_per_slice;
   role.loads = (role.units * Config::kUnitWords + 3) / 4;
-  role.weight_offset = slice * p.slice_bytes + lane * 16;
   const int first = slice * p.units_per_slice * kUnitColumns;
   role.first_group = small_divide(first / kMinBlock, p.group / kMinBlock);
   if constexpr (!Config::kRegular) {
@@ -103,20 +73,30 @@ __device__ __forceinline__ WarpRole make_role(const GemvParams& p, int slice, in
   return role;
 }
 
+// The row blocks of a warp. Where a row block has no second row tile the first is read twice; those sums are not
+// stored.
+struct RowBlocks {
+  int count;  // 0 if the warp has no columns
+  bool odd;   // the last one has no second row tile
+
+  // Distance of the second row tile of row block `i` of the warp.
+  __device__ __forceinline__ int second(int i) const { return odd && i == count - 1 ? 0 : 1; }
+};
+
 // Scales of a row tile for one slice. Regular: those of rows g and g + 8. Otherwise lane l holds values 4 l .. 4 l + 3
 // of [segment][16 rows], to be handed out by shuffles.
 template <typename Config>
 struct TileScales {
   uint2 raw = {};
 
-  __device__ __forceinline__ void load(const GemvParams& p, const GemvPart& part, const WarpRole& role, int tile) {
-    const auto* s = reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
-                    (static_cast<long long>(tile) * p.row_groups_of_scales + role.first_group) * kTileRows;
+  static __device__ __forceinline__ int first(int lane) { return Config::kRegular ? lane / 4 : lane * 4; }
+  // s: value first(lane) of the slice's first scale group.
+  __device__ __forceinline__ void load(const uint16_t* s, const WarpRole& role) {
     if constexpr (Config::kRegular) {
-      raw.x = __ldg(s + role.lane / 4);
-      raw.y = __ldg(s + role.lane / 4 + 8);
+      raw.x = __ldg(s);
+      raw.y = __ldg(s + 8);
     } else if (role.lane * 4 < role.segments * kTileRows) {
-      raw = __ldg(reinterpret_cast<const uint2*>(s) + role.lane);
+      raw = __ldg(reinterpret_cast<const uint2*>(s));
     }
   }
   __device__ __forceinline__ float2 rows(int segment, int lane) const {
@@ -139,32 +119,68 @@ struct TileScales {
   }
 };
 
-// The next kWindow 16-byte loads of a warp, in registers: load i of a slice lives in q[i % kWindow].
+// The next kWindow 16-byte loads of each row tile, in registers: load i of an iteration lives in q[i % kWindow], and is
+// replaced as soon as it has been consumed.
 template <typename Config>
-struct SliceWords {
-  uint4 q[Config::kWindow];
+struct WordStream {
+  uint4 q[Config::kTiles][Config::kWindow];
+  const uint8_t* at;  // this lane's words of the iteration, first row tile
+  int to_second;      // bytes from the first row tile of the next iteration's row block to the second
+  int left;           // iterations after this one
+  int iteration;      // within the row block
 
-  __device__ __forceinline__ void load(int i, const uint8_t* slice, const WarpRole& role) {
+  // Load i of the iteration at `from`.
+  __device__ __forceinline__ void load(int r, int i, const uint8_t* from, const WarpRole& role) {
     if (Config::kRegular || i < role.loads) {
-      q[i % Config::kWindow] = load_streaming(reinterpret_cast<const uint4*>(slice) + i * kLanes);
+      q[r][i % Config::kWindow] =
+          load_streaming(reinterpret_cast<const uint4*>(from + (r == 0 ? 0 : to_second)) + i * kLanes);
     }
   }
-  __device__ __forceinline__ void load_first(const uint8_t* slice, const WarpRole& role) {
-#pragma unroll
-    for (int i = 0; i < Config::kWindow; ++i) load(i, slice, role);
-  }
-  // Load i has been consumed: its registers take load i + kWindow, of this slice or of the next row tile's.
-  __device__ __forceinline__ void advance(int i, const uint8_t* slice, const uint8_t* next, const WarpRole& role) {
+  // Load i has been consumed.
+  __device__ __forceinline__ void replace(int r, int i, const uint8_t* next, const WarpRole& role) {
     const int ahead = i + Config::kWindow;
     if (ahead < Config::kLoads) {
-      load(ahead, slice, role);
-    } else if (next != nullptr) {
-      load(ahead - Config::kLoads, next, role);
+      load(r, ahead, at, role);
+    } else if (left > 0) {
+      load(r, ahead - Config::kLoads, next, role);
     }
   }
-  __device__ __forceinline__ uint32_t word(int i) const {
-    const uint4& v = q[i / 4 % Config::kWindow];
+  __device__ __forceinline__ const uint8_t* next(const GemvPart& part, int iterations) const {
+    const uint8_t* end = at + Config::kLoads * 16 * kLanes;
+    return iteration + 1 == iterations ? end + part.to_next_block : end;
+  }
+  __device__ __forceinline__ void advance(const uint8_t* next, const RowBlocks& blocks, int iterations) {
+    at = next;
+    --left;
+    if (++iteration == iterations) iteration = 0;
+    if (blocks.odd && left == iterations) to_second = 0;
+  }
+  __device__ __forceinline__ uint32_t word(int r, int i) const {
+    const uint4& v = q[r][i / 4 % Config::kWindow];
     return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
+  }
+};
+
+// The B fragments of two steps each: of a whole slice in registers, or from shared memory as they are needed.
+template <typename Config>
+struct XFragments {
+  static constexpr int kCount = Config::kHeld ? Config::kUnits * kSteps / 2 : 1;
+  const typename Config::T* from[Config::kTokenTiles];  // the lane's first fragment of the iteration
+  uint4 held[kCount];
+
+  __device__ __forceinline__ void hold() {
+    if constexpr (Config::kHeld) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) held[i] = *reinterpret_cast<const uint4*>(from[0] + i * 32);
+    }
+  }
+  __device__ __forceinline__ uint4 of(int tile, int unit, int pair) const {
+    if constexpr (Config::kHeld) return held[unit * (kSteps / 2) + pair];
+    return *reinterpret_cast<const uint4*>(from[tile] + unit * kUnitColumns + pair * 32);
+  }
+  __device__ __forceinline__ void move(int iterations) {
+#pragma unroll
+    for (int t = 0; t < Config::kTokenTiles; ++t) from[t] += iterations * Config::kUnits * kUnitColumns;
   }
 };
 
@@ -189,202 +205,190 @@ struct RotateRole {
     row_step = small_divide(p.rotate_warps, chunk_step);
     if (row >= row_step || row >= p.m) chunk = chunks;  // nothing to do
   }
-  // One copy of the code: a launch starts with cold instruction caches, every instruction before the main loop counts.
+  // Waits for x. One copy of the code: a launch starts with cold instruction caches, every instruction before the main
+  // loop counts.
   __device__ __forceinline__ void run(const GemvParams& p, T* xs, int lane) const {
-    float d[32];
     int c = chunk;
     int r = row;
 #pragma unroll 1
     while (c < chunks) {
       const int column = (chunk0 + c) * kChunk;
       const int count = p.k - column;
-      if (r == row) rotation.load_d(p.d + column, count, lane, d);
+      float4 d[8];
+      rotation.load_d(p.d + column, count, lane, d);
+      wait_for_primary();
       uint2 raw[8];
       rotation.load_x(static_cast<const T*>(p.x) + static_cast<long long>(r) * p.k + column, count, lane, raw);
-      rotation.rotate(raw, d, xs + r * xs_stride(chunks) + c * kChunk, lane);
+      rotation.rotate(raw, d, xs + r * xs_stride(p.chunks) + c * kChunk, lane);
       r += row_step;
       if (r >= p.m) {
         r = row;
         c += chunk_step;
       }
     }
+    wait_for_primary();
   }
 };
 
-// One row tile times one slice. The words of the row tile at `next` (null: none) replace those consumed.
+// Sums of a row block, before and after multiplication with the scales.
 template <typename Config>
-__device__ __forceinline__ void multiply_tile(SliceWords<Config>& words, const uint8_t* slice, const uint8_t* next,
-                                              const WarpRole& role, const TileScales<Config>& scales,
-                                              const uint8_t* table, uint32_t offset, float norm,
-                                              const uint2 (&x)[Config::kTokenTiles][Config::kUnits * kSteps],
-                                              float (&sum)[Config::kTokenTiles][4]) {
-  constexpr int kChains = Config::kTokenTiles == 1 ? 2 : 1;  // independent accumulators hide the MMA latency
-  float acc[kChains][Config::kTokenTiles][4] = {};
-  int segment = 0;
-  const auto flush = [&] {
-    float2 s = scales.rows(segment++, role.lane);
-    s.x *= norm;
-    s.y *= norm;
+struct BlockSums {
+  // Two independent accumulators at least hide the latency of the MMA.
+  static constexpr int kChains = Config::kTiles * Config::kTokenTiles == 1 ? 2 : 1;
+  float acc[kChains][Config::kTiles][Config::kTokenTiles][4] = {};
+  float sum[Config::kTiles][Config::kTokenTiles][4] = {};
+
+  // A scale group ends.
+  __device__ __forceinline__ void flush(const TileScales<Config> (&scales)[Config::kTiles], int segment, float norm,
+                                        int lane) {
 #pragma unroll
-    for (int t = 0; t < Config::kTokenTiles; ++t) {
+    for (int r = 0; r < Config::kTiles; ++r) {
+      float2 s = scales[r].rows(segment, lane);
+      s.x *= norm;
+      s.y *= norm;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float value = kChains == 2 ? acc[0][t][i] + acc[kChains - 1][t][i] : acc[0][t][i];
-        sum[t][i] = fmaf(value, i < 2 ? s.x : s.y, sum[t][i]);
+      for (int t = 0; t < Config::kTokenTiles; ++t) {
 #pragma unroll
-        for (int c = 0; c < kChains; ++c) acc[c][t][i] = 0;
+        for (int i = 0; i < 4; ++i) {
+          const float value = kChains == 2 ? acc[0][r][t][i] + acc[kChains - 1][r][t][i] : acc[0][r][t][i];
+          sum[r][t][i] = fmaf(value, i < 2 ? s.x : s.y, sum[r][t][i]);
+#pragma unroll
+          for (int c = 0; c < kChains; ++c) acc[c][r][t][i] = 0;
+        }
       }
     }
-  };
+  }
+};
+
+// One iteration: kUnits units of a row block.
+template <typename Config>
+__device__ __forceinline__ void multiply(WordStream<Config>& words, const uint8_t* next, const WarpRole& role,
+                                         const TileScales<Config> (&scales)[Config::kTiles], const uint8_t* table,
+                                         uint32_t offset, float norm, const XFragments<Config>& x,
+                                         BlockSums<Config>& sums) {
+  constexpr int kWords = Config::kUnitWords;
+  int segment = 0;
 #pragma unroll
   for (int u = 0; u < Config::kUnits; ++u) {
     if (!Config::kRegular && u >= role.units) break;
-    constexpr int kWords = Config::kUnitWords;
-    uint32_t w[kWords];
+    uint32_t w[Config::kTiles][kWords];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) w[i] = words.word(u * kWords + i);
-    const typename Config::Decoder decoder(w);
+    for (int r = 0; r < Config::kTiles; ++r) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t a[4];
-      decoder.fragment(step, table, offset, a);
+      for (int i = 0; i < kWords; ++i) w[r][i] = words.word(r, u * kWords + i);
+    }
+    using Decoder = typename Config::Decoder;
+    const Decoder decoders[2] = {Decoder(w[0]), Decoder(w[Config::kTiles - 1])};
+#pragma unroll
+    for (int pair = 0; pair < kSteps / 2; ++pair) {
+      uint4 b[Config::kTokenTiles];  // the B fragments of two steps
 #pragma unroll
       for (int t = 0; t < Config::kTokenTiles; ++t) {
-        mma_m16n8k16<typename Config::T>(acc[step % kChains][t], a, x[t][u * kSteps + step]);
+        b[t] = x.of(t, u, pair);
+      }
+#pragma unroll
+      for (int step = 2 * pair; step < 2 * pair + 2; ++step) {
+#pragma unroll
+        for (int r = 0; r < Config::kTiles; ++r) {
+          uint32_t a[4];
+          decoders[r].fragment(step, table, offset, a);
+#pragma unroll
+          for (int t = 0; t < Config::kTokenTiles; ++t) {
+            mma_m16n8k16<typename Config::T>(sums.acc[step % sums.kChains][r][t], a,
+                                             step % 2 == 0 ? make_uint2(b[t].x, b[t].y) : make_uint2(b[t].z, b[t].w));
+          }
+        }
       }
       if constexpr (!Config::kRegular) {
-        if (step % (kSteps / 2) == kSteps / 2 - 1 && (role.segment_ends >> (2 * u + step / (kSteps / 2)) & 1) != 0)
-          flush();
+        if (pair % 2 == 1 && (role.segment_ends >> (2 * u + pair / 2) & 1) != 0)
+          sums.flush(scales, segment++, norm, role.lane);
       }
     }
     const int consumed = u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4;
 #pragma unroll
-    for (int i = u * kWords / 4; i < consumed; ++i) words.advance(i, slice, next, role);
-    __syncwarp();  // keeps the loads here: left alone, the assembler gathers them at the end of the row tile
-  }
-  if constexpr (Config::kRegular) {
-    flush();
-  } else {  // a shorter slice: the registers of the units it lacks take the next row tile's loads too
+    for (int i = u * kWords / 4; i < consumed; ++i) {
 #pragma unroll
-    for (int i = Config::kUnitWords / 4; i < Config::kLoads; ++i) {
-      if (role.units < Config::kUnits && i >= role.units * Config::kUnitWords / 4) words.advance(i, slice, next, role);
+      for (int r = 0; r < Config::kTiles; ++r) words.replace(r, i, next, role);
     }
+    __syncwarp();  // keeps the loads here: left alone, the assembler gathers them at the end of the iteration
   }
-}
-
-// Sums of `rounds` finished rounds of row tiles, to be reduced over slices and over the CTAs of the cluster.
-struct Reduction {
-  float* partials;    // [round][row group][slice][m][kPartialStride]
-  float* inbox;       // [rank][outputs of this CTA]: sums of the other CTAs
-  uint64_t* barrier;  // counts the bytes that arrived in the inbox
-  uint32_t rank;
-  int first_tile;
-  int tile_stride;
-};
-
-template <typename T>
-__device__ __forceinline__ void store_output(const GemvParams& p, const GemvPart& part, float value, long long n_row,
-                                             int token) {
-  if (n_row >= part.n) return;
-  const long long out = token * static_cast<long long>(part.n) + n_row;
-  if (p.add_partial) value = part.partial[out] + value;
-  if (p.store_partial) {
-    part.partial[out] = value;
-    return;
-  }
-  if (part.bias != nullptr) value += to_float(static_cast<const T*>(part.bias)[n_row]);
-  static_cast<T*>(part.y)[out] = from_float<T>(value);
-}
-
-// In a cluster every CTA sums its own slices, sends each sum to the CTA that owns the output (32 outputs in turn), and
-// the owner adds them up in the order of the ranks.
-template <typename T>
-__device__ __forceinline__ void reduce_and_store(const GemvParams& p, const GemvPart& part, const Reduction& r,
-                                                 int rounds, uint32_t parity) {
-  const int warp_floats = p.m * kPartialStride;
-  const int outputs = rounds * p.cta_row_groups * p.m * kTileRows;
-  const auto slot_of = [&](int i) { return small_divide(i / kTileRows, p.m); };  // round * row groups + row group
-  const auto token_of = [&](int i, int slot) { return i / kTileRows - slot * p.m; };
-  const auto global_row = [&](int i, int slot) {
-    const int round = small_divide(slot, p.cta_row_groups);
-    const int tile = r.first_tile + round * r.tile_stride + slot - round * p.cta_row_groups;
-    return static_cast<long long>(tile) * kTileRows + i % kTileRows;
-  };
-  const int blocks = (outputs + kLanes - 1) / kLanes;
-  const int owned = (blocks + p.cluster - 1) / p.cluster * kLanes;  // at most, by one CTA
-  __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
-    const int slot = slot_of(i);
-    const int token = token_of(i, slot);
-    const float* at = r.partials + slot * p.cta_slices * warp_floats + token * kPartialStride + i % kTileRows;
-    float value = 0;
-#pragma unroll 4
-    for (int s = 0; s < p.cta_slices; ++s) value += at[s * warp_floats];
-    if (p.cluster == 1) {
-      store_output<T>(p, part, value, global_row(i, slot), token);
-    } else {
-      const int block = i / kLanes;
-      const int turn = small_divide(block, p.cluster);
-      send(r.inbox + r.rank * owned + turn * kLanes + i % kLanes, value, r.barrier, block - turn * p.cluster);
-    }
-  }
-  if (p.cluster > 1) {
-    const int rank = static_cast<int>(r.rank);
-    int mine = (blocks - rank + p.cluster - 1) / p.cluster * kLanes;
-    if ((blocks - 1) % p.cluster == rank) mine -= blocks * kLanes - outputs;  // the last block may be short
-    if (threadIdx.x == 0) mbarrier_expect(r.barrier, mine * p.cluster * sizeof(float));
-    mbarrier_wait(r.barrier, parity);
-#pragma unroll 1
-    for (int j = threadIdx.x; j < mine; j += blockDim.x) {
-      const int i = (j / kLanes * p.cluster + rank) * kLanes + j % kLanes;
-      float value = 0;
-      for (int c = 0; c < p.cluster; ++c) value += r.inbox[c * owned + j];
-      const int slot = slot_of(i);
-      store_output<T>(p, part, value, global_row(i, slot), token_of(i, slot));
+  if constexpr (!Config::kRegular) {  // a shorter slice: the registers of the units it lacks take the next loads too
+#pragma unroll
+    for (int i = kWords / 4; i < Config::kLoads; ++i) {
+      if (role.units < Config::kUnits && i >= role.units * kWords / 4) words.replace(0, i, next, role);
     }
   }
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kMaxThreads, 1) gemv_kernel(const __grid_constant__ GemvParams p) {
+__global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads)
+    gemv_kernel(const __grid_constant__ GemvParams p) {
   using T = typename Config::T;
   using Decoder = typename Config::Decoder;
   extern __shared__ __align__(1024) uint8_t shared[];
   launch_dependents();
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same for all lanes, as the compiler should know
   const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0;
-  const int cluster_index = p.cluster > 1 ? blockIdx.x / p.cluster : blockIdx.x;
+  const int cluster_index = p.cluster > 1 ? small_divide(blockIdx.x, p.cluster) : blockIdx.x;
   int which = 0;
   while (which + 1 < p.part_count && cluster_index >= p.parts[which + 1].first_cluster) ++which;
   const GemvPart& part = p.parts[which];
 
   const int first_slice = p.first_slice + rank * p.cta_slices;
   const int row_group = small_divide(warp, p.cta_slices);
-  const WarpRole role = make_role<Config>(p, first_slice + warp - row_group * p.cta_slices, lane);
-  const int tile_stride = part.clusters * p.cta_row_groups;
-  const int cta_tile = (cluster_index - part.first_cluster) * p.cta_row_groups;
-  int tile = cta_tile + row_group;
-  const uint8_t* weights = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
-                           role.weight_offset + static_cast<long long>(tile) * p.tile_bytes;
-  const long long weights_stride = static_cast<long long>(tile_stride) * p.tile_bytes;
-  const int tiles = role.units > 0 ? (part.n + kTileRows - 1) / kTileRows : 0;
-  SliceWords<Config> words = {};
-  TileScales<Config> scales;
-  if (tile < tiles) {
-    words.load_first(weights, role);
-    scales.load(p, part, role, tile);
+  const int cta_slice = warp - row_group * p.cta_slices;
+  const WarpRole role = make_role<Config>(p, first_slice + cta_slice, lane);
+  const int row_tiles = (part.n + kTileRows - 1) / kTileRows;
+  const int first_block = (cluster_index - part.first_cluster) * p.cta_row_groups;
+  const int all_blocks = (row_tiles + Config::kTiles - 1) / Config::kTiles;
+  if (first_block >= all_blocks) {  // a cluster without work keeps its place, so that those of the next kernel spread
+    wait_for_primary();
+    return;
   }
-  // While some warps rotate x the others, if there are enough of them, fill the table.
+  const int stride = part.clusters * p.cta_row_groups;
+  const int row_block = first_block + row_group;
+  RowBlocks blocks;
+  blocks.count = role.units > 0 ? max(0, all_blocks - row_block + stride - 1) / stride : 0;
+  blocks.odd = row_tiles % 2 != 0 && row_block + (blocks.count - 1) * stride == all_blocks - 1;
+
+  WordStream<Config> words = {};
+  const int iterations = Config::kPaired ? p.iterations : 1;
+  words.left = blocks.count * iterations - 1;
+  words.to_second = blocks.second(0) * p.tile_bytes;
+  const uint8_t* first = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
+                         role.slice * p.slice_bytes + static_cast<long long>(row_block) * Config::kTiles * p.tile_bytes;
+  words.at = first + lane * 16;
+  TileScales<Config> scales[Config::kTiles];
+  const auto* scale =
+      reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
+      (static_cast<long long>(row_block) * Config::kTiles * p.row_groups_of_scales + role.first_group) * kTileRows +
+      TileScales<Config>::first(lane);
+  const auto load_scales = [&](int i) {
+#pragma unroll
+    for (int r = 0; r < Config::kTiles; ++r) {
+      scales[r].load(scale + (r == 0 ? 0 : blocks.second(i) * p.row_groups_of_scales * kTileRows), role);
+    }
+    scale += part.scales_step;
+  };
+  if (blocks.count > 0) {
+#pragma unroll
+    for (int i = 0; i < Config::kWindow; ++i) {
+#pragma unroll
+      for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, words.at, role);
+    }
+  }
+  if (blocks.odd && words.left <= iterations) words.to_second = 0;
+  if (blocks.count > 0) load_scales(0);
   const int warps = p.cta_slices * p.cta_row_groups;
+  // While some warps rotate x the others, if there are enough of them, fill the table.
   const int first_fill = 2 * p.rotate_warps <= warps ? p.rotate_warps : 0;
   TableFill<Decoder> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x) - first_fill * kLanes,
                            (warps - first_fill) * kLanes);
 
   auto* barrier = reinterpret_cast<uint64_t*>(shared + Decoder::kTableBytes);
-  auto* inbox = reinterpret_cast<float*>(barrier + 2);
-  T* xs = reinterpret_cast<T*>(inbox + p.inbox_floats);
+  auto* inbox = reinterpret_cast<float4*>(barrier + 2);
+  T* xs = reinterpret_cast<T*>(reinterpret_cast<float*>(inbox) + p.inbox_floats);
   if (p.cluster > 1) {
     if (threadIdx.x == 0) mbarrier_init(barrier);
     __syncthreads();
@@ -392,57 +396,56 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1) gemv_kernel(const __gr
   }
   const RotateRole<T> rotate(p, first_slice, warp, lane);
   table.store(shared);
-  wait_for_primary();
   rotate.run(p, xs, lane);
   __syncthreads();
-  uint2 x[Config::kTokenTiles][Config::kUnits * kSteps] = {};
-#pragma unroll
-  for (int t = 0; t < Config::kTokenTiles; ++t) {
-    const int row = t * 8 + lane / 4;
-    const T* from = xs + row * xs_stride(rotate.chunks) + role.slice * p.units_per_slice * kUnitColumns -
-                    rotate.chunk0 * kChunk + lane % 4 * 4;
-#pragma unroll
-    for (int s = 0; s < Config::kUnits * kSteps; ++s) {
-      if (row < p.m && (Config::kRegular ? role.units > 0 : s < role.units * kSteps)) {
-        x[t][s] = *reinterpret_cast<const uint2*>(from + s * 16);
-      }
-    }
-  }
   if (p.cluster > 1) cluster_wait();  // the other CTAs have started: their inboxes may be written
 
-  auto* partials = reinterpret_cast<float*>(xs + p.m * xs_stride(rotate.chunks));
-  const Reduction reduction{partials, inbox, barrier, rank, cta_tile, tile_stride};
+  XFragments<Config> x;
+#pragma unroll
+  for (int t = 0; t < Config::kTokenTiles; ++t) {
+    // Rows beyond m: the sums of any other row do.
+    x.from[t] = xs + min(t * 8 + lane / 4, p.m - 1) * xs_stride(p.chunks) +
+                role.slice * p.units_per_slice * kUnitColumns - rotate.chunk0 * kChunk + lane % 4 * 8;
+  }
+  if (role.units > 0) x.hold();
+  auto* partials = reinterpret_cast<float*>(xs + p.m * xs_stride(p.chunks));
+  const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
   const uint32_t offset = Decoder::lane_offset(lane);
-  const float norm = remaining_norm(p.block);
   uint32_t parity = 0;
   for (int round = 0; round < part.rounds; round += p.batch, parity ^= 1) {
     const int rounds = min(p.batch, part.rounds - round);
-    for (int slot = 0; slot < rounds; ++slot, tile += tile_stride, weights += weights_stride) {
-      float sum[Config::kTokenTiles][4] = {};
-      if (tile < tiles) {
-        const bool more = tile + tile_stride < tiles;
-        TileScales<Config> next_scales;
-        if (more) next_scales.load(p, part, role, tile + tile_stride);
-        multiply_tile<Config>(words, weights, more ? weights + weights_stride : nullptr, role, scales, shared, offset,
-                              norm, x, sum);
-        scales = next_scales;
+    for (int slot = 0; slot < rounds; ++slot) {
+      BlockSums<Config> sums;
+      if (round + slot < blocks.count) {
+        if (round + slot > 0) load_scales(round + slot);  // they are needed last
+#pragma unroll 1
+        for (int i = 0; i < iterations; ++i) {
+          const uint8_t* next = words.next(part, iterations);
+          multiply<Config>(words, next, role, scales, shared, offset, p.norm, x, sums);
+          words.advance(next, blocks, iterations);
+          x.move(1);
+        }
+        x.move(-iterations);
+        if constexpr (Config::kRegular) sums.flush(scales, 0, p.norm, lane);
       }
-      float* out = reduction.partials + (slot * warps + warp) * p.m * kPartialStride + lane / 4;
+      float* out = partials + (slot * warps + warp) * p.m * Config::kPartialStride + lane / 4;
 #pragma unroll
       for (int t = 0; t < Config::kTokenTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int token = t * 8 + lane % 4 * 2 + i;
-          if (token < p.m) {
-            out[token * kPartialStride] = sum[t][i];
-            out[token * kPartialStride + 8] = sum[t][2 + i];
+          if (token >= p.m) continue;
+#pragma unroll
+          for (int r = 0; r < Config::kTiles; ++r) {
+            out[token * Config::kPartialStride + r * kTileRows] = sums.sum[r][t][i];
+            out[token * Config::kPartialStride + r * kTileRows + 8] = sums.sum[r][t][2 + i];
           }
         }
       }
     }
     Reduction batch = reduction;
-    batch.first_tile += round * tile_stride;
-    reduce_and_store<T>(p, part, batch, rounds, parity);
+    batch.first_block += round * stride;
+    reduce_and_store<Config>(p, part, batch, rounds, parity);
     if (round + p.batch < part.rounds) {  // everybody is done with the sums of this batch
       if (p.cluster > 1) {
         cluster_arrive();

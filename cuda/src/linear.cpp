@@ -77,6 +77,8 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.tile_bytes = static_cast<int>(t.tile_bytes);
   p.inbox_floats = plan.inbox_floats;
   p.row_groups_of_scales = static_cast<std::uint16_t>(t.row_groups);
+  p.norm = remaining_norm(f.block);
+  p.iterations = static_cast<std::uint8_t>(plan.paired ? t.units_per_slice / iteration_units(t.field, true) : 1);
   p.slices = static_cast<std::uint16_t>(t.slices);
   p.block = static_cast<std::uint16_t>(f.block);
   p.part_count = static_cast<std::uint8_t>(parts.size());
@@ -86,6 +88,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.cta_slices = static_cast<std::uint8_t>(plan.slices);
   p.cta_row_groups = static_cast<std::uint8_t>(plan.row_groups);
   p.batch = static_cast<std::uint8_t>(plan.batch);
+  p.chunks = static_cast<std::uint8_t>(plan.chunks);
   p.rotate_warps = static_cast<std::uint8_t>(plan.rotate_warps);
   for (std::size_t i = 0; i < parts.size(); ++i) {
     const LinearPart& from = parts[i];
@@ -99,7 +102,11 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
     part.first_cluster = plan.parts[i].first_cluster;
     part.clusters = plan.parts[i].clusters;
     const int per_round = part.clusters * plan.row_groups;
-    part.rounds = static_cast<int>((layout.row_tiles + per_round - 1) / per_round);
+    part.to_next_block = std::int64_t{per_round} * block_tiles(t.field, plan.paired) * t.tile_bytes -
+                         p.iterations * iteration_loads(t.field, plan.paired) * 16 * kLanes;
+    part.scales_step = static_cast<int>(per_round * block_tiles(t.field, plan.paired) * t.row_groups * kTileRows);
+    const std::int64_t blocks = row_blocks(plan, layout);
+    part.rounds = static_cast<int>((blocks + per_round - 1) / per_round);
     part.partial = workspace;
     if (workspace != nullptr) workspace += rows * from.weights.format.n;
   }

@@ -19,6 +19,26 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
   return v;
 }
 
+// out = valid ? p[kOffset] : 0. One instruction, and not to be moved past wait_for_primary().
+template <int kOffset>
+__device__ __forceinline__ void load_if(bool valid, const float4* p, float4& out) {
+  asm volatile(
+      "{\n.reg .pred valid;\nsetp.ne.b32 valid, %4, 0;\nmov.b32 %0, 0f00000000;\nmov.b32 %1, 0f00000000;\n"
+      "mov.b32 %2, 0f00000000;\nmov.b32 %3, 0f00000000;\n@valid ld.global.v4.f32 {%0,%1,%2,%3},[%5+%6];\n}"
+      : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
+      : "r"(static_cast<int>(valid)), "l"(p), "n"(kOffset * 16)
+      : "memory");
+}
+template <int kOffset>
+__device__ __forceinline__ void load_if(bool valid, const uint2* p, uint2& out) {
+  asm volatile(
+      "{\n.reg .pred valid;\nsetp.ne.b32 valid, %2, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+      "@valid ld.global.v2.u32 {%0,%1},[%3+%4];\n}"
+      : "=r"(out.x), "=r"(out.y)
+      : "r"(static_cast<int>(valid)), "l"(p), "n"(kOffset * 8)
+      : "memory");
+}
+
 // Programmatic dependent launch: let the next kernel start its prologue / wait for the results of the previous one.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -47,7 +67,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t r = 0;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
 #endif
   return r;
 }
@@ -88,13 +108,14 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 #endif
 }
 // Writes to the shared memory of CTA `rank` of the cluster and counts the bytes at its barrier.
-__device__ __forceinline__ void send(float* to, float value, uint64_t* barrier, uint32_t rank) {
+__device__ __forceinline__ void send(float4* to, float4 value, uint64_t* barrier, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .b32 to, bar;\n"
-      "mapa.shared::cluster.u32 to, %0, %3;\nmapa.shared::cluster.u32 bar, %2, %3;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [bar];\n}" ::"r"(shared_address(to)),
-      "r"(__float_as_uint(value)), "r"(shared_address(barrier)), "r"(rank)
+      "mapa.shared::cluster.u32 to, %0, %6;\nmapa.shared::cluster.u32 bar, %5, %6;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1,%2,%3,%4}, [bar];\n}" ::"r"(
+          shared_address(to)),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(shared_address(barrier)), "r"(rank)
       : "memory");
 #endif
 }

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "fwht.cuh"
 #include "numeric.cuh"
@@ -33,9 +34,10 @@ __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-// Rotated x in shared memory: rows are 32 bytes apart modulo 128, so that the 8-byte fragment loads of a half-warp
-// (4 rows x 4 lanes) cover all banks.
-__host__ __device__ constexpr int xs_stride(int chunks) { return chunks * kChunk + 16; }
+// Rotated x in shared memory. Within 32 columns, those of lane t for two MMA steps are neighbours (columns 4 t .. + 3
+// and 16 + 4 t .. + 3). Rows are 64 bytes apart modulo 128: the 16-byte fragment loads of a quarter-warp (2 rows x 4
+// lanes) cover all banks.
+__host__ __device__ constexpr int xs_stride(int chunks) { return chunks * kChunk + 32; }
 
 // The A operand: Hadamard over the lowest `bits` (2 to 4) of four bits, identity over the others, times `one` (T
 // twice). Rows g, g + 8; columns 2 t, 2 t + 1, + 8: for both MMAs the four bits of a row and of a column mean the same
@@ -54,8 +56,7 @@ __device__ __forceinline__ void hadamard_fragment(int bits, int lane, uint32_t o
 }
 
 // The norm 1 / sqrt(block) is split: 1/4 in the first factor, a power of two in the second, and for blocks of 128 and
-// 512 sqrt(1/2) in remaining_norm(), which goes into the weights' scales.
-__device__ __forceinline__ float remaining_norm(int block) { return block == 128 || block == 512 ? 0.70710678f : 1.0f; }
+// 512 sqrt(1/2) in remaining_norm() (gemv_params.h), which goes into the weights' scales.
 
 template <typename T>
 struct Rotation {
@@ -74,31 +75,27 @@ struct Rotation {
   }
 
   static __device__ __forceinline__ int first_column(int lane) { return lane / 4 * 16 + lane % 4 * 4; }
-
-  // d[4 j + i] = p[128 j + first_column + i]; p is a chunk with `count` columns.
-  __device__ __forceinline__ void load_d(const float* p, int count, int lane, float (&d)[32]) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int column = 128 * j + first_column(lane);
-      float4 v = {};
-      if (column < count) v = *reinterpret_cast<const float4*>(p + column);
-      d[4 * j] = v.x;
-      d[4 * j + 1] = v.y;
-      d[4 * j + 2] = v.z;
-      d[4 * j + 3] = v.w;
-    }
+  // Where they are in shared memory.
+  static __device__ __forceinline__ int first_place(int lane) {
+    return lane / 8 * 32 + lane % 4 * 8 + lane / 4 % 2 * 4;
   }
 
+  // d[j] = p[128 j + first_column + 0..3]; p is a chunk with `count` columns.
+  static __device__ __forceinline__ void load_d(const float* p, int count, int lane, float4 (&d)[8]) {
+    load_all(reinterpret_cast<const float4*>(p + first_column(lane)), count - first_column(lane), d,
+             std::make_integer_sequence<int, 8>());
+  }
   static __device__ __forceinline__ void load_x(const T* x, int count, int lane, uint2 (&raw)[8]) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int column = 128 * j + first_column(lane);
-      raw[j] = {};
-      if (column < count) raw[j] = *reinterpret_cast<const uint2*>(x + column);
-    }
+    load_all(reinterpret_cast<const uint2*>(x + first_column(lane)), count - first_column(lane), raw,
+             std::make_integer_sequence<int, 8>());
+  }
+  template <typename V, int... kJ>
+  static __device__ __forceinline__ void load_all(const V* p, int count, V (&out)[8],
+                                                  std::integer_sequence<int, kJ...> /*j*/) {
+    (load_if<kJ * 32>(kJ * 128 < count, p, out[kJ]), ...);
   }
 
-  __device__ __forceinline__ void rotate(const uint2 (&raw)[8], const float (&d)[32], T* out, int lane) const {
+  __device__ __forceinline__ void rotate(const uint2 (&raw)[8], const float4 (&d)[8], T* out, int lane) const {
     float y[4][2][4];
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
@@ -107,8 +104,8 @@ struct Rotation {
       for (int i = 0; i < 2; ++i) {
         const int j = 2 * pair + i;
         const T* v = reinterpret_cast<const T*>(&raw[j]);
-        const uint2 b = {pack2<T>(to_float(v[0]) * d[4 * j], to_float(v[1]) * d[4 * j + 1]),
-                         pack2<T>(to_float(v[2]) * d[4 * j + 2], to_float(v[3]) * d[4 * j + 3])};
+        const uint2 b = {pack2<T>(to_float(v[0]) * d[j].x, to_float(v[1]) * d[j].y),
+                         pack2<T>(to_float(v[2]) * d[j].z, to_float(v[3]) * d[j].w)};
         mma_m16n8k16<T>(mid[i], first, b);
       }
 #pragma unroll
@@ -136,8 +133,8 @@ struct Rotation {
     for (int i = 0; i < 8; ++i) {
       const auto& part = y[i / 2];
       const int c = i % 2 * 2;
-      *reinterpret_cast<uint2*>(out + 128 * i + first_column(lane)) = {pack2<T>(part[0][c], part[0][c + 1]),
-                                                                       pack2<T>(part[1][c], part[1][c + 1])};
+      *reinterpret_cast<uint2*>(out + 128 * i + first_place(lane)) = {pack2<T>(part[0][c], part[0][c + 1]),
+                                                                      pack2<T>(part[1][c], part[1][c + 1])};
     }
   }
 };

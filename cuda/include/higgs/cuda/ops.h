@@ -59,6 +59,9 @@ void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scal
 // sqrt(2) times the rounding error of a bf16 matmul on dequantized weights); with fp16, x * d is rounded to fp16 and
 // rotated in two steps: |x * d| must stay below about 32000.
 //
+// Weights and d are read while the kernel launched before may still run, if that one lets its dependents start early:
+// they must not be results of such a kernel.
+//
 // More rows, and blocks with an odd factor, take two kernels: x rotated as by `rotate`, then a GEMM. Both on sm_90
 // only; elsewhere rotate x (VectorKind::input), dequantize_rotated into a [n, k] buffer of x's dtype, and multiply by
 // any GEMM. Rounding scale * point to the dtype is what makes that differ.

@@ -15,6 +15,29 @@ namespace higgs::cuda {
 inline constexpr int kMaxDecodeRows = 16;  // of x, in the decode kernel; more rows take the GEMM kernel
 inline constexpr int kMaxParts = 4;        // weight matrices that share x in one launch
 
+// What a warp multiplies in one iteration of the main loop: `iteration_units` units of `block_tiles` row tiles. Paired
+// (see LaunchPlan): two row tiles where the layout allows it.
+constexpr int block_tiles(FieldShape s, bool paired) noexcept {
+  return paired && s.unit_words() % 2 == 0 && s.unit_words() * s.max_units() % 4 == 0 ? 2 : 1;
+}
+constexpr int iteration_units(FieldShape s, bool paired) noexcept {
+  if (block_tiles(s, paired) == 1) return s.max_units();
+  return s.unit_words() <= 4 ? 4 : s.unit_words() <= 8 ? 2 : 1;
+}
+
+// 16-byte loads of a lane per iteration and row tile.
+constexpr int iteration_loads(FieldShape s, bool paired) noexcept {
+  return (iteration_units(s, paired) * s.unit_words() + 3) / 4;
+}
+
+// Loads in flight of a warp that holds the x fragments of a slice in registers, and whether those suffice for that: x
+// takes up to 64 of 128, half a slice of words does not spill.
+constexpr int held_window(FieldShape s) noexcept {
+  const int loads = iteration_loads(s, false);
+  return s.max_units() == 4 && loads > 4 && loads % 2 == 0 ? loads / 2 : loads;
+}
+constexpr bool holds_x(FieldShape s) noexcept { return 16 * s.max_units() + 4 * held_window(s) <= 80; }
+
 struct LinearProblem {
   std::int64_t m = 0;                     // rows of x
   DType dtype = DType::f16;               // of x and y: f16 or bf16
@@ -28,25 +51,30 @@ struct PartPlan {
 };
 
 // One launch of the decode kernel. A CTA has slices x row_groups warps: warp w multiplies slice w % slices of its k
-// range with row tiles w / slices, + row_groups, ... A cluster of `cluster` CTAs shares row tiles and splits k.
+// range with row blocks w / slices, + row_groups, ... A cluster of `cluster` CTAs shares row blocks and splits k.
 struct LaunchPlan {
   FieldShape field;
   DType dtype = DType::f16;
   int token_tiles = 1;   // 8 rows of x each: 1 or 2
-  bool regular = false;  // all slices full and inside one scale group: the instance without tail code
-  bool halved = false;   // a warp takes half a slice: m > 8 needs twice the registers per column for x
-  int slices = 0;        // per CTA
-  int row_groups = 0;    // row tiles in flight per CTA
+  bool regular = false;  // all slices full and inside one scale group: the instances without tail code
+  bool paired = false;  // regular, and fragments of x come from shared memory, each for two row tiles: m > 8, and small
+                        // layers, as the CTAs of the next kernel then find room beside these
+  int units = 0;        // of a warp's slice: as in the layout, or a multiple of iteration_units
+  int slices = 0;       // per CTA
+  int row_groups = 0;   // row blocks in flight per CTA
   int cluster = 1;
   int k_launches = 1;    // > 1: k is too long for one cluster; partial sums go through the workspace
-  int rounds = 0;        // row tiles per warp
+  int rounds = 0;        // row blocks per warp
   int batch = 0;         // rounds between two reductions
   int rotate_warps = 0;  // warps that rotate x
+  int chunks = 0;        // of 1024 columns: what a CTA rotates of a row of x, at most
   int rows = 0;          // rows of x per launch
   int inbox_floats = 0;  // per CTA, for sums of the other CTAs of the cluster
   int shared_bytes = 0;
   std::vector<PartPlan> parts;
 
+  // Most threads of a CTA, with up to 128 registers each: all of a multiprocessor's where warps hold x fragments.
+  [[nodiscard]] int max_threads() const noexcept { return regular && !paired ? 512 : 256; }
   [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
   [[nodiscard]] int ctas() const noexcept {
     return parts.empty() ? 0 : cluster * (parts.back().first_cluster + parts.back().clusters);
@@ -60,8 +88,11 @@ struct LaunchPlan {
 // Throws Error unless one launch can take these matrices and this dtype.
 void check_matrices(const LinearProblem& problem);
 
-// The slices as the warps of a plan see them: those of the layout, or their halves.
+// The slices as the warps of a plan see them: plan.units each.
 [[nodiscard]] TiledFormat warp_slices(const LaunchPlan& plan, TiledFormat tiled);
+
+// Row blocks of a matrix: block_tiles row tiles each, the last one may have fewer.
+[[nodiscard]] std::int64_t row_blocks(const LaunchPlan& plan, const TiledFormat& tiled) noexcept;
 
 // Throws Error(invalid_argument) for m outside 1..16, no or too many matrices, or matrices that cannot share a launch.
 [[nodiscard]] LaunchPlan plan(const LinearProblem& problem, const DeviceProperties& device);

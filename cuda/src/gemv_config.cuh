@@ -1,0 +1,47 @@
+// Compile-time shape of a decode kernel instance.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "decode.cuh"
+#include "gemv_params.h"
+
+namespace higgs::cuda {
+
+// See gemv.cuh. token_tiles = 1 (m <= 8) or 2 (m <= 16; not held, for want of registers).
+enum class Loop { general, held, paired };
+
+template <typename Decoder_, typename T_, int TokenTiles_, Loop kLoop>
+struct GemvConfig {
+  using Decoder = Decoder_;
+  using T = T_;
+  static constexpr int kTokenTiles = TokenTiles_;
+  static constexpr int kTableBytes =  // tables in the tiled buffer: fp16, then bf16, then the scales
+      (Decoder::kShape.entries() * Decoder::kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
+      kTiledAlignment;
+  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableBytes;
+  static constexpr int kScalesOffset = 2 * kTableBytes;
+  static constexpr bool kRegular = kLoop != Loop::general;
+  static constexpr int kUnitWords = Decoder::kShape.unit_words();
+  static constexpr bool kPaired = kLoop == Loop::paired;
+  static constexpr int kMaxThreads = kLoop == Loop::held ? 512 : 256;  // 128 registers each
+  static constexpr int kUnits = iteration_units(Decoder::kShape, kPaired);
+  static constexpr int kTiles = block_tiles(Decoder::kShape, kPaired);
+  static constexpr int kLoads = iteration_loads(Decoder::kShape, kPaired);  // per row tile
+  static constexpr bool kHeld = kLoop == Loop::held;
+  static constexpr int kWindow = kHeld ? held_window(Decoder::kShape) : kLoads;  // loads in flight per row tile
+  static constexpr int kRows = kTiles * kTileRows;
+  static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
+  static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && !kHeld));
+  static_assert(sizeof(T_) == 2);
+  static_assert(Decoder::kTableBytes == 65536);
+};
+
+// a / b for 0 <= a < 2^16 and small b, without the integer division sequence.
+__device__ __forceinline__ int small_divide(int a, int b) {
+  return __float2int_rd((static_cast<float>(a) + 0.5f) * __frcp_rn(static_cast<float>(b)));
+}
+
+}  // namespace higgs::cuda
