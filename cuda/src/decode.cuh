@@ -69,7 +69,12 @@ __host__ __device__ constexpr int slice_word(FieldShape s, int u, int i) {
 
 // --- decoders -------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+// (a & mask) | (b & ~mask)
+__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t v;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(v) : "r"(a), "r"(mask), "r"(b));
+  return v;
+}
 
 // A table of T that is addressed from the start of the shared window: `offset` holds its address.
 template <typename T>

@@ -2,6 +2,7 @@
 #include "decoder_ops.h"
 #include "gemm_sm90.cuh"
 #include "gemv.cuh"
+#include "gemv_trellis.cuh"
 #include "launch.h"
 #include "repack.cuh"
 
@@ -17,6 +18,20 @@ void launch_gemm(const GemmParams& params, const GemmPlan& plan, Stream stream) 
                                         stream, params);
 }
 
+template <typename Config>
+void launch_trellis(const GemvParams& params, const LaunchPlan& plan, Stream stream) {
+  launch_dependent<gemv_trellis_kernel<Config>>({plan.ctas(), plan.threads(), plan.shared_bytes, plan.cluster}, stream,
+                                                params);
+}
+
+template <typename T>
+void gemv_trellis(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
+  if (!plan.regular) return launch_trellis<TrellisConfig<D, T, 16, false>>(params, plan, stream);
+  if (plan.rows > 8) return launch_trellis<TrellisConfig<D, T, 16, true>>(params, plan, stream);
+  if (plan.rows > 4) return launch_trellis<TrellisConfig<D, T, 8, true>>(params, plan, stream);
+  launch_trellis<TrellisConfig<D, T, 4, true>>(params, plan, stream);
+}
+
 template <typename T, int TokenTiles, Loop kLoop>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
   launch_dependent<gemv_kernel<GemvConfig<D, T, TokenTiles, kLoop>>>(
@@ -25,7 +40,9 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
 
 template <typename T>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
-  if (plan.paired) {
+  if constexpr (D::kShape.trellis()) {
+    gemv_trellis<T>(plan, params, stream);
+  } else if (plan.paired) {
     plan.token_tiles == 1 ? gemv<T, 1, Loop::paired>(plan, params, stream)
                           : gemv<T, 2, Loop::paired>(plan, params, stream);
   } else if (plan.regular) {

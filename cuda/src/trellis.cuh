@@ -22,6 +22,7 @@
 #include <cstdint>
 
 #include "decode.cuh"
+#include "rotate_x.cuh"
 
 namespace higgs::cuda {
 
@@ -125,18 +126,16 @@ __device__ __forceinline__ uint32_t add_pairs(SharedWindow<__nv_bfloat16>, uint3
 
 // A decoder as those of decode.cuh, for units of 256 columns; steps in order. Entries of the table are T1[w], T2[w].
 // Instructions for two weights: PRMT LDS.64 HADD2, and 0.2-0.6 to put odd windows together.
-template <int Bits, int Shift>
+template <int Bits>
 struct TrellisDecoder {
-  static constexpr FieldShape kShape{Bits, 2, Shift};
-  static constexpr int kBits = Bits;
-  static constexpr int kShift = Shift;
+  static constexpr FieldShape kShape{Bits, 2, trellis_shift(Bits)};
   static constexpr int kStrideLog = 8;
   static constexpr int kTableEntries = 256;
   static constexpr int kTableBytes = kTableEntries << kStrideLog;
   static constexpr int kCopies = 32;
 
   RunWindows<Bits> rows[2];
-  uint32_t before[Shift][2];  // T2 of the last windows, the oldest first
+  uint32_t before[kShape.shift][2];  // T2 of the last windows, the oldest first
 
   __device__ __forceinline__ explicit TrellisDecoder(const uint32_t (&w)[2 * Bits])
       : rows{RunWindows<Bits>([&](int i) { return w[2 * i]; }), RunWindows<Bits>([&](int i) { return w[2 * i + 1]; })} {}
@@ -146,8 +145,8 @@ struct TrellisDecoder {
   __device__ __forceinline__ void fragment(int step, Table table, uint32_t offset, uint32_t (&a)[4]) {
     if (step == 0) {  // the run is circular
 #pragma unroll
-      for (int i = 0; i < Shift; ++i) {
-        const int window = 2 * kRunSteps - Shift + i;
+      for (int i = 0; i < kShape.shift; ++i) {
+        const int window = 2 * kRunSteps - kShape.shift + i;
 #pragma unroll
         for (int r = 0; r < 2; ++r) before[i][r] = entry(window, r, table, offset).y;
       }
@@ -159,8 +158,8 @@ struct TrellisDecoder {
         const uint2 e = entry(2 * step + odd, r, table, offset);
         a[2 * odd + r] = add_pairs(table, e.x, before[0][r]);
 #pragma unroll
-        for (int i = 0; i + 1 < Shift; ++i) before[i][r] = before[i + 1][r];
-        before[Shift - 1][r] = e.y;
+        for (int i = 0; i + 1 < kShape.shift; ++i) before[i][r] = before[i + 1][r];
+        before[kShape.shift - 1][r] = e.y;
       }
     }
   }
@@ -175,39 +174,43 @@ struct TrellisDecoder {
 };
 
 // d += a b in integers: a 16 x 32, b 32 x 8 signed bytes.
-__device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint2 b) {
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
 }
 
-// __byte_perm, not to be moved out of a loop: the results would take more registers than there are.
+// x of a lane for the steps of a unit: byte c of word s is a digit of column 16 s + 4 t + c. B operand of step s: the
+// pieces of x that even and odd window of the step meet. Volatile, as moved out of a loop the results would take more
+// registers than there are.
 template <uint32_t Selector>
 __device__ __forceinline__ uint32_t permute_here(uint32_t a, uint32_t b) {
   uint32_t v;
   asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "n"(Selector));
   return v;
 }
-
-// x of a lane for the steps of a unit: byte c of word s is a digit of column 16 s + 4 t + c. B operand of step s: the
-// pieces of x that even and odd window of the step meet.
 template <int Shift>
 __device__ __forceinline__ uint2 x_operand(const uint32_t (&x)[kRunSteps], int s) {
-  static_assert(Shift >= 1 && Shift <= 3);
+  static_assert(Shift == 1 || Shift == 2);
   const uint32_t next = x[(s + 1) % kRunSteps];
-  if constexpr (Shift == 1) return {permute_here<0x3210>(x[s], next), permute_here<0x5432>(x[s], next)};
-  if constexpr (Shift == 2) return {permute_here<0x5410>(x[s], next), permute_here<0x7632>(x[s], next)};
-  return {permute_here<0x7610>(x[s], next), permute_here<0x5432>(x[s], x[(s + 2) % kRunSteps])};
+  if constexpr (Shift == 1) {
+    return {permute_here<0x3210>(x[s], next), permute_here<0x5432>(x[s], next)};
+  } else {
+    return {permute_here<0x5410>(x[s], next), permute_here<0x7632>(x[s], next)};
+  }
 }
 
-// --- x in signed bytes ----------------------------------------------------------------------------------------------
+// Two weights as fp16 integers: T1 of `e` plus T2 of `before`, entries of the table that holds bytes T1 + 128 and
+// 128 - T2: 1024 + T1 + 128 and -(1024 + 128 - T2) are fp16 numbers with these bytes as their low halves.
+__device__ __forceinline__ uint32_t pair_of(uint32_t e, uint32_t before) {
+  return add_as<__half2>(__byte_perm(e, 0x64646464, 0x4140), __byte_perm(before, 0xe4e4e4e4, 0x4342));
+}
+
+// --- rotated x in shared memory -------------------------------------------------------------------------------------
 //
-// A chunk of rotated x (1024 columns) is rounded to multiples of its scale, max |x| / kDigitMax: 256 hi + lo. Two
-// planes of bytes per row, one of hi, one of lo; within 64 columns, those of lane t for four MMA steps are neighbours:
-// byte 16 t + 4 s + c. A plane is 64 bytes longer than its chunks, so that the 16-byte loads of two planes meet
-// different banks.
-inline constexpr float kDigitMax = 32512.0f;  // 127 * 256
-__host__ __device__ constexpr int plane_bytes(int chunks) { return chunks * 1024 + 64; }
+// A chunk (1024 columns) is rounded to multiples of a scale of its own: to integers of 16 bits, or to fp16. Both take
+// 2 plane_bytes(chunks) per row of x.
+__host__ __device__ constexpr int plane_bytes(int chunks) { return chunks * kChunk + 64; }
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float m;
@@ -215,16 +218,24 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return m;
 }
 
-// y: columns 128 j + first_column(lane) + i in y[j / 2][i / 2][j % 2 * 2 + i % 2], as Rotation::rotate leaves them.
-__device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scale,
-                                             int lane) {
+// y as Rotation::rotate leaves it: columns 128 j + first_column(lane) + i in y[j / 2][i / 2][j % 2 * 2 + i % 2]. Stores
+// the chunk's scale for a greatest value `most` and returns its inverse.
+__device__ __forceinline__ float chunk_scale(const float (&y)[4][2][4], float most_value, float* scale, int lane) {
   float most = 0;
 #pragma unroll
   for (int i = 0; i < 32; ++i) most = max_or_nan(most, fabsf(y[i / 8][i / 4 % 2][i % 4]));
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, step));
-  const float inverse = most > 1e-30f ? __fdividef(kDigitMax, most) : 0.0f;
-  if (lane == 0) *scale = most * (1 / kDigitMax);
+  if (lane == 0) *scale = most * (1 / most_value);
+  return most > 1e-30f ? __fdividef(most_value, most) : 0.0f;
+}
+
+// Digits 256 hi + lo: two planes of bytes per row. Within 64 columns, those of lane t for four MMA steps are
+// neighbours: byte 16 t + 4 s + c. A plane is 64 bytes longer than its chunks, so that the 16-byte loads of two planes
+// meet different banks.
+__device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scale,
+                                             int lane) {
+  const float inverse = chunk_scale(y, 127 * 256.0f, scale, lane);
   constexpr float kMagic = 12582912.0f + 128.0f;  // the integer in the low bits, plus 128: byte 1 is hi
   const int place = lane / 16 * 64 + lane % 4 * 16 + lane / 4 % 4 * 4;
 #pragma unroll
@@ -236,6 +247,19 @@ __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t*
     const uint32_t b = __byte_perm(v[2], v[3], 0x5140);
     *reinterpret_cast<uint32_t*>(lo + 128 * j + place) = __byte_perm(a, b, 0x5410) ^ 0x80808080u;
     *reinterpret_cast<uint32_t*>(hi + 128 * j + place) = __byte_perm(a, b, 0x7632);
+  }
+}
+
+// fp16, in the order of Rotation::rotate.
+__device__ __forceinline__ void store_halves(const float (&y)[4][2][4], __half* out, float* scale, int lane) {
+  const float inverse = chunk_scale(y, 2048.0f, scale, lane);
+  const int place = Rotation<__half>::first_place(lane);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const auto& part = y[j / 2];
+    const int c = j % 2 * 2;
+    *reinterpret_cast<uint2*>(out + 128 * j + place) = {pack2<__half>(part[0][c] * inverse, part[0][c + 1] * inverse),
+                                                        pack2<__half>(part[1][c] * inverse, part[1][c + 1] * inverse)};
   }
 }
 

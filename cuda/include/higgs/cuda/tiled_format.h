@@ -30,6 +30,9 @@ inline constexpr int kUnitColumns = 128;
 inline constexpr int kLanes = 32;
 inline constexpr int kTiledAlignment = 256;
 
+// Steps between the windows of a value, of the additive trellis grids that have a kernel.
+constexpr int trellis_shift(int bits) noexcept { return bits == 4 ? 2 : 1; }
+
 // How the columns of a grid are grouped into table look-ups; one decoder per (bits, weights). See instances.h.
 struct FieldShape {
   int bits = 0;     // of one field
@@ -47,8 +50,8 @@ struct FieldShape {
   [[nodiscard]] constexpr int joined_units() const noexcept { return trellis() ? 2 : 1; }
   // A table entry: `weights` 16-bit values, a single one stored twice; of a trellis, for both windows.
   [[nodiscard]] constexpr int entry_bytes() const noexcept { return weights == 4 || trellis() ? 8 : 4; }
-  // Table of signed bytes of a trellis.
-  [[nodiscard]] constexpr int byte_table_bytes() const noexcept { return trellis() ? 4 * entries() : 0; }
+  // Two tables of four bytes per entry of a trellis: signed, and with offsets (trellis.cuh).
+  [[nodiscard]] constexpr int byte_tables_bytes() const noexcept { return trellis() ? 2 * 4 * entries() : 0; }
 };
 
 // The decoder of a grid. Throws Error(unsupported) if no decoder fits.
