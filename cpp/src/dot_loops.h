@@ -4,7 +4,8 @@
 // - Vec, a vector of kLanes floats, with load, store, zero, fma (a * b + c) and sum (lanes added in halves);
 // - f16(bits), fp16 bits -> float;
 // - Decoder<B, P> with chunk(bytes, valid, sink): decodes 64 indices, of which the first `valid` are in the row (the
-//   rest may be anything, x is zero there), and calls sink(offset, Vec) for 64 * P floats in decode order.
+//   rest may be anything, x is zero there), and calls sink(offset, Vec) for 64 * P floats in decode order;
+// - look_up<P>(points, halves, windows): kLanes / P points of a trellis grid, given both as floats and as fp16 bits.
 //
 // The sums run in the same order in dot_rows and dot_tile: one chain of fma per (row of w, row of x, scale group), in
 // decode order, lanes added up per group, groups in order. So a row of y has the same bits in any batch.
@@ -12,12 +13,66 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "kernels.h"
 
 namespace higgs::detail {
 namespace {
+
+// How the indices of a scale group are cut into what a decoder takes at once: count(i, left) indices from index i of the
+// group on, where `left` are left, which fill cols(count) floats in decode order. Vector grids: chunks, the last one padded.
+template <int P>
+struct Chunks {
+  explicit Chunks(const LayerFormat&) {}
+  [[nodiscard]] static std::int64_t count(std::int64_t, std::int64_t left) { return left < kChunk ? left : kChunk; }
+  [[nodiscard]] static std::int64_t cols(std::int64_t) { return kChunk * P; }
+};
+
+// Decodes a run of a trellis grid in column order: all windows are cut from a copy of its bytes that goes on beyond
+// the end with the first ones.
+template <class Isa, int B, int P>
+struct TrellisDecoder {
+  static constexpr int kWrapped = 4;  // bytes: a window and the bits before it in its first byte
+  static constexpr int kSteps = Isa::kLanes / P;
+  const float* points;
+  const std::uint16_t* halves;
+  std::uint32_t mask;
+
+  explicit TrellisDecoder(const PackedView& w)
+      : points(w.format.grid->points.data()),
+        halves(trellis_halves(*w.format.grid)),
+        mask(static_cast<std::uint32_t>(w.format.grid->n_points) - 1) {}
+
+  template <typename Sink>
+  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+    std::uint8_t stream[2 * kRun / P * B / 8 + kWrapped];
+    const int length = valid * B / 8;
+    std::memcpy(stream, bytes, static_cast<std::size_t>(length));
+    std::memcpy(stream + length, bytes, kWrapped);
+    for (int t = 0; t < valid; t += kSteps) {
+      std::uint32_t windows[kSteps];
+      for (int i = 0; i < kSteps; ++i) {
+        std::uint32_t word;
+        std::memcpy(&word, stream + (t + i) * B / 8, sizeof word);
+        windows[i] = word >> ((t + i) * B % 8) & mask;
+      }
+      sink(t * P, Isa::template look_up<P>(points, halves, windows));
+    }
+  }
+};
+
+// Trellis grids: runs, in column order.
+template <int P>
+struct Runs {
+  int block;
+  explicit Runs(const LayerFormat& format) : block(format.block) {}
+  [[nodiscard]] std::int64_t count(std::int64_t i, std::int64_t) const {
+    return run_columns(block, static_cast<int>(i * P % block)) / P;
+  }
+  [[nodiscard]] static std::int64_t cols(std::int64_t indices) { return indices * P; }
+};
 
 // Where the bytes of a scale group lie, for a decoder of B-bit indices.
 template <int B, int P>
@@ -38,11 +93,12 @@ struct GroupBytes {
   [[nodiscard]] std::int64_t x_offset(std::int64_t g) const { return g * geometry.group_chunks * kChunk * P; }
 };
 
-template <class Isa, int B, int P>
+template <class Isa, class Decoder, class Cut, int B, int P>
 void dot_rows(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y) {
   using Vec = typename Isa::Vec;
   const GroupBytes<B, P> layout{w};
-  const typename Isa::template Decoder<B, P> decoder(w);
+  const Decoder decoder(w);
+  const Cut cut(w.format);
   const std::int64_t groups = layout.geometry.groups;
   for (std::int64_t i = begin; i < end; i += 2) {  // two rows at a time: two independent chains of fma
     const std::int64_t pair[2] = {i, std::min(i + 1, end - 1)};
@@ -53,14 +109,16 @@ void dot_rows(const PackedView& w, const float* x, std::int64_t begin, std::int6
       const float* xg = x + layout.x_offset(g);
       Vec acc0 = Isa::zero();
       Vec acc1 = Isa::zero();
-      for (std::int64_t c = 0; c < count; c += kChunk, xg += kChunk * P) {
-        const int valid = static_cast<int>(std::min<std::int64_t>(kChunk, count - c));
+      for (std::int64_t c = 0; c < count;) {
+        const int valid = static_cast<int>(cut.count(c, count - c));
         __builtin_prefetch(bytes[0] + c * B / 8 + 2 * layout.row_bytes);  // the next pair of rows
         __builtin_prefetch(bytes[1] + c * B / 8 + 2 * layout.row_bytes);
         decoder.chunk(bytes[0] + c * B / 8, valid,
                       [&](int offset, Vec v) { acc0 = Isa::fma(v, Isa::load(xg + offset), acc0); });
         decoder.chunk(bytes[1] + c * B / 8, valid,
                       [&](int offset, Vec v) { acc1 = Isa::fma(v, Isa::load(xg + offset), acc1); });
+        c += valid;
+        xg += cut.cols(valid);
       }
       total[0] += Isa::f16(w.scales[pair[0] * groups + g]) * Isa::sum(acc0);
       total[1] += Isa::f16(w.scales[pair[1] * groups + g]) * Isa::sum(acc1);
@@ -92,27 +150,32 @@ inline void micro(const float* weights, std::int64_t weights_stride, const float
   }
 }
 
-template <class Isa, int B, int P>
+template <class Isa, class Decoder, class Cut, int B, int P>
 void dot_tile(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end, float* scratch,
               float* y, std::int64_t y_stride) {
   using Vec = typename Isa::Vec;
   constexpr int kRows = Isa::kMicroRows;
   constexpr int kTokens = Isa::kMicroTokens;
   const GroupBytes<B, P> layout{w};
-  const typename Isa::template Decoder<B, P> decoder(w);
+  const Decoder decoder(w);
+  const Cut cut(w.format);
   const std::int64_t groups = layout.geometry.groups;
   const std::int64_t x_stride = layout.geometry.arranged_cols;
   const std::int64_t stride = layout.geometry.group_chunks * kChunk * P;
   for (std::int64_t i = 0; i < m; ++i) std::fill_n(y + i * y_stride, end - begin, 0.0f);
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t count = layout.indices(g);
-    const std::int64_t cols = (count + kChunk - 1) / kChunk * kChunk * P;
+    std::int64_t cols = 0;
     float scales[kTileRows];
     for (std::int64_t i = begin; i < end; ++i) {
       float* row = scratch + (i - begin) * stride;
-      for (std::int64_t c = 0; c < count; c += kChunk, row += kChunk * P) {
-        const int valid = static_cast<int>(std::min<std::int64_t>(kChunk, count - c));
-        decoder.chunk(layout.bytes(i, g) + c * B / 8, valid, [&](int offset, Vec v) { Isa::store(row + offset, v); });
+      cols = 0;
+      for (std::int64_t c = 0; c < count;) {
+        const int valid = static_cast<int>(cut.count(c, count - c));
+        decoder.chunk(layout.bytes(i, g) + c * B / 8, valid,
+                      [&](int offset, Vec v) { Isa::store(row + cols + offset, v); });
+        c += valid;
+        cols += cut.cols(valid);
       }
       scales[i - begin] = Isa::f16(w.scales[i * groups + g]);
     }
@@ -146,12 +209,25 @@ void dot_tile(const PackedView& w, const float* x, std::int64_t m, std::int64_t 
   X(3, 1)                         \
   X(4, 1) X(5, 1) X(6, 1) X(8, 1) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(11, 2) X(12, 2) X(8, 4)
 
+// The same for trellis grids.
+#define HIGGS_FOR_EACH_TRELLIS_DECODER(X) \
+  X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(6, 4) X(8, 4)
+
+inline int decoder_key(const Grid& grid) {
+  return (grid.trellis != nullptr ? 256 : 0) + grid.index_bits * 8 + grid.p;
+}
+
 template <class Isa>
 void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y) {
-  switch (w.format.grid->index_bits * 8 + w.format.grid->p) {
+  switch (decoder_key(*w.format.grid)) {
 #define HIGGS_CASE(B, P) \
-  case (B) * 8 + (P): return dot_rows<Isa, B, P>(w, x, begin, end, y);
+  case (B) * 8 + (P): return dot_rows<Isa, typename Isa::template Decoder<B, P>, Chunks<P>, B, P>(w, x, begin, end, y);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
+#undef HIGGS_CASE
+#define HIGGS_CASE(B, P)    \
+  case 256 + (B) * 8 + (P): \
+    return dot_rows<Isa, TrellisDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, begin, end, y);
+    HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);
   }
@@ -160,10 +236,16 @@ void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::
 template <class Isa>
 void dot_tile_any(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end,
                   float* scratch, float* y, std::int64_t y_stride) {
-  switch (w.format.grid->index_bits * 8 + w.format.grid->p) {
+  switch (decoder_key(*w.format.grid)) {
 #define HIGGS_CASE(B, P) \
-  case (B) * 8 + (P): return dot_tile<Isa, B, P>(w, x, m, begin, end, scratch, y, y_stride);
+  case (B) * 8 + (P):    \
+    return dot_tile<Isa, typename Isa::template Decoder<B, P>, Chunks<P>, B, P>(w, x, m, begin, end, scratch, y, y_stride);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
+#undef HIGGS_CASE
+#define HIGGS_CASE(B, P)    \
+  case 256 + (B) * 8 + (P): \
+    return dot_tile<Isa, TrellisDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, m, begin, end, scratch, y, y_stride);
+    HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);
   }

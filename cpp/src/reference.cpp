@@ -1,5 +1,6 @@
 #include "higgs/reference.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <numbers>
@@ -19,6 +20,19 @@ double transform_entry(std::int64_t block, std::int64_t i, std::int64_t j) {
   return hadamard * (std::cos(angle) + std::sin(angle)) / std::sqrt(static_cast<double>(block));
 }
 
+struct Span {
+  std::int64_t first;
+  std::int64_t count;
+};
+
+// The columns of the run that holds column j.
+Span run_of(const LayerFormat& f, std::int64_t j) {
+  const std::int64_t block_start = j / f.block * f.block;
+  const std::int64_t last_run = std::max(0, f.block / kRun - 1);
+  const std::int64_t run = std::min((j - block_start) / kRun, last_run);
+  return {block_start + run * kRun, run == last_run ? f.block - run * kRun : kRun};
+}
+
 }  // namespace
 
 std::vector<double> dequantize(const PackedView& packed) {
@@ -31,13 +45,15 @@ std::vector<double> dequantize(const PackedView& packed) {
   for (std::int64_t i = 0; i < f.n; ++i) {
     const std::uint8_t* bytes = packed.indices + i * f.row_bytes();
     for (std::int64_t j = 0; j < f.k; ++j) {
-      int index = 0;
-      for (int b = 0; b < bits; ++b) {
-        const std::int64_t at = j / p * bits + b;
-        index |= (bytes[at / 8] >> (at % 8) & 1) << b;
+      std::size_t point = 0;
+      const Span run = run_of(f, j);
+      for (int b = 0; b < f.grid->window_bits; ++b) {
+        const std::int64_t in_run = ((j - run.first) / p * bits + b) % (run.count / p * bits);
+        const std::int64_t at = run.first / p * bits + in_run;
+        point |= static_cast<std::size_t>(bytes[at / 8] >> (at % 8) & 1) << b;
       }
       const double scale = f16_to_f32(packed.scales[i * f.row_groups() + j / f.group]);
-      r[j] = scale * f.grid->points[static_cast<std::size_t>(index) * p + j % p];
+      r[j] = scale * f.grid->points[point * p + j % p];
     }
     for (std::int64_t j = 0; j < f.k; ++j) {
       const std::int64_t first = j / f.block * f.block;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "higgs/error.h"
+#include "higgs/grid.h"
 
 namespace higgs::cuda {
 
@@ -13,6 +14,13 @@ inline void check_pointer(const char* op, const char* what, const void* p) {
   if (p == nullptr) throw Error(ErrorCode::invalid_argument, std::string(op) + ": " + what + " is null");
   if (reinterpret_cast<std::uintptr_t>(p) % 16 != 0) {
     throw Error(ErrorCode::invalid_argument, std::string(op) + ": " + what + " is not 16-byte aligned");
+  }
+}
+
+inline void check_vector_grid(const Grid& grid) {
+  if (grid.trellis != nullptr) {
+    throw Error(ErrorCode::unsupported,
+                "trellis grid " + std::string(grid.name) + " has no CUDA kernels yet; use the CPU or a vector grid");
   }
 }
 

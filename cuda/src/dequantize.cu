@@ -88,6 +88,7 @@ template <bool Unrotate>
 void launch_dequantize(const char* op, const PackedView& packed, void* out, DType out_dtype, Stream stream) {
   const LayerFormat& f = packed.format;
   validate(f);
+  check_vector_grid(*f.grid);
   if (f.n == 0) return;
   check_pointer(op, "indices", packed.indices);
   check_pointer(op, "scales", packed.scales);

@@ -151,6 +151,7 @@ void launch_quantize(const Points& points, int block, const QuantizeLayer& layer
 void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std::uint16_t* column_scale,
               std::uint8_t* indices, std::uint16_t* scales, double* row_stats, Stream stream) {
   validate(format);
+  check_vector_grid(*format.grid);
   if (format.n == 0) return;
   if (format.k > kMaxQuantizeColumns) {
     throw Error(ErrorCode::unsupported, "quantize: k = " + std::to_string(format.k) + "; the GPU takes at most " +

@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "checks.h"
 #include "higgs/error.h"
 
 namespace higgs::cuda {
@@ -18,6 +19,7 @@ constexpr std::int64_t bytes_of_slice(const FieldShape& field, int units) {
 }  // namespace
 
 FieldShape field_shape(const Grid& grid) {
+  check_vector_grid(grid);
   for (const int weights : {4, 2, 1}) {
     if (weights % grid.p != 0) continue;
     const int bits = weights / grid.p * grid.index_bits;

@@ -65,6 +65,20 @@ inline std::vector<std::string> grid_names() {
   return names;
 }
 
+inline std::vector<Grid> grids_of_family(bool trellis) {
+  std::vector<Grid> list;
+  for (const Grid& g : grids()) {
+    if ((g.trellis != nullptr) == trellis) list.push_back(g);
+  }
+  return list;
+}
+
+inline std::vector<std::string> names_of_family(bool trellis) {
+  std::vector<std::string> names;
+  for (const Grid& g : grids_of_family(trellis)) names.emplace_back(g.name);
+  return names;
+}
+
 inline std::string grid_name(const testing::TestParamInfo<std::string>& info) { return info.param; }
 
 // block and group 0: the defaults of the format.
@@ -305,6 +319,31 @@ inline int index_at(const std::vector<std::uint8_t>& bytes, std::int64_t row_sta
   return index;
 }
 
+// The point that covers column j: the index there in a vector grid, in a trellis grid the bits of the run from its step
+// on, around the end.
+inline std::size_t point_at(const std::vector<std::uint8_t>& bytes, std::int64_t row_start, const LayerFormat& f,
+                            std::int64_t j) {
+  const int p = f.grid->p;
+  const int bits = f.grid->index_bits;
+  if (f.grid->trellis == nullptr) return static_cast<std::size_t>(index_at(bytes, row_start, j / p, bits));
+  std::vector<std::int64_t> starts;  // of the runs of this block
+  const std::int64_t block = j / f.block * f.block;
+  for (std::int64_t at = block; at == block || at + 256 <= block + f.block; at += 256) starts.push_back(at);
+  starts.push_back(block + f.block);
+  std::size_t run = 0;
+  while (starts[run + 1] <= j) ++run;
+  std::vector<int> stream;
+  for (std::int64_t i = starts[run] / p; i < starts[run + 1] / p; ++i) {
+    for (int b = 0; b < bits; ++b) stream.push_back(index_at(bytes, row_start, i, bits) >> b & 1);
+  }
+  std::size_t window = 0;
+  for (int b = 0; b < f.grid->window_bits; ++b) {
+    const auto at = static_cast<std::size_t>((j - starts[run]) / p * bits + b);
+    window |= static_cast<std::size_t>(stream[at % stream.size()]) << b;
+  }
+  return window;
+}
+
 inline Layer quantize(const Matrix& w, const LayerFormat& f, const std::vector<std::uint16_t>& column_scale) {
   Layer layer(f);
   layer.column_scale = column_scale;
@@ -335,9 +374,9 @@ inline std::vector<float> dequantize(const Layer& layer, bool rotate_back = true
   for (std::int64_t i = 0; i < f.n; ++i) {
     float* row = &out[static_cast<std::size_t>(i * f.k)];
     for (std::int64_t j = 0; j < f.k; ++j) {
-      const int index = index_at(layer.indices, i * f.row_bytes(), j / f.grid->p, f.grid->index_bits);
+      const std::size_t point = point_at(layer.indices, i * f.row_bytes(), f, j);
       const float scale = f16_to_f32(layer.scales[static_cast<std::size_t>(i * f.row_groups() + j / f.group)]);
-      row[j] = scale * f.grid->points[static_cast<std::size_t>(index * f.grid->p + j % f.grid->p)];
+      row[j] = scale * f.grid->points[point * static_cast<std::size_t>(f.grid->p) + static_cast<std::size_t>(j % f.grid->p)];
     }
     if (!rotate_back) continue;
     for (std::int64_t b = 0; b < f.k; b += f.block) transform(row + b, f.block);

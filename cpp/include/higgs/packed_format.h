@@ -1,6 +1,7 @@
 // Stored format v1 in code (in prose: cpp/FORMAT.md). All sizes of the format are computed here and nowhere else.
 //
-//   indices  uint8  [n, k / p * index_bits / 8]   bit-packed along k in order, least significant bit first
+//   indices  uint8  [n, k / p * index_bits / 8]   bit-packed along k in order, least significant bit first; of a trellis
+//                                                 grid: its stream
 //   scales   fp16   [n, ceil(k / group)]          one per scale group
 //   column_scale fp16 [k]                         optional
 #pragma once
@@ -22,6 +23,15 @@ inline constexpr int kMaxP = 4;
 // Every kColumnAlignment columns hold a whole number of index bytes whatever the grid, so that blocks, scale groups and
 // tensor-parallel slices along k start at byte boundaries.
 static_assert(kColumnAlignment / kMaxP * 1 % 8 == 0);
+
+// The stream of a trellis grid is cyclic in runs: those of a block have kRun columns each, but for the last, which takes
+// what is left over when there is less than another run after it.
+inline constexpr int kRun = 256;
+
+// Columns of the run that starts `column` columns into its block.
+[[nodiscard]] constexpr int run_columns(int block, int column) noexcept {
+  return block - column < 2 * kRun ? block - column : kRun;
+}
 
 // How one weight matrix W[n, k] is stored.
 struct LayerFormat {

@@ -9,6 +9,7 @@
 
 #include "../block_loops.h"
 #include "../dot_loops.h"
+#include "../trellis_loops.h"
 
 namespace higgs::detail {
 namespace {
@@ -152,6 +153,22 @@ struct Avx512 {
   }
   static float f16(std::uint16_t bits) { return _cvtsh_ss(bits); }
 
+  template <int P>
+  static Vec look_up(const float*, const std::uint16_t* halves, const std::uint32_t* windows) {
+    using Word = std::conditional_t<P == 4, std::int64_t, std::int32_t>;
+    const auto word = [&](int i) {
+      Word w;
+      std::memcpy(&w, halves + windows[i] * P, sizeof w);
+      return w;
+    };
+    if constexpr (P == 4) {
+      return _mm512_cvtph_ps(_mm256_setr_epi64x(word(0), word(1), word(2), word(3)));
+    } else {
+      return _mm512_cvtph_ps(
+          _mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)));
+    }
+  }
+
   template <int B, int P>
   using Decoder = std::conditional_t<(B <= 8), ByteTableDecoder<B, P>, WordTableDecoder<B>>;
 };
@@ -159,6 +176,6 @@ struct Avx512 {
 }  // namespace
 
 const Kernels kAvx512Kernels = {
-    8, transform_blocks, nearest_group, sum_of_squares, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
+    8, transform_blocks, nearest_group, sum_of_products, encode_runs, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
 
 }  // namespace higgs::detail
