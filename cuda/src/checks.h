@@ -17,13 +17,6 @@ inline void check_pointer(const char* op, const char* what, const void* p) {
   }
 }
 
-inline void check_vector_grid(const Grid& grid) {
-  if (grid.trellis != nullptr) {
-    throw Error(ErrorCode::unsupported,
-                "trellis grid " + std::string(grid.name) + " has no CUDA kernels yet; use the CPU or a vector grid");
-  }
-}
-
 // The decode kernel, which rotates x while it multiplies, knows no blocks with an odd factor (hadamard.h).
 inline bool supports_block(int block) { return std::has_single_bit(static_cast<unsigned>(block)); }
 

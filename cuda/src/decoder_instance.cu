@@ -5,6 +5,7 @@
 #include "gemv_trellis.cuh"
 #include "launch.h"
 #include "repack.cuh"
+#include "repack_trellis.cuh"
 
 namespace higgs::cuda {
 namespace {
@@ -84,14 +85,25 @@ constexpr int kThreads = 128;
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
 void repack(const TiledLayer& layer, const uint8_t* indices, uint8_t* weights, Stream stream) {
-  repack_kernel<D><<<blocks_for(unit_threads(layer.tiled)), kThreads, 0, to_stream(stream)>>>(
-      layer, indices, reinterpret_cast<uint32_t*>(weights));
+  const unsigned blocks = blocks_for(unit_threads(layer.tiled));
+  auto* words = reinterpret_cast<uint32_t*>(weights);
+  if constexpr (D::kShape.trellis()) {
+    repack_trellis_kernel<D::kShape.bits><<<blocks, kThreads, 0, to_stream(stream)>>>(layer, indices, words);
+  } else {
+    repack_kernel<D><<<blocks, kThreads, 0, to_stream(stream)>>>(layer, indices, words);
+  }
   check(cudaGetLastError(), "repack");
 }
 
 void unrepack(const TiledLayer& layer, const uint8_t* weights, uint8_t* indices, Stream stream) {
-  unrepack_kernel<D><<<blocks_for(layer.n * (layer.k / kColumnAlignment)), kThreads, 0, to_stream(stream)>>>(
-      layer, reinterpret_cast<const uint32_t*>(weights), indices);
+  const auto* words = reinterpret_cast<const uint32_t*>(weights);
+  if constexpr (D::kShape.trellis()) {
+    const int64_t runs = layer.n * ((layer.k + kRunGroup - 1) / kRunGroup) * 4;
+    unrepack_trellis_kernel<D::kShape.bits><<<blocks_for(runs), kThreads, 0, to_stream(stream)>>>(layer, words, indices);
+  } else {
+    unrepack_kernel<D><<<blocks_for(layer.n * (layer.k / kColumnAlignment)), kThreads, 0, to_stream(stream)>>>(
+        layer, words, indices);
+  }
   check(cudaGetLastError(), "unrepack");
 }
 

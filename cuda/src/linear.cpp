@@ -10,6 +10,7 @@
 #include "higgs/cuda/plan.h"
 #include "launch.h"
 #include "pack_x.h"
+#include "trellis_table.h"
 
 namespace higgs::cuda {
 

@@ -11,6 +11,7 @@
 #include "higgs/cuda/ops.h"
 #include "launch.h"
 #include "quantize_row.cuh"
+#include "quantize_trellis.h"
 
 namespace higgs::cuda {
 namespace {
@@ -151,7 +152,6 @@ void launch_quantize(const Points& points, int block, const QuantizeLayer& layer
 void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std::uint16_t* column_scale,
               std::uint8_t* indices, std::uint16_t* scales, double* row_stats, Stream stream) {
   validate(format);
-  check_vector_grid(*format.grid);
   if (format.n == 0) return;
   if (format.k > kMaxQuantizeColumns) {
     throw Error(ErrorCode::unsupported, "quantize: k = " + std::to_string(format.k) + "; the GPU takes at most " +
@@ -169,6 +169,11 @@ void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std
                             static_cast<int>(format.k),
                             static_cast<int>(format.group),
                             static_cast<int>(format.row_groups())};
+  if (format.grid->trellis != nullptr) {
+    quantize_trellis(*format.grid, format.block, layer, format.n, w, w_dtype, stream);
+    check(cudaGetLastError(), "quantize");
+    return;
+  }
   with_points(*format.grid, [&](const auto& points) {
     dispatch(w_dtype, [&]<typename T>() {
       switch (format.grid->p) {

@@ -15,23 +15,16 @@
 #include "higgs/cuda/ops.h"
 #include "launch.h"
 #include "quantize_row.cuh"
+#include "quantize_trellis.h"
+#include "trellis_run.cuh"
 #include "trellis_table.h"
 
 namespace higgs::cuda {
 namespace {
 
 constexpr int kPieces = 256;
-constexpr int kMaxSteps = 32;   // of a run
-constexpr float kLargest = 1444.0f;  // |X|: path costs stay below 2^24
-
-// Runs of a row: those of a group of 256 columns, or of what the row has left.
-struct Run {
-  int first;  // column
-  int steps;
-  __device__ __forceinline__ Run(int k, int number)
-      : first(number / 4 * kPieces + number % 4 * 4), steps(min(kPieces, k - number / 4 * kPieces) / 8) {}
-  __device__ __forceinline__ int column(int step) const { return first + step / 2 * 16 + step % 2 * 2; }
-};
+constexpr int kMaxSteps = kRunGroup / 8;  // of a run
+constexpr float kLargest = 1444.0f;       // |X|: path costs stay below 2^24
 
 __device__ __forceinline__ int own_cost(char2 v, int2 x) { return 4 * (v.x * v.x + v.y * v.y) - v.x * x.x - v.y * x.y; }
 
@@ -172,7 +165,7 @@ struct SearchOne {
     if (threadIdx.x < 32) trace(t, run, 0, start, 0);
     __syncthreads();
   }
-  __device__ __forceinline__ int piece_of(int step) const { return piece[step]; }
+  __device__ __forceinline__ uint32_t piece_of(int step, int /*steps*/) const { return piece[step]; }
 };
 
 // --- 4 bits, shift 2: 4096 states of three nibbles n0 n1 n2; a step forgets n0 and adds n3 ---------------------------
@@ -186,6 +179,7 @@ struct SearchTwo {
   int2 slope[kPieces];      // 128 lo of piece n0 | n1 << 4
   uint2 back[kMaxSteps][kPieces];  // [step][n2 | n3 << 4]: nibble n1 is n0 of the best path to state n1 n2 n3
   int state;
+  uint8_t nibble[kMaxSteps];  // n0 of the state before each step
 
   __device__ __forceinline__ void set_up(const Tables& t) {
     slope[threadIdx.x] = make_int2(128 * t.lo[threadIdx.x].x, 128 * t.lo[threadIdx.x].y);
@@ -244,8 +238,8 @@ struct SearchTwo {
     const int all = __reduce_min_sync(~0u, least);
     return __reduce_min_sync(~0u, least == all ? at : 0x7fffffff);
   }
-  // The state before step `down_to` on the best path into `end`; nibble n0 of each step's state goes to nibble[].
-  __device__ int trace(const RunInput& run, int from, int end, int down_to, uint8_t* nibble) const {
+  // The best path into state `end`, back to the state before step s.
+  __device__ int trace(const RunInput& run, int from, int end, int down_to) {
     for (int s = run.steps - 1; s >= down_to; --s) {
       const uint2 n = back[s][end >> 4];
       const int n1 = end & 15;
@@ -255,26 +249,128 @@ struct SearchTwo {
     }
     return end;
   }
-  uint8_t nibble[kMaxSteps];
-
   __device__ void encode(const Tables& t, const RunInput& run) {
     const int half = run.steps / 2;
     sweep(t, run, half, -1);
     if (threadIdx.x < 32) {
       const int best = best_state(run.steps);
-      if (threadIdx.x == 0) state = trace(run, half, best, run.steps - half, nibble);
+      if (threadIdx.x == 0) state = trace(run, half, best, run.steps - half);
     }
     __syncthreads();
     const int start = state;
     sweep(t, run, 0, start);
-    if (threadIdx.x == 0) trace(run, 0, start, 0, nibble);
+    if (threadIdx.x == 0) trace(run, 0, start, 0);
     __syncthreads();
   }
-  // steps of the run are a power of two or not: the piece after the last is the first
-  __device__ __forceinline__ int piece_of(int step, int steps) const {
+  __device__ __forceinline__ uint32_t piece_of(int step, int steps) const {
     return nibble[step] | nibble[step + 1 < steps ? step + 1 : 0] << 4;
   }
 };
 
+template <int Bits>
+using SearchOf = std::conditional_t<trellis_shift(Bits) == 1, SearchOne<Bits>, SearchTwo>;
+
+template <int Bits>
+struct Shared {
+  Tables tables;
+  int2 x[kMaxSteps];
+  union {
+    SearchOf<Bits> search;
+    float scratch[SearchOf<Bits>::kThreads / 32 * kChunkScratch];  // rotation comes before the search
+  };
+};
+
+__device__ __forceinline__ int rounded(float v) { return __float2int_rn(fminf(fmaxf(256 * v, -kLargest), kLargest)); }
+
+// Run t of group g of a row.
+template <int Bits>
+__device__ void encode_run(const QuantizeLayer& layer, const GroupState* groups, const float* row, int g, int t,
+                           uint8_t* row_bytes, Shared<Bits>& shared) {
+  const StoredRun run(row_bytes, layer.k, g, t, Bits);
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < run.steps) {
+    const int column = g * kRunGroup + i / 2 * 16 + 4 * t + i % 2 * 2;
+    const float inverse = groups[column / layer.group].inverse;
+    shared.x[i] = make_int2(rounded(__fmul_rn(row[column], inverse)), rounded(__fmul_rn(row[column + 1], inverse)));
+  }
+  __syncthreads();
+  shared.search.encode(shared.tables, {run.steps, shared.x});
+  if (i < run.count) {  // byte i: the steps' pieces overlap, the lowest bits of each are its own
+    uint32_t byte = 0;
+    for (int b = 0; b < 8; ++b) {
+      const int step = (8 * i + b) / Bits;
+      byte |= (shared.search.piece_of(step, run.steps) >> ((8 * i + b) % Bits) & 1u) << b;
+    }
+    const_cast<uint8_t*>(run.bytes)[i] = static_cast<uint8_t>(byte);
+  }
+  __syncthreads();
+}
+
+template <typename T, int Bits>
+__global__ void __launch_bounds__(SearchOf<Bits>::kThreads)
+    quantize_trellis_kernel(const __grid_constant__ TrellisTable table, const __grid_constant__ BlockTransform transform,
+                            const QuantizeLayer layer, const T* w) {
+  extern __shared__ __align__(32) uint8_t dynamic[];
+  auto& shared = *reinterpret_cast<Shared<Bits>*>(dynamic);
+  auto* groups = reinterpret_cast<GroupState*>(dynamic + sizeof(Shared<Bits>));
+  auto* row = reinterpret_cast<float*>(groups + layer.row_groups);
+  const int64_t n_row = blockIdx.x;
+  uint8_t* bytes = layer.indices + n_row * layer.row_bytes;
+  for (int i = threadIdx.x; i < kPieces; i += blockDim.x) {
+    const uint32_t e = table.entries[i];
+    shared.tables.hi[i] = make_char2(static_cast<char>(e & 0xff), static_cast<char>(e >> 8 & 0xff));
+    shared.tables.lo[i] = make_char2(static_cast<char>(e >> 16 & 0xff), static_cast<char>(e >> 24));
+  }
+  rotate_row(layer, transform, w + n_row * layer.k, row, shared.scratch);
+  __syncthreads();
+  first_scales(layer, row, groups);
+  shared.search.set_up(shared.tables);
+  __syncthreads();
+  for (int run = 0; run < (layer.k + kRunGroup - 1) / kRunGroup * 4; ++run) {
+    encode_run<Bits>(layer, groups, row, run / 4, run % 4, bytes, shared);
+  }
+  refit_scales(layer, row, groups, layer.scales + n_row * layer.row_groups, [&](int column) -> double {
+    const int in_group = column % kRunGroup;
+    const StoredRun run(bytes, layer.k, column / kRunGroup, in_group / 4 % 4, Bits);
+    const int step = in_group / 16 * 2 + in_group % 4 / 2;
+    const char2 lo = shared.tables.lo[run.window(step * Bits)];
+    const char2 hi = shared.tables.hi[run.window((step + trellis_shift(Bits)) * Bits)];
+    return static_cast<double>(in_group % 2 == 0 ? lo.x + hi.x : lo.y + hi.y) * kTrellisStep;
+  });
+  store_row_stats(layer, groups, n_row);
+}
+
+template <typename T, int Bits>
+void launch(const TrellisTable& table, int block, const QuantizeLayer& layer, std::int64_t n, const void* w,
+            Stream stream) {
+  const int shared = static_cast<int>(sizeof(Shared<Bits>)) + layer.row_groups * static_cast<int>(sizeof(GroupState)) +
+                     layer.k * 4;
+  const int limit = current_device().shared_bytes_per_block;
+  if (shared > limit) {
+    throw Error(ErrorCode::unsupported, "quantize: a row of k = " + std::to_string(layer.k) + " needs " +
+                                            std::to_string(shared) + " bytes of shared memory; this device has " +
+                                            std::to_string(limit));
+  }
+  allow_shared<quantize_trellis_kernel<T, Bits>>(limit);
+  quantize_trellis_kernel<T, Bits>
+      <<<static_cast<unsigned>(n), SearchOf<Bits>::kThreads, static_cast<std::size_t>(shared), to_stream(stream)>>>(
+          table, block_transform(block), layer, static_cast<const T*>(w));
+}
+
 }  // namespace
+
+void quantize_trellis(const Grid& grid, int block, const QuantizeLayer& layer, std::int64_t n, const void* w,
+                      DType w_dtype, Stream stream) {
+  const TrellisTable table = make_trellis_table(grid);
+  dispatch(w_dtype, [&]<typename T>() {
+    switch (table.bits) {
+      case 4: return launch<T, 4>(table, block, layer, n, w, stream);
+      case 5: return launch<T, 5>(table, block, layer, n, w, stream);
+      case 6: return launch<T, 6>(table, block, layer, n, w, stream);
+      case 7: return launch<T, 7>(table, block, layer, n, w, stream);
+      default: return launch<T, 8>(table, block, layer, n, w, stream);
+    }
+  });
+}
+
 }  // namespace higgs::cuda

@@ -2,7 +2,6 @@
 
 #include <string>
 
-#include "checks.h"
 #include "higgs/error.h"
 
 namespace higgs::cuda {
@@ -19,7 +18,14 @@ constexpr std::int64_t bytes_of_slice(const FieldShape& field, int units) {
 }  // namespace
 
 FieldShape field_shape(const Grid& grid) {
-  check_vector_grid(grid);
+  if (grid.trellis != nullptr) {
+    const int bits = grid.index_bits;
+    const bool fits = grid.trellis->kind == Trellis::Kind::additive && grid.p == 2 && bits >= 4 && bits <= 8 &&
+                      grid.window_bits == bits * trellis_shift(bits) + 8;
+    if (fits) return {bits, 2, trellis_shift(bits)};
+    throw Error(ErrorCode::unsupported, "trellis grid " + std::string(grid.name) +
+                                            " has no CUDA decoder; those of the additive grids a2_b4 to a2_b8 exist");
+  }
   for (const int weights : {4, 2, 1}) {
     if (weights % grid.p != 0) continue;
     const int bits = weights / grid.p * grid.index_bits;
