@@ -84,25 +84,28 @@ void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
 constexpr int kThreads = 128;
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
+template <typename Decoder>
 void repack(const TiledLayer& layer, const uint8_t* indices, uint8_t* weights, Stream stream) {
   const unsigned blocks = blocks_for(unit_threads(layer.tiled));
   auto* words = reinterpret_cast<uint32_t*>(weights);
-  if constexpr (D::kShape.trellis()) {
-    repack_trellis_kernel<D::kShape.bits><<<blocks, kThreads, 0, to_stream(stream)>>>(layer, indices, words);
+  if constexpr (Decoder::kShape.trellis()) {
+    repack_trellis_kernel<Decoder::kShape.bits><<<blocks, kThreads, 0, to_stream(stream)>>>(layer, indices, words);
   } else {
-    repack_kernel<D><<<blocks, kThreads, 0, to_stream(stream)>>>(layer, indices, words);
+    repack_kernel<Decoder><<<blocks, kThreads, 0, to_stream(stream)>>>(layer, indices, words);
   }
   check(cudaGetLastError(), "repack");
 }
 
+template <typename Decoder>
 void unrepack(const TiledLayer& layer, const uint8_t* weights, uint8_t* indices, Stream stream) {
   const auto* words = reinterpret_cast<const uint32_t*>(weights);
-  if constexpr (D::kShape.trellis()) {
+  if constexpr (Decoder::kShape.trellis()) {
     const int64_t runs = layer.n * ((layer.k + kRunGroup - 1) / kRunGroup) * 4;
-    unrepack_trellis_kernel<D::kShape.bits><<<blocks_for(runs), kThreads, 0, to_stream(stream)>>>(layer, words, indices);
+    unrepack_trellis_kernel<Decoder::kShape.bits>
+        <<<blocks_for(runs), kThreads, 0, to_stream(stream)>>>(layer, words, indices);
   } else {
-    unrepack_kernel<D><<<blocks_for(layer.n * (layer.k / kColumnAlignment)), kThreads, 0, to_stream(stream)>>>(
-        layer, words, indices);
+    const int64_t threads = layer.n * (layer.k / kColumnAlignment);
+    unrepack_kernel<Decoder><<<blocks_for(threads), kThreads, 0, to_stream(stream)>>>(layer, words, indices);
   }
   check(cudaGetLastError(), "unrepack");
 }
@@ -125,6 +128,7 @@ void dequantize_rotated(const TiledLayer& layer, const uint8_t* tiled, void* out
 #define HIGGS_CONCAT(a, b) HIGGS_CONCAT_(a, b)
 
 extern const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME);
-const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape, gemv, gemm, repack, unrepack, dequantize_rotated};
+const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape,  gemv,        gemm,
+                                                         repack<D>,  unrepack<D>, dequantize_rotated};
 
 }  // namespace higgs::cuda
