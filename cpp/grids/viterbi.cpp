@@ -1,5 +1,6 @@
-// Tail-biting Viterbi for any table of window values: the engine of make_trellis.py, which compiles and loads it. Written
-// for experiments, without the library's promises (bitwise equality, threads); the library's encoder is trellis_loops.h.
+// Tail-biting Viterbi for any table of window values: the engine of make_trellis.py, which compiles and loads it.
+// Written for experiments, without the library's promises (bitwise equality, threads); the library's encoder is
+// trellis_loops.h.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -80,7 +81,7 @@ void step(const Trellis& t, const float* x, std::size_t stride, const float* con
 struct Search {
   const Trellis& t;
   const float* points;
-  int steps;           // of a run
+  int steps;  // of a run
   std::vector<float> costs{std::vector<float>(static_cast<std::size_t>(kRuns) * (steps + 1) * t.states)};
 
   float* row(int run, int k) { return &costs[(static_cast<std::size_t>(run) * (steps + 1) + k) * t.states]; }
@@ -134,8 +135,8 @@ struct Search {
 
 }  // namespace
 
-// x [runs, length], points [2^window_bits, weights] -> windows [runs, length / weights]. First a search around the bite,
-// `overlap` steps to both sides with free ends, gives the state there; then that state is start and end.
+// x [runs, length], points [2^window_bits, weights] -> windows [runs, length / weights]. First a search around the
+// bite, `overlap` steps to both sides with free ends, gives the state there; then that state is start and end.
 extern "C" void encode(const float* x, int runs, int length, int window_bits, int step_bits, int weights,
                        const float* points, int overlap, std::uint32_t* windows) {
   const Trellis t = make(window_bits, step_bits, weights, points);

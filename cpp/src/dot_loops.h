@@ -21,8 +21,9 @@
 namespace higgs::detail {
 namespace {
 
-// How the indices of a scale group are cut into what a decoder takes at once: count(i, left) indices from index i of the
-// group on, where `left` are left, which fill cols(count) floats in decode order. Vector grids: chunks, the last one padded.
+// How the indices of a scale group are cut into what a decoder takes at once: count(i, left) indices from index i of
+// the group on, where `left` are left, which fill cols(count) floats in decode order. Vector grids: chunks, the last
+// one padded.
 template <int P>
 struct Chunks {
   explicit Chunks(const LayerFormat&) {}
@@ -210,12 +211,9 @@ void dot_tile(const PackedView& w, const float* x, std::int64_t m, std::int64_t 
   X(4, 1) X(5, 1) X(6, 1) X(8, 1) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(11, 2) X(12, 2) X(8, 4)
 
 // The same for trellis grids.
-#define HIGGS_FOR_EACH_TRELLIS_DECODER(X) \
-  X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(6, 4) X(8, 4)
+#define HIGGS_FOR_EACH_TRELLIS_DECODER(X) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(6, 4) X(8, 4)
 
-inline int decoder_key(const Grid& grid) {
-  return (grid.trellis != nullptr ? 256 : 0) + grid.index_bits * 8 + grid.p;
-}
+inline int decoder_key(const Grid& grid) { return (grid.trellis != nullptr ? 256 : 0) + grid.index_bits * 8 + grid.p; }
 
 template <class Isa>
 void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y) {
@@ -224,9 +222,8 @@ void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::
   case (B) * 8 + (P): return dot_rows<Isa, typename Isa::template Decoder<B, P>, Chunks<P>, B, P>(w, x, begin, end, y);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
-#define HIGGS_CASE(B, P)    \
-  case 256 + (B) * 8 + (P): \
-    return dot_rows<Isa, TrellisDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, begin, end, y);
+#define HIGGS_CASE(B, P) \
+  case 256 + (B) * 8 + (P): return dot_rows<Isa, TrellisDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, begin, end, y);
     HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);
@@ -237,9 +234,10 @@ template <class Isa>
 void dot_tile_any(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end,
                   float* scratch, float* y, std::int64_t y_stride) {
   switch (decoder_key(*w.format.grid)) {
-#define HIGGS_CASE(B, P) \
-  case (B) * 8 + (P):    \
-    return dot_tile<Isa, typename Isa::template Decoder<B, P>, Chunks<P>, B, P>(w, x, m, begin, end, scratch, y, y_stride);
+#define HIGGS_CASE(B, P)                                                                                         \
+  case (B) * 8 + (P):                                                                                            \
+    return dot_tile<Isa, typename Isa::template Decoder<B, P>, Chunks<P>, B, P>(w, x, m, begin, end, scratch, y, \
+                                                                                y_stride);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
 #define HIGGS_CASE(B, P)    \

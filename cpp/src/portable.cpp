@@ -1,8 +1,8 @@
 // Kernels in plain C++ with compiler vector extensions: any CPU.
 #include "block_loops.h"
 #include "dot_loops.h"
-#include "trellis_loops.h"
 #include "higgs/numeric.h"
+#include "trellis_loops.h"
 
 namespace higgs::detail {
 namespace {
@@ -55,7 +55,7 @@ struct Portable {
 
 }  // namespace
 
-const Kernels kPortableKernels = {
-    0, transform_blocks, nearest_group, sum_of_products, encode_runs, dot_rows_any<Portable>, dot_tile_any<Portable>};
+const Kernels kPortableKernels = {0,           transform_blocks,       nearest_group,         sum_of_products,
+                                  encode_runs, dot_rows_any<Portable>, dot_tile_any<Portable>};
 
 }  // namespace higgs::detail

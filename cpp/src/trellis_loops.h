@@ -1,5 +1,5 @@
-// The Viterbi search of trellis grids (FORMAT.md, "Trellis grids"), compiled once per instruction set like block_loops.h,
-// whose vectors it uses.
+// The Viterbi search of trellis grids (FORMAT.md, "Trellis grids"), compiled once per instruction set like
+// block_loops.h, whose vectors it uses.
 #pragma once
 
 #include "block_loops.h"
@@ -18,7 +18,8 @@ inline Vec least(Vec a, Vec b) {
 #endif
 }
 
-// Costs are |x - point|^2 - |x|^2 summed along the best path to a state: fma(-2 x_1, g_1, fma(-2 x_0, g_0, cost + |g|^2)).
+// Costs are |x - point|^2 - |x|^2 summed along the best path to a state: fma(-2 x_1, g_1, fma(-2 x_0, g_0, cost +
+// |g|^2)).
 template <int P>
 struct TrellisSearch {
   const TrellisTable& table;

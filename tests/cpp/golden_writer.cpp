@@ -42,6 +42,11 @@ constexpr Case kCases[] = {
     {"p4_n256", "p4_n256", 4, 256, 64, 128, 6, false},
     {"ch8", "ch8", 4, 128, 64, 128, 8, false},
     {"p1_n16_wide_block", "p1_n16", 3, 1024, 1024, 1024, 9, false},
+    {"t2_b8", "t2_b8", 4, 512, 512, 512, 10, false},
+    {"t2_b5_odd_block", "t2_b5", 4, 576, 576, 576, 12, true},
+    {"t4_b8_ragged", "t4_b8", 4, 320, 64, 128, 13, false},
+    {"a2_b6", "a2_b6", 4, 192, 192, 192, 14, false},
+    {"a2_b8", "a2_b8", 4, 128, 64, 128, 15, true},
 };
 
 // A value in (-6, 6), roughly normal, from integers alone: the same on every machine.

@@ -218,7 +218,8 @@ TEST(Grid, ForBitsIsTheBestOfThatRate) {
   for (const double rate : rates) {
     const Grid& best = grid_for_bits(rate);
     EXPECT_EQ(best.rate(), rate);
-    for (const Grid& g : test::grids_of_family(false)) EXPECT_TRUE(g.rate() != rate || best.t2 <= g.t2) << rate << " " << g.name;
+    for (const Grid& g : test::grids_of_family(false))
+      EXPECT_TRUE(g.rate() != rate || best.t2 <= g.t2) << rate << " " << g.name;
   }
   EXPECT_EQ(grid_for_bits(4).name, "p2_n256");
   EXPECT_EQ(grid_for_bits(2).name, "p4_n256");

@@ -376,7 +376,8 @@ inline std::vector<float> dequantize(const Layer& layer, bool rotate_back = true
     for (std::int64_t j = 0; j < f.k; ++j) {
       const std::size_t point = point_at(layer.indices, i * f.row_bytes(), f, j);
       const float scale = f16_to_f32(layer.scales[static_cast<std::size_t>(i * f.row_groups() + j / f.group)]);
-      row[j] = scale * f.grid->points[point * static_cast<std::size_t>(f.grid->p) + static_cast<std::size_t>(j % f.grid->p)];
+      row[j] =
+          scale * f.grid->points[point * static_cast<std::size_t>(f.grid->p) + static_cast<std::size_t>(j % f.grid->p)];
     }
     if (!rotate_back) continue;
     for (std::int64_t b = 0; b < f.k; b += f.block) transform(row + b, f.block);

@@ -1,5 +1,5 @@
-// Trellis grids: their points, the search, and that quantize gives the same bytes everywhere. Decoding is tested with all
-// other grids.
+// Trellis grids: their points, the search, and that quantize gives the same bytes everywhere. Decoding is tested with
+// all other grids.
 #include "trellis.h"
 
 #include <gtest/gtest.h>
@@ -70,8 +70,8 @@ TEST(Trellis, MeasuredT2IsThatOfTheTable) {
     double sum = 0;
     double squares = 0;
     for (int i = 0; i < kRows; ++i) {
-      const Layer layer = test::quantize_layer(matrix(w.data() + i * kCols, 1, kCols),
-                                               make_format(g.name, 1, kCols, 1024, kCols, 4));
+      const Layer layer =
+          test::quantize_layer(matrix(w.data() + i * kCols, 1, kCols), make_format(g.name, 1, kCols, 1024, kCols, 4));
       sum += layer.result.t2();
       squares += std::pow(layer.result.t2(), 2);
     }

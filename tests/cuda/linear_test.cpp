@@ -114,10 +114,9 @@ class CudaLinearGrids : public testing::TestWithParam<int> {
   const Grid& grid = grids()[static_cast<std::size_t>(GetParam())];
   Ratios ratios;
 };
-INSTANTIATE_TEST_SUITE_P(Every, CudaLinearGrids, testing::ValuesIn(vector_grids()),
-                         [](const auto& grid) {
-                           return std::string(grids()[static_cast<std::size_t>(grid.param)].name);
-                         });
+INSTANTIATE_TEST_SUITE_P(Every, CudaLinearGrids, testing::ValuesIn(vector_grids()), [](const auto& grid) {
+  return std::string(grids()[static_cast<std::size_t>(grid.param)].name);
+});
 
 TEST_P(CudaLinearGrids, FullSlices) {
   HIGGS_NEEDS_GPU();

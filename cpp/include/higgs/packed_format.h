@@ -1,6 +1,7 @@
 // Stored format v1 in code (in prose: cpp/FORMAT.md). All sizes of the format are computed here and nowhere else.
 //
-//   indices  uint8  [n, k / p * index_bits / 8]   bit-packed along k in order, least significant bit first; of a trellis
+//   indices  uint8  [n, k / p * index_bits / 8]   bit-packed along k in order, least significant bit first; of a
+//   trellis
 //                                                 grid: its stream
 //   scales   fp16   [n, ceil(k / group)]          one per scale group
 //   column_scale fp16 [k]                         optional
@@ -24,8 +25,8 @@ inline constexpr int kMaxP = 4;
 // tensor-parallel slices along k start at byte boundaries.
 static_assert(kColumnAlignment / kMaxP * 1 % 8 == 0);
 
-// The stream of a trellis grid is cyclic in runs: those of a block have kRun columns each, but for the last, which takes
-// what is left over when there is less than another run after it.
+// The stream of a trellis grid is cyclic in runs: those of a block have kRun columns each, but for the last, which
+// takes what is left over when there is less than another run after it.
 inline constexpr int kRun = 256;
 
 // Columns of the run that starts `column` columns into its block.

@@ -164,8 +164,7 @@ struct Avx512 {
     if constexpr (P == 4) {
       return _mm512_cvtph_ps(_mm256_setr_epi64x(word(0), word(1), word(2), word(3)));
     } else {
-      return _mm512_cvtph_ps(
-          _mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)));
+      return _mm512_cvtph_ps(_mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)));
     }
   }
 
@@ -175,7 +174,7 @@ struct Avx512 {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {
-    8, transform_blocks, nearest_group, sum_of_products, encode_runs, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
+const Kernels kAvx512Kernels = {8,           transform_blocks,     nearest_group,       sum_of_products,
+                                encode_runs, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
 
 }  // namespace higgs::detail
