@@ -6,7 +6,7 @@ Two kinds of functions, both trained here: windows are assigned to a Gaussian sa
 the table are fitted to it by least squares, over and over.
 
   hash      t{V}_b{b}: the window times an odd constant selects a row of magnitudes and V signs. L = 16.
-  additive  a{V}_b{b}: the sum of two rows, of the first and of the last 8 bits of the window. L = b + 8.
+  additive  a{V}_b{b}: the sum of two rows, of the first and of the last 8 bits of the window. L = b + 8, or 2 b + 8.
 
     OMP_NUM_THREADS=1 python cpp/grids/make_trellis.py                     # everything, half an hour on one core
     OMP_NUM_THREADS=1 python cpp/grids/make_trellis.py --only a2_b8        # remake one table and measure its grids
@@ -35,9 +35,9 @@ Array = NDArray[np.float32]
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "src" / "trellis_data.cpp"
-RUN = 256  # weights
+RUN = 64  # weights
 MULTIPLIER = 0x9E3779B1
-LATTICE = 256.0  # additive entries are multiples of 1/256: their sums are exact in fp16 below 8
+LATTICE = 32.0  # additive entries are signed bytes times 1/32: GPUs multiply them as integers
 
 
 class Spec(NamedTuple):
@@ -53,7 +53,10 @@ class Spec(NamedTuple):
 SPECS = {
     "t2": Spec("hash", 2, 1024, 8, (4, 5, 6, 7, 8, 9, 10)),
     "t4": Spec("hash", 4, 256, 8, (6, 8)),
+    "a2_b4": Spec("additive", 2, 256, 4, (4,)),
+    "a2_b5": Spec("additive", 2, 256, 5, (5,)),
     "a2_b6": Spec("additive", 2, 256, 6, (6,)),
+    "a2_b7": Spec("additive", 2, 256, 7, (7,)),
     "a2_b8": Spec("additive", 2, 256, 8, (8,)),
 }
 
@@ -65,7 +68,12 @@ def grid_name(table: str, bits: int) -> str:
 
 def window_bits(spec: Spec, bits: int) -> int:
     """L."""
-    return 16 if spec.kind == "hash" else bits + 8
+    return 16 if spec.kind == "hash" else shift(bits) * bits + 8
+
+
+def shift(bits: int) -> int:
+    """Steps between the two pieces of an additive window: more states where a step adds few bits."""
+    return 2 if bits == 4 else 1
 
 
 class Viterbi:
@@ -85,7 +93,7 @@ class Viterbi:
         windows = np.empty((runs, columns // weights), np.uint32)
         pointer = ctypes.c_void_p
         self.library.encode(
-            pointer(x.ctypes.data), runs, columns, length, bits, weights, pointer(points.ctypes.data), -(-128 // bits),
+            pointer(x.ctypes.data), runs, columns, length, bits, weights, pointer(points.ctypes.data), -(-192 // bits),
             pointer(windows.ctypes.data),
         )  # fmt: skip
         return windows
@@ -139,7 +147,7 @@ def fit_hash(spec: Spec, table: Array, x: Array, windows: NDArray[np.uint32]) ->
 def fit_additive(spec: Spec, table: Array, x: Array, windows: NDArray[np.uint32], bits: int) -> Array:
     """Least squares for both columns of rows at once, held lightly at the old values."""
     flat = windows.ravel().astype(np.int64)
-    first, last = flat & 255, (flat >> bits) + 256
+    first, last = flat & 255, (flat >> shift(bits) * bits) + 256
     count = np.zeros((512, 512))
     for i, j in ((first, first), (last, last), (first, last), (last, first)):
         count += np.bincount(i * 512 + j, minlength=512 * 512).reshape(512, 512)
@@ -154,9 +162,8 @@ def rounded(spec: Spec, table: Array) -> Array:
     """The table as stored: fp16 values, on a lattice where sums must be exact."""
     if spec.kind == "hash":
         return table.astype(np.float16).astype(np.float32)
-    parts = table.reshape(256, 2, spec.weights)
-    if np.abs(parts).max((0, 2)).sum() >= 8:
-        raise RuntimeError("a sum of entries may reach 8")
+    if np.abs(table).max() > 127 / LATTICE:
+        raise RuntimeError("an entry is no signed byte")
     return np.round(table * np.float32(LATTICE)) / np.float32(LATTICE) + np.float32(0)
 
 
@@ -164,10 +171,10 @@ def train(spec: Spec, viterbi: Viterbi, name: str, seed: int) -> Array:
     """Alternate searches and fits, over-relaxed, on larger and larger samples."""
     rng = np.random.default_rng([seed, *name.encode()])
     if spec.kind == "hash":
-        table, plan = k_means(spec.rows, spec.weights, rng), [(1024, 10), (8192, 6)]
+        table, plan = k_means(spec.rows, spec.weights, rng), [(4096, 10), (32768, 6)]
     else:
         table = (np.sqrt(0.5) * rng.standard_normal((256, 2 * spec.weights))).astype(np.float32)
-        plan = [(1024, 40), (4096, 30), (16384, 12)]
+        plan = [(4096, 40), (16384, 30), (65536, 12)]
     bits = spec.trained_at
     for runs, rounds in plan:
         x = gaussian(runs, int(rng.integers(1 << 31)))
@@ -179,12 +186,12 @@ def train(spec: Spec, viterbi: Viterbi, name: str, seed: int) -> Array:
                 else fit_additive(spec, table, x, windows, bits)
             )
             table = table + np.float32(1.6 if k + 2 < rounds else 1.0) * (fit - table)
-        print(f"{name}: t2 {t2_of(spec, table, bits, viterbi, 512, seed):.5f} after {runs} runs", flush=True)
+        print(f"{name}: t2 {t2_of(spec, table, bits, viterbi, 2048, seed):.5f} after {runs} runs", flush=True)
     return rounded(spec, table)
 
 
 def t2_of(spec: Spec, table: Array, bits: int, viterbi: Viterbi, runs: int, seed: int) -> float:
-    """Measured on fresh runs of 256."""
+    """Measured on fresh runs."""
     x, points = gaussian(runs, seed + 1000), expand(spec, table, bits)
     windows = viterbi.encode(x, window_bits(spec, bits), bits, points)
     return float(((x - points[windows].reshape(x.shape)).astype(np.float64) ** 2).mean())
@@ -217,7 +224,7 @@ def render(tables: dict[str, Array], t2: dict[str, float], seed: int) -> str:
     command = f"OMP_NUM_THREADS=1 python cpp/grids/make_trellis.py --seed {seed}"
     out = [
         f"// Generated by cpp/grids/make_trellis.py; regenerate: {command}",
-        "// Tables of the trellis grids; entries are fp16 values; t2 is measured on Gaussian runs of 256 weights.",
+        "// Tables of the trellis grids; entries are fp16 values; t2 is measured on Gaussian runs of 64 weights.",
         '#include "grid_data.h"\n\nnamespace higgs::detail {\nnamespace {\n',
     ]
     for name, table in tables.items():
@@ -265,7 +272,7 @@ def main() -> int:
     for name, table in tables.items():
         spec = SPECS[name]
         for bits in spec.rates:
-            t2[grid_name(name, bits)] = t2_of(spec, table, bits, viterbi, 2048, args.seed)
+            t2[grid_name(name, bits)] = t2_of(spec, table, bits, viterbi, 8192, args.seed)
             print(f"{grid_name(name, bits)}: t2 {t2[grid_name(name, bits)]:.5f}", flush=True)
     if not args.measure and len(tables) == len(SPECS):
         args.output.write_text(render(tables, t2, args.seed))

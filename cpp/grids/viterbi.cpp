@@ -82,9 +82,10 @@ struct Search {
   const Trellis& t;
   const float* points;
   int steps;  // of a run
-  std::vector<float> costs{std::vector<float>(static_cast<std::size_t>(kRuns) * (steps + 1) * t.states)};
+  int rows = steps / 2 * 3 + 2;  // of costs, per run
+  std::vector<float> costs{std::vector<float>(static_cast<std::size_t>(kRuns) * rows * t.states)};
 
-  float* row(int run, int k) { return &costs[(static_cast<std::size_t>(run) * (steps + 1) + k) * t.states]; }
+  float* row(int run, int k) { return &costs[(static_cast<std::size_t>(run) * rows + k) * t.states]; }
 
   // Costs of all states after each of `count` steps from step `first` on, from any state or from the given ones.
   void forward(const float* x, int first, int count, const int* start) {
@@ -141,7 +142,7 @@ extern "C" void encode(const float* x, int runs, int length, int window_bits, in
                        const float* points, int overlap, std::uint32_t* windows) {
   const Trellis t = make(window_bits, step_bits, weights, points);
   const int steps = length / weights;
-  const int side = std::min(overlap, steps / 2);
+  const int side = std::min(overlap, steps / 4 * 3);
   Search search{t, points, steps};
   std::vector<float> batch(static_cast<std::size_t>(kRuns) * length);
   std::vector<std::uint32_t> path(static_cast<std::size_t>(steps));

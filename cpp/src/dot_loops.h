@@ -22,8 +22,8 @@ namespace higgs::detail {
 namespace {
 
 // How the indices of a scale group are cut into what a decoder takes at once: count(i, left) indices from index i of
-// the group on, where `left` are left, which fill cols(count) floats in decode order. Vector grids: chunks, the last
-// one padded.
+// the row on, where `left` are left in the scale group, which fill cols(count) floats in decode order. Vector grids:
+// chunks, the last one padded.
 template <int P>
 struct Chunks {
   explicit Chunks(const LayerFormat&) {}
@@ -31,48 +31,74 @@ struct Chunks {
   [[nodiscard]] static std::int64_t cols(std::int64_t) { return kChunk * P; }
 };
 
-// Decodes a run of a trellis grid in column order: all windows are cut from a copy of its bytes that goes on beyond
-// the end with the first ones.
+// Decodes run groups of a trellis grid, four runs into column order: all windows of a run are cut from a copy of its
+// bytes that goes on beyond the end with the first ones.
 template <class Isa, int B, int P>
 struct TrellisDecoder {
+  static constexpr int kRunColumns = kRunGroup / 4;
   static constexpr int kWrapped = 4;  // bytes: a window and the bits before it in its first byte
   static constexpr int kSteps = Isa::kLanes / P;
   const float* points;
   const std::uint16_t* halves;
   std::uint32_t mask;
+  std::int64_t k;
 
   explicit TrellisDecoder(const PackedView& w)
       : points(w.format.grid->points.data()),
         halves(trellis_halves(*w.format.grid)),
-        mask(static_cast<std::uint32_t>(w.format.grid->n_points) - 1) {}
+        mask(static_cast<std::uint32_t>(w.format.grid->n_points) - 1),
+        k(w.format.k) {}
 
+  // `valid` indices' worth of columns from those of index `index` on, which lie in one run group.
   template <typename Sink>
-  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
-    std::uint8_t stream[2 * kRun / P * B / 8 + kWrapped];
-    const int length = valid * B / 8;
+  void chunk(const std::uint8_t* row, std::int64_t index, int valid, const Sink& sink) const {
+    const std::int64_t group = index * P / kRunGroup * kRunGroup;
+    const int columns = static_cast<int>(std::min<std::int64_t>(kRunGroup, k - group)) / 4;  // of a run
+    const int length = columns / P * B / 8;
+    float out[kRunGroup];
+    for (int t = 0; t < 4; ++t) decode_run(row + group / P * B / 8 + t * length, columns, length, out + 4 * t);
+    const auto first = static_cast<int>(index * P - group);
+    for (int c = 0; c < valid * P; c += Isa::kLanes) sink(c, Isa::load(out + first + c));
+  }
+
+ private:
+  void decode_run(const std::uint8_t* bytes, int columns, int length, float* out) const {
+    std::uint8_t stream[kRunColumns / P * B / 8 + kWrapped + Isa::kLanes * B / 8] = {};
     std::memcpy(stream, bytes, static_cast<std::size_t>(length));
-    std::memcpy(stream + length, bytes, kWrapped);
-    for (int t = 0; t < valid; t += kSteps) {
+    for (int i = 0; i < kWrapped; ++i) stream[length + i] = bytes[i % length];
+    float values[kRunColumns + Isa::kLanes];
+    for (int t = 0; t < columns / P; t += kSteps) {
       std::uint32_t windows[kSteps];
       for (int i = 0; i < kSteps; ++i) {
         std::uint32_t word;
         std::memcpy(&word, stream + (t + i) * B / 8, sizeof word);
         windows[i] = word >> ((t + i) * B % 8) & mask;
       }
-      sink(t * P, Isa::template look_up<P>(points, halves, windows));
+      Isa::store(values + t * P, Isa::template look_up<P>(points, halves, windows));
     }
+    for (int i = 0; i < columns; i += 4) std::memcpy(out + 4 * i, values + i, 4 * sizeof(float));
   }
 };
 
-// Trellis grids: runs, in column order.
+// Trellis grids: what a scale group and a run group have in common. i: index within the row.
 template <int P>
 struct Runs {
-  int block;
-  explicit Runs(const LayerFormat& format) : block(format.block) {}
-  [[nodiscard]] std::int64_t count(std::int64_t i, std::int64_t) const {
-    return run_columns(block, static_cast<int>(i * P % block)) / P;
+  explicit Runs(const LayerFormat&) {}
+  [[nodiscard]] static std::int64_t count(std::int64_t i, std::int64_t left) {
+    return std::min(left, (kRunGroup - i * P % kRunGroup) / P);
   }
   [[nodiscard]] static std::int64_t cols(std::int64_t indices) { return indices * P; }
+};
+
+// A decoder of vector grids.
+template <class Decoder, int B>
+struct ChunkDecoder {
+  Decoder decoder;
+  explicit ChunkDecoder(const PackedView& w) : decoder(w) {}
+  template <typename Sink>
+  void chunk(const std::uint8_t* row, std::int64_t index, int valid, const Sink& sink) const {
+    decoder.chunk(row + index * B / 8, valid, sink);
+  }
 };
 
 // Where the bytes of a scale group lie, for a decoder of B-bit indices.
@@ -81,13 +107,11 @@ struct GroupBytes {
   const PackedView& w;
   DecodeGeometry geometry = decode_geometry(w.format);
   std::int64_t row_bytes = w.format.row_bytes();
-  std::int64_t full_bytes = w.format.group / P * B / 8;
   std::int64_t full_indices = w.format.group / P;
   std::int64_t last_indices = (w.format.k - (geometry.groups - 1) * w.format.group) / P;
 
-  [[nodiscard]] const std::uint8_t* bytes(std::int64_t row, std::int64_t g) const {
-    return w.indices + row * row_bytes + g * full_bytes;
-  }
+  [[nodiscard]] const std::uint8_t* row(std::int64_t i) const { return w.indices + i * row_bytes; }
+  [[nodiscard]] std::int64_t first(std::int64_t g) const { return g * full_indices; }
   [[nodiscard]] std::int64_t indices(std::int64_t g) const {
     return g + 1 == geometry.groups ? last_indices : full_indices;
   }
@@ -105,18 +129,19 @@ void dot_rows(const PackedView& w, const float* x, std::int64_t begin, std::int6
     const std::int64_t pair[2] = {i, std::min(i + 1, end - 1)};
     float total[2] = {0, 0};
     for (std::int64_t g = 0; g < groups; ++g) {
-      const std::uint8_t* bytes[2] = {layout.bytes(pair[0], g), layout.bytes(pair[1], g)};
+      const std::uint8_t* bytes[2] = {layout.row(pair[0]), layout.row(pair[1])};
+      const std::int64_t first = layout.first(g);
       const std::int64_t count = layout.indices(g);
       const float* xg = x + layout.x_offset(g);
       Vec acc0 = Isa::zero();
       Vec acc1 = Isa::zero();
       for (std::int64_t c = 0; c < count;) {
-        const int valid = static_cast<int>(cut.count(c, count - c));
-        __builtin_prefetch(bytes[0] + c * B / 8 + 2 * layout.row_bytes);  // the next pair of rows
-        __builtin_prefetch(bytes[1] + c * B / 8 + 2 * layout.row_bytes);
-        decoder.chunk(bytes[0] + c * B / 8, valid,
+        const int valid = static_cast<int>(cut.count(first + c, count - c));
+        __builtin_prefetch(bytes[0] + (first + c) * B / 8 + 2 * layout.row_bytes);  // the next pair of rows
+        __builtin_prefetch(bytes[1] + (first + c) * B / 8 + 2 * layout.row_bytes);
+        decoder.chunk(bytes[0], first + c, valid,
                       [&](int offset, Vec v) { acc0 = Isa::fma(v, Isa::load(xg + offset), acc0); });
-        decoder.chunk(bytes[1] + c * B / 8, valid,
+        decoder.chunk(bytes[1], first + c, valid,
                       [&](int offset, Vec v) { acc1 = Isa::fma(v, Isa::load(xg + offset), acc1); });
         c += valid;
         xg += cut.cols(valid);
@@ -172,8 +197,8 @@ void dot_tile(const PackedView& w, const float* x, std::int64_t m, std::int64_t 
       float* row = scratch + (i - begin) * stride;
       cols = 0;
       for (std::int64_t c = 0; c < count;) {
-        const int valid = static_cast<int>(cut.count(c, count - c));
-        decoder.chunk(layout.bytes(i, g) + c * B / 8, valid,
+        const int valid = static_cast<int>(cut.count(layout.first(g) + c, count - c));
+        decoder.chunk(layout.row(i), layout.first(g) + c, valid,
                       [&](int offset, Vec v) { Isa::store(row + cols + offset, v); });
         c += valid;
         cols += cut.cols(valid);
@@ -219,7 +244,7 @@ template <class Isa>
 void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y) {
   switch (decoder_key(*w.format.grid)) {
 #define HIGGS_CASE(B, P) \
-  case (B) * 8 + (P): return dot_rows<Isa, typename Isa::template Decoder<B, P>, Chunks<P>, B, P>(w, x, begin, end, y);
+  case (B) * 8 + (P): return dot_rows<Isa, ChunkDecoder<typename Isa::template Decoder<B, P>, B>, Chunks<P>, B, P>(w, x, begin, end, y);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
 #define HIGGS_CASE(B, P) \
@@ -236,7 +261,7 @@ void dot_tile_any(const PackedView& w, const float* x, std::int64_t m, std::int6
   switch (decoder_key(*w.format.grid)) {
 #define HIGGS_CASE(B, P)                                                                                         \
   case (B) * 8 + (P):                                                                                            \
-    return dot_tile<Isa, typename Isa::template Decoder<B, P>, Chunks<P>, B, P>(w, x, m, begin, end, scratch, y, \
+    return dot_tile<Isa, ChunkDecoder<typename Isa::template Decoder<B, P>, B>, Chunks<P>, B, P>(w, x, m, begin, end, scratch, y, \
                                                                                 y_stride);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE

@@ -114,46 +114,72 @@ class Quantizer {
   // Steps 2 to 4 with a trellis grid, for kTrellisRuns rows at once (the same row may stand in for a missing one).
   void encode(RowInProgress* const* rows) const {
     constexpr int kRows = detail::kTrellisRuns;
-    const detail::TrellisTable& table = detail::trellis_table(*format_.grid);
-    const auto costs = std::make_unique_for_overwrite<float[]>(
-        static_cast<std::size_t>(detail::trellis_costs(table, std::min(format_.block, 2 * kRun))));
-    std::vector<float> u[kRows];
-    std::vector<float> points[kRows];
-    for (std::int64_t g = 0; g < format_.row_groups(); ++g) {
-      const std::int64_t first = g * format_.group;
-      const std::int64_t count = format_.group_end(g) - first;
-      double group_energy[kRows];
-      std::uint16_t rms[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        group_energy[r] = energy(*rows[r], first, count);
-        rms[r] = rms_scale(group_energy[r], count);
-        u[r].assign(rows[r]->v.begin() + first, rows[r]->v.begin() + first + count);
-        for (float& v : u[r]) v *= inverse(rms[r]);
-        points[r].resize(static_cast<std::size_t>(count));
+    std::vector<double> energies[kRows];
+    std::vector<std::uint16_t> rms[kRows];
+    std::vector<float> u[kRows];       // values for the search, then the points found
+    for (int r = 0; r < kRows; ++r) {
+      u[r].resize(static_cast<std::size_t>(format_.k));
+      for (std::int64_t g = 0; g < format_.row_groups(); ++g) {
+        const std::int64_t first = g * format_.group;
+        const std::int64_t count = format_.group_end(g) - first;
+        energies[r].push_back(energy(*rows[r], first, count));
+        rms[r].push_back(rms_scale(energies[r].back(), count));
+        normalize(rows[r]->v.data() + first, count, inverse(rms[r].back()), u[r].data() + first);
       }
-      for (std::int64_t j = 0; j < count;) {
-        const int columns = run_columns(format_.block, static_cast<int>(j % format_.block));
-        const float* values[kRows];
-        float* run_points[kRows];
-        std::uint16_t* run_indices[kRows];
-        for (int r = 0; r < kRows; ++r) {
-          values[r] = u[r].data() + j;
-          run_points[r] = points[r].data() + j;
-          run_indices[r] = rows[r]->indices.data() + (first + j) / format_.grid->p;
-        }
-        kernels_.encode_runs(table, values, columns, costs.get(), run_indices, run_points);
-        j += columns;
-      }
-      for (int r = 0; r < kRows; ++r) {
-        if (r > 0 && rows[r] == rows[r - 1]) continue;
-        const double vg = kernels_.sum_products(rows[r]->v.data() + first, points[r].data(), count);
-        const double gg = kernels_.sum_products(points[r].data(), points[r].data(), count);
-        store(*rows[r], g, group_energy[r], refit_scale(group_energy[r], rms[r], vg, gg));
+    }
+    for (std::int64_t first = 0; first < format_.k; first += kRunGroup) {
+      for (int t = 0; t < 4; ++t) encode_runs(rows, first + 4 * t, u);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      if (r > 0 && rows[r] == rows[r - 1]) continue;
+      for (std::int64_t g = 0; g < format_.row_groups(); ++g) {
+        const std::int64_t first = g * format_.group;
+        const std::int64_t count = format_.group_end(g) - first;
+        const double vg = kernels_.sum_products(rows[r]->v.data() + first, u[r].data() + first, count);
+        const double gg = kernels_.sum_products(u[r].data() + first, u[r].data() + first, count);
+        store(*rows[r], g, energies[r][g], refit_scale(energies[r][g], rms[r][g], vg, gg));
       }
     }
   }
 
  private:
+  // What the search sees of `count` values. Values for an additive grid are multiples of 1/256, and its entries are of
+  // 1/32: no cost is rounded, so the search gives the same stream in any order of evaluation.
+  void normalize(const float* v, std::int64_t count, float by, float* u) const {
+    constexpr float kStep = 1.0f / 256;
+    constexpr float kMost = 1444;
+    const bool rounds = format_.grid->trellis->kind == Trellis::Kind::additive;
+    for (std::int64_t i = 0; i < count; ++i) {
+      u[i] = v[i] * by;
+      if (rounds) u[i] = std::nearbyint(std::clamp(u[i] / kStep, -kMost, kMost)) * kStep;
+    }
+  }
+  // The runs of all rows that have column `first` as their first.
+  void encode_runs(RowInProgress* const* rows, std::int64_t first, std::vector<float>* u) const {
+    constexpr int kRows = detail::kTrellisRuns;
+    constexpr std::int64_t kMost = kRunGroup / 4;
+    const detail::TrellisTable& table = detail::trellis_table(*format_.grid);
+    const int p = format_.grid->p;
+    const StreamPlace place = stream_place(format_.k, p, first);
+    const int columns = place.steps * p;
+    thread_local std::vector<float> costs;
+    costs.resize(static_cast<std::size_t>(detail::trellis_costs(table, kMost)));
+    float values[kRows][kMost];
+    float points[kRows][kMost];
+    const float* values_at[kRows];
+    float* points_at[kRows];
+    std::uint16_t* indices_at[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < columns; ++i) values[r][i] = u[r][first + i / 4 * 16 + i % 4];
+      values_at[r] = values[r];
+      points_at[r] = points[r];
+      indices_at[r] = rows[r]->indices.data() + place.first;
+    }
+    kernels_.encode_runs(table, values_at, columns, costs.data(), indices_at, points_at);
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < columns; ++i) u[r][first + i / 4 * 16 + i % 4] = points[r][i];
+    }
+  }
   [[nodiscard]] double energy(const RowInProgress& row, std::int64_t first, std::int64_t count) const {
     const double sum = kernels_.sum_products(row.v.data() + first, row.v.data() + first, count);
     if (!std::isfinite(sum)) check_finite(w_.row(row.number), w_.dtype, row.number, format_.k);
@@ -171,7 +197,7 @@ class Quantizer {
   std::vector<float> factor_;  // sign * column scale
 };
 
-// Which point each step of a row takes.
+// Which point every p columns of a row take.
 void unpack_points(const LayerFormat& f, const std::uint8_t* bytes, std::span<std::uint16_t> indices,
                    std::vector<std::uint32_t>& points) {
   const Grid& grid = *f.grid;
@@ -180,18 +206,14 @@ void unpack_points(const LayerFormat& f, const std::uint8_t* bytes, std::span<st
     std::copy(indices.begin(), indices.end(), points.begin());
     return;
   }
-  for (std::int64_t column = 0; column < f.k;) {
-    const int columns = run_columns(f.block, static_cast<int>(column % f.block));
-    const std::int64_t first = column / grid.p;
-    const std::int64_t steps = columns / grid.p;
-    for (std::int64_t t = 0; t < steps; ++t) {
-      std::uint32_t window = 0;
-      for (int i = 0; i * grid.index_bits < grid.window_bits; ++i) {
-        window |= static_cast<std::uint32_t>(indices[first + (t + i) % steps]) << (i * grid.index_bits);
-      }
-      points[first + t] = window & (static_cast<std::uint32_t>(grid.n_points) - 1);
+  for (std::int64_t j = 0; j < f.k; j += grid.p) {
+    const StreamPlace place = stream_place(f.k, grid.p, j);
+    std::uint32_t window = 0;
+    for (int i = 0; i * grid.index_bits < grid.window_bits; ++i) {
+      const std::uint16_t index = indices[place.first + (place.step + i) % place.steps];
+      window |= static_cast<std::uint32_t>(index) << (i * grid.index_bits);
     }
-    column += columns;
+    points[j / grid.p] = window & (static_cast<std::uint32_t>(grid.n_points) - 1);
   }
 }
 

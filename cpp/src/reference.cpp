@@ -20,19 +20,6 @@ double transform_entry(std::int64_t block, std::int64_t i, std::int64_t j) {
   return hadamard * (std::cos(angle) + std::sin(angle)) / std::sqrt(static_cast<double>(block));
 }
 
-struct Span {
-  std::int64_t first;
-  std::int64_t count;
-};
-
-// The columns of the run that holds column j.
-Span run_of(const LayerFormat& f, std::int64_t j) {
-  const std::int64_t block_start = j / f.block * f.block;
-  const std::int64_t last_run = std::max(0, f.block / kRun - 1);
-  const std::int64_t run = std::min((j - block_start) / kRun, last_run);
-  return {block_start + run * kRun, run == last_run ? f.block - run * kRun : kRun};
-}
-
 }  // namespace
 
 std::vector<double> dequantize(const PackedView& packed) {
@@ -46,10 +33,9 @@ std::vector<double> dequantize(const PackedView& packed) {
     const std::uint8_t* bytes = packed.indices + i * f.row_bytes();
     for (std::int64_t j = 0; j < f.k; ++j) {
       std::size_t point = 0;
-      const Span run = run_of(f, j);
+      const StreamPlace place = f.grid->trellis != nullptr ? stream_place(f.k, p, j) : StreamPlace{j / p, 1, 0};
       for (int b = 0; b < f.grid->window_bits; ++b) {
-        const std::int64_t in_run = ((j - run.first) / p * bits + b) % (run.count / p * bits);
-        const std::int64_t at = run.first / p * bits + in_run;
+        const std::int64_t at = place.first * bits + (place.step * bits + b) % (place.steps * bits);
         point |= static_cast<std::size_t>(bytes[at / 8] >> (at % 8) & 1) << b;
       }
       const double scale = f16_to_f32(packed.scales[i * f.row_groups() + j / f.group]);

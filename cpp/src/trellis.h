@@ -37,9 +37,12 @@ struct TrellisTable {
 // fp16 bits of the points [n_points, p] of a trellis grid; kept like the table.
 [[nodiscard]] const std::uint16_t* trellis_halves(const Grid& grid);
 
+// Rows of costs of a search: after each step of a run, or of the way around it and half as far again.
+[[nodiscard]] constexpr int trellis_rows(int steps) noexcept { return steps / 2 * 3 + 2; }
+
 // Floats of scratch for encode_runs with runs of up to `columns` columns.
 [[nodiscard]] inline std::int64_t trellis_costs(const TrellisTable& table, int columns) noexcept {
-  return std::int64_t{kTrellisRuns} * (columns / table.grid->p + 1) * table.states;
+  return std::int64_t{kTrellisRuns} * trellis_rows(columns / table.grid->p) * table.states;
 }
 
 }  // namespace higgs::detail

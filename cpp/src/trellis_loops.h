@@ -24,10 +24,10 @@ template <int P>
 struct TrellisSearch {
   const TrellisTable& table;
   int steps;     // of a run
-  float* costs;  // [run, steps + 1, state]
+  float* costs;  // [run, trellis_rows(steps), state]
 
   [[nodiscard]] float* row(int run, int k) const {
-    return costs + (static_cast<std::int64_t>(run) * (steps + 1) + k) * table.states;
+    return costs + (static_cast<std::int64_t>(run) * trellis_rows(steps) + k) * table.states;
   }
 
   // One step of every run, from costs row k to row k + 1.
@@ -108,10 +108,10 @@ struct TrellisSearch {
 
   // The state at the bite: on the best path through the steps around it, with free ends.
   void find_bites(const float* const* values, int* bites) const {
-    constexpr int kSideBits = 128;  // to each side; twice as many change t2 by less than 0.1 %
+    constexpr int kSideBits = 192;  // to each side
     const int bits = table.grid->index_bits;
     const int wanted = (kSideBits + bits - 1) / bits;
-    const int side = wanted < steps / 2 ? wanted : steps / 2;
+    const int side = wanted < steps / 4 * 3 ? wanted : steps / 4 * 3;  // around a short run, partly twice
     for (int r = 0; r < kTrellisRuns; ++r) bites[r] = -1;
     forward(values, steps - side, 2 * side, bites);
     for (int r = 0; r < kTrellisRuns; ++r) {

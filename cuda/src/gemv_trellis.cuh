@@ -28,6 +28,7 @@ struct TrellisConfig {
   static constexpr int kUnits = trellis_slice_units(Tokens, Regular_);
   static constexpr int kPieces = kBits / 2;  // 16-byte pieces of a unit's words; 8 bytes more if kBits is odd
   static constexpr bool kLate = kBytes && kBits == 8;  // words are the windows: replaced as they have been used
+  static constexpr bool kPermuteHere = kBits > 4;  // fewer bits leave registers for both pieces of all steps
   static constexpr int kRows = kTileRows;
   static constexpr int kPartialStride = kRows + 4;
   static constexpr int kTables = 2 * kShape.entries() * kShape.entry_bytes();  // bytes before the byte tables
@@ -144,7 +145,7 @@ struct ByteProducts {
       a[r] = look_up(table, byte_address(rows[r].even[i], j, offset));
       a[2 + r] = look_up(table, byte_address(rows[r].odd[i], j, offset));
     }
-    mma_m16n8k32(acc[j % 2], a, x_operand<Config::kShift>(x[u], 4 * j + i));
+    mma_m16n8k32(acc[j % 2], a, x_operand<Config::kShift, Config::kPermuteHere>(x[u], 4 * j + i));
   }
   // x_scales: of the chunk, row by row.
   __device__ __forceinline__ void flush(const GemvParams& p, float s0, float s1, const float* x_scales, int lane) {
@@ -189,8 +190,8 @@ struct HalfProducts {
 #pragma unroll
       for (int pair = 0; pair < kRunSteps / 2; ++pair) {
         const uint4 v = *reinterpret_cast<const uint4*>(from + pair * 64);
-        x[t][u][2 * pair] = {v.x, v.y};
-        x[t][u][2 * pair + 1] = {v.z, v.w};
+        x[t][u][2 * pair] = make_uint2(v.x, v.y);
+        x[t][u][2 * pair + 1] = make_uint2(v.z, v.w);
       }
     }
   }

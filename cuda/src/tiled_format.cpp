@@ -15,27 +15,34 @@ constexpr std::int64_t bytes_of_slice(const FieldShape& field, int units) {
   return ceil_div(std::int64_t{units} * field.unit_words(), 4) * 16 * kLanes;
 }
 
-}  // namespace
-
-FieldShape field_shape(const Grid& grid) {
+// bits = 0: none.
+FieldShape find_shape(const Grid& grid) noexcept {
+  const int bits = grid.index_bits;
   if (grid.trellis != nullptr) {
-    const int bits = grid.index_bits;
     const bool fits = grid.trellis->kind == Trellis::Kind::additive && grid.p == 2 && bits >= 4 && bits <= 8 &&
                       grid.window_bits == bits * trellis_shift(bits) + 8;
-    if (fits) return {bits, 2, trellis_shift(bits)};
-    throw Error(ErrorCode::unsupported, "trellis grid " + std::string(grid.name) +
-                                            " has no CUDA decoder; those of the additive grids a2_b4 to a2_b8 exist");
+    return fits ? FieldShape{bits, 2, trellis_shift(bits)} : FieldShape{};
   }
   for (const int weights : {4, 2, 1}) {
     if (weights % grid.p != 0) continue;
-    const int bits = weights / grid.p * grid.index_bits;
-    const bool fits = weights == 2 ? bits >= 5 && bits <= 12 : bits == 8;
-    if (fits) return {bits, weights};
+    const int field = weights / grid.p * bits;
+    const bool fits = weights == 2 ? field >= 5 && field <= 12 : field == 8;
+    if (fits) return {field, weights};
   }
+  return {};
+}
+
+}  // namespace
+
+FieldShape field_shape(const Grid& grid) {
+  const FieldShape shape = find_shape(grid);
+  if (shape.bits > 0) return shape;
   throw Error(ErrorCode::unsupported, "grid " + std::string(grid.name) +
                                           " has no CUDA decoder; p = 1 supports 2-6 and 8 index bits, p = 2 supports "
-                                          "4-12, p = 4 supports 8");
+                                          "4-12, p = 4 supports 8, of trellis grids a2_b4 to a2_b8 are supported");
 }
+
+bool supports_grid(const Grid& grid) noexcept { return find_shape(grid).bits > 0; }
 
 TiledFormat tiled_format(const LayerFormat& format) {
   validate(format);

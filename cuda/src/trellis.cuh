@@ -181,29 +181,37 @@ __device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4]
 }
 
 // x of a lane for the steps of a unit: byte c of word s is a digit of column 16 s + 4 t + c. B operand of step s: the
-// pieces of x that even and odd window of the step meet. Volatile, as moved out of a loop the results would take more
-// registers than there are.
+// pieces of x that even and odd window of the step meet. Here: volatile, as moved out of a loop the results would take
+// more registers than there are.
 template <uint32_t Selector>
 __device__ __forceinline__ uint32_t permute_here(uint32_t a, uint32_t b) {
   uint32_t v;
   asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "n"(Selector));
   return v;
 }
-template <int Shift>
+template <int Shift, bool Here>
 __device__ __forceinline__ uint2 x_operand(const uint32_t (&x)[kRunSteps], int s) {
   static_assert(Shift == 1 || Shift == 2);
   const uint32_t next = x[(s + 1) % kRunSteps];
   if constexpr (Shift == 1) {
+    static_assert(Here);
     return {permute_here<0x3210>(x[s], next), permute_here<0x5432>(x[s], next)};
-  } else {
+  } else if constexpr (Here) {
     return {permute_here<0x5410>(x[s], next), permute_here<0x7632>(x[s], next)};
+  } else {
+    return {__byte_perm(x[s], next, 0x5410), __byte_perm(x[s], next, 0x7632)};
   }
 }
 
-// Two weights as fp16 integers: T1 of `e` plus T2 of `before`, entries of the table that holds bytes T1 + 128 and
-// 128 - T2: 1024 + T1 + 128 and -(1024 + 128 - T2) are fp16 numbers with these bytes as their low halves.
+// Two weights in fp16, T1 of `e` plus T2 of `before`, times kPairUnit: entries of the table that holds bytes T1 + 128
+// and 128 - T2, which are subnormal fp16 numbers. One of two operands of a permutation can be a constant without a
+// register: here the selector.
+inline constexpr float kPairUnit = 0x1p-24f;
 __device__ __forceinline__ uint32_t pair_of(uint32_t e, uint32_t before) {
-  return add_as<__half2>(__byte_perm(e, 0x64646464, 0x4140), __byte_perm(before, 0xe4e4e4e4, 0x4342));
+  const uint32_t first = __byte_perm(e, 0, 0x4140);
+  const uint32_t second = __byte_perm(before, 0, 0x4342);
+  const __half2 sum = __hsub2(*reinterpret_cast<const __half2*>(&first), *reinterpret_cast<const __half2*>(&second));
+  return *reinterpret_cast<const uint32_t*>(&sum);
 }
 
 // --- rotated x in shared memory -------------------------------------------------------------------------------------
@@ -219,14 +227,15 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 }
 
 // y as Rotation::rotate leaves it: columns 128 j + first_column(lane) + i in y[j / 2][i / 2][j % 2 * 2 + i % 2]. Stores
-// the chunk's scale for a greatest value `most` and returns its inverse.
-__device__ __forceinline__ float chunk_scale(const float (&y)[4][2][4], float most_value, float* scale, int lane) {
+// the chunk's scale for a greatest value `most_value`, over `unit`, and returns its inverse.
+__device__ __forceinline__ float chunk_scale(const float (&y)[4][2][4], float most_value, float unit, float* scale,
+                                             int lane) {
   float most = 0;
 #pragma unroll
   for (int i = 0; i < 32; ++i) most = max_or_nan(most, fabsf(y[i / 8][i / 4 % 2][i % 4]));
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, step));
-  if (lane == 0) *scale = most * (1 / most_value);
+  if (lane == 0) *scale = most * (1 / (most_value * unit));
   return most > 1e-30f ? __fdividef(most_value, most) : 0.0f;
 }
 
@@ -235,7 +244,7 @@ __device__ __forceinline__ float chunk_scale(const float (&y)[4][2][4], float mo
 // meet different banks.
 __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scale,
                                              int lane) {
-  const float inverse = chunk_scale(y, 127 * 256.0f, scale, lane);
+  const float inverse = chunk_scale(y, 127 * 256.0f, 1, scale, lane);
   constexpr float kMagic = 12582912.0f + 128.0f;  // the integer in the low bits, plus 128: byte 1 is hi
   const int place = lane / 16 * 64 + lane % 4 * 16 + lane / 4 % 4 * 4;
 #pragma unroll
@@ -252,7 +261,7 @@ __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t*
 
 // fp16, in the order of Rotation::rotate.
 __device__ __forceinline__ void store_halves(const float (&y)[4][2][4], __half* out, float* scale, int lane) {
-  const float inverse = chunk_scale(y, 2048.0f, scale, lane);
+  const float inverse = chunk_scale(y, 2048.0f, kPairUnit, scale, lane);
   const int place = Rotation<__half>::first_place(lane);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {

@@ -47,6 +47,7 @@ constexpr Case kCases[] = {
     {"t4_b8_ragged", "t4_b8", 4, 320, 64, 128, 13, false},
     {"a2_b6", "a2_b6", 4, 192, 192, 192, 14, false},
     {"a2_b8", "a2_b8", 4, 128, 64, 128, 15, true},
+    {"a2_b4_ragged", "a2_b4", 4, 576, 64, 192, 16, false},
 };
 
 // A value in (-6, 6), roughly normal, from integers alone: the same on every machine.

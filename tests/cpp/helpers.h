@@ -326,20 +326,27 @@ inline std::size_t point_at(const std::vector<std::uint8_t>& bytes, std::int64_t
   const int p = f.grid->p;
   const int bits = f.grid->index_bits;
   if (f.grid->trellis == nullptr) return static_cast<std::size_t>(index_at(bytes, row_start, j / p, bits));
-  std::vector<std::int64_t> starts;  // of the runs of this block
-  const std::int64_t block = j / f.block * f.block;
-  for (std::int64_t at = block; at == block || at + 256 <= block + f.block; at += 256) starts.push_back(at);
-  starts.push_back(block + f.block);
-  std::size_t run = 0;
-  while (starts[run + 1] <= j) ++run;
-  std::vector<int> stream;
-  for (std::int64_t i = starts[run] / p; i < starts[run + 1] / p; ++i) {
-    for (int b = 0; b < bits; ++b) stream.push_back(index_at(bytes, row_start, i, bits) >> b & 1);
+  // The columns of the row in the order of the stream, run by run; those of column j's run.
+  std::int64_t before = 0;  // indices of the runs before
+  std::vector<std::int64_t> run;
+  for (std::int64_t group = 0; group < f.k; group += 256) {
+    for (int t = 0; t < 4; ++t) {
+      run.clear();
+      for (std::int64_t c = group; c < std::min(f.k, group + 256); ++c) {
+        if (c / 4 % 4 == t) run.push_back(c);
+      }
+      if (std::find(run.begin(), run.end(), j) != run.end()) group = f.k, t = 4;
+      if (t < 4) before += static_cast<std::int64_t>(run.size()) / p;
+    }
   }
+  std::vector<int> stream;
+  for (std::int64_t i = 0; i < static_cast<std::int64_t>(run.size()) / p; ++i) {
+    for (int b = 0; b < bits; ++b) stream.push_back(index_at(bytes, row_start, before + i, bits) >> b & 1);
+  }
+  const auto step = (std::find(run.begin(), run.end(), j) - run.begin()) / p;
   std::size_t window = 0;
   for (int b = 0; b < f.grid->window_bits; ++b) {
-    const auto at = static_cast<std::size_t>((j - starts[run]) / p * bits + b);
-    window |= static_cast<std::size_t>(stream[at % stream.size()]) << b;
+    window |= static_cast<std::size_t>(stream[static_cast<std::size_t>(step * bits + b) % stream.size()]) << b;
   }
   return window;
 }

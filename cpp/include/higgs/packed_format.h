@@ -25,13 +25,23 @@ inline constexpr int kMaxP = 4;
 // tensor-parallel slices along k start at byte boundaries.
 static_assert(kColumnAlignment / kMaxP * 1 % 8 == 0);
 
-// The stream of a trellis grid is cyclic in runs: those of a block have kRun columns each, but for the last, which
-// takes what is left over when there is less than another run after it.
-inline constexpr int kRun = 256;
+// The stream of a trellis grid is cyclic in runs. A row is cut into groups of kRunGroup columns (the last one may be
+// shorter), a group into four runs: run t has the group's columns c with (c / 4) % 4 == t. Groups follow each other in
+// the stream, and so do the runs of a group.
+inline constexpr int kRunGroup = 256;
 
-// Columns of the run that starts `column` columns into its block.
-[[nodiscard]] constexpr int run_columns(int block, int column) noexcept {
-  return block - column < 2 * kRun ? block - column : kRun;
+struct StreamPlace {
+  std::int64_t first = 0;  // index of the run's first step in the row's stream
+  int steps = 0;           // of the run
+  int step = 0;            // that holds the column
+};
+
+// Where column j of a row of k columns is, p columns a step.
+[[nodiscard]] constexpr StreamPlace stream_place(std::int64_t k, int p, std::int64_t j) noexcept {
+  const std::int64_t group = j / kRunGroup * kRunGroup;
+  const int in_group = static_cast<int>(j - group);
+  const int steps = static_cast<int>(std::min<std::int64_t>(kRunGroup, k - group)) / 4 / p;
+  return {group / p + in_group / 4 % 4 * steps, steps, (in_group / 16 * 4 + in_group % 4) / p};
 }
 
 // How one weight matrix W[n, k] is stored.

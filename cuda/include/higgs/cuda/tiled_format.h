@@ -57,6 +57,9 @@ struct FieldShape {
 // The decoder of a grid. Throws Error(unsupported) if no decoder fits.
 [[nodiscard]] FieldShape field_shape(const Grid& grid);
 
+// Whether there is one: for all vector grids and the additive trellis grids a2_b4 to a2_b8.
+[[nodiscard]] bool supports_grid(const Grid& grid) noexcept;
+
 struct TiledFormat {
   FieldShape field;
   std::int64_t row_tiles = 0;
