@@ -7,6 +7,8 @@
 // plain loads: the gather instruction takes more than twice as long on Zen 4 and 5.
 #include <immintrin.h>
 
+#include <array>
+
 #include "../block_loops.h"
 #include "../dot_loops.h"
 #include "../trellis_loops.h"
@@ -152,6 +154,23 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
   static float f16(std::uint16_t bits) { return _cvtsh_ss(bits); }
+
+  template <int B>
+  static void windows(const std::uint8_t* bytes, std::uint32_t mask, std::uint32_t* windows) {
+    alignas(64) static constexpr auto kSpread = [] {
+      std::array<std::uint8_t, 64> spread{};
+      for (int i = 0; i < 64; ++i) spread[i] = static_cast<std::uint8_t>(i / 4 * B / 8 + i % 4);
+      return spread;
+    }();
+    alignas(64) static constexpr auto kShift = [] {
+      std::array<std::int32_t, 16> shift{};
+      for (int i = 0; i < 16; ++i) shift[i] = i * B % 8;
+      return shift;
+    }();
+    const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(kSpread.data()), _mm512_loadu_si512(bytes));
+    const __m512i shifted = _mm512_srlv_epi32(words, _mm512_load_si512(kShift.data()));
+    _mm512_storeu_si512(windows, _mm512_and_si512(shifted, _mm512_set1_epi32(static_cast<int>(mask))));
+  }
 
   template <int P>
   static Vec look_up(const float*, const std::uint16_t* halves, const std::uint32_t* windows) {
