@@ -5,7 +5,6 @@
 // - f16(bits), fp16 bits -> float;
 // - Decoder<B, P> with chunk(bytes, valid, sink): decodes 64 indices, of which the first `valid` are in the row (the
 //   rest may be anything, x is zero there), and calls sink(offset, Vec) for 64 * P floats in decode order;
-// - windows<B>(bytes, mask, windows): 16 windows of a trellis grid (windows_one_by_one);
 // - look_up<P>(points, halves, windows): kLanes / P points of a trellis grid, given both as floats and as fp16 bits.
 //
 // The sums run in the same order in dot_rows and dot_tile: one chain of fma per (row of w, row of x, scale group), in
@@ -32,43 +31,34 @@ struct Chunks {
   [[nodiscard]] static std::int64_t cols(std::int64_t) { return kChunk * P; }
 };
 
-// Windows of B-bit steps t = 0 .. 15 from a byte border on.
-template <int B>
-inline void windows_one_by_one(const std::uint8_t* bytes, std::uint32_t mask, std::uint32_t* windows) {
-  for (int t = 0; t < 16; ++t) {
-    std::uint32_t word;
-    std::memcpy(&word, bytes + t * B / 8, sizeof word);
-    windows[t] = word >> (t * B % 8) & mask;
-  }
-}
-
-// Decodes a run of a trellis grid in column order: all windows are cut from a copy of its bytes that goes on beyond the
-// end with the first ones.
+// Decodes a run, in column order, by the table of all windows.
 template <class Isa, int B, int P>
-struct TrellisDecoder {
-  static constexpr int kWrapped = 4;  // bytes: a window and the bits before it in its first byte
-  static constexpr int kMargin = 64;  // windows are cut from as many bytes at once
+struct WindowDecoder {
+  static constexpr int kSteps = Isa::kLanes / P;
   const float* points;
   const std::uint16_t* halves;
   std::uint32_t mask;
 
-  explicit TrellisDecoder(const PackedView& w)
+  explicit WindowDecoder(const PackedView& w)
       : points(w.format.grid->points.data()),
         halves(trellis_halves(*w.format.grid)),
         mask(static_cast<std::uint32_t>(w.format.grid->n_points) - 1) {}
 
   template <typename Sink>
   void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
-    std::uint8_t stream[2 * kRun / P * B / 8 + kMargin];
+    constexpr int kWrapped = 4;                            // bytes: a window and the bits before it in its first byte
+    std::uint8_t stream[2 * kRun / P * B / 8 + kWrapped];  // with the first bytes again at the end
     const int length = valid * B / 8;
     std::memcpy(stream, bytes, static_cast<std::size_t>(length));
     std::memcpy(stream + length, bytes, kWrapped);
-    for (int t = 0; t < valid; t += 16) {
-      std::uint32_t windows[16];
-      Isa::template windows<B>(stream + t * B / 8, mask, windows);
-      for (int i = 0; i < 16; i += Isa::kLanes / P) {
-        sink((t + i) * P, Isa::template look_up<P>(points, halves, windows + i));
+    for (int t = 0; t < valid; t += kSteps) {
+      std::uint32_t windows[kSteps];
+      for (int i = 0; i < kSteps; ++i) {
+        std::uint32_t word;
+        std::memcpy(&word, stream + (t + i) * B / 8, sizeof word);
+        windows[i] = word >> ((t + i) * B % 8) & mask;
       }
+      sink(t * P, Isa::template look_up<P>(points, halves, windows));
     }
   }
 };
@@ -231,8 +221,9 @@ void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::
   case (B) * 8 + (P): return dot_rows<Isa, typename Isa::template Decoder<B, P>, Chunks<P>, B, P>(w, x, begin, end, y);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
-#define HIGGS_CASE(B, P) \
-  case 256 + (B) * 8 + (P): return dot_rows<Isa, TrellisDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, begin, end, y);
+#define HIGGS_CASE(B, P)    \
+  case 256 + (B) * 8 + (P): \
+    return dot_rows<Isa, typename Isa::template TrellisDecoder<B, P>, Runs<P>, B, P>(w, x, begin, end, y);
     HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);
@@ -249,9 +240,10 @@ void dot_tile_any(const PackedView& w, const float* x, std::int64_t m, std::int6
                                                                                 y_stride);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
-#define HIGGS_CASE(B, P)    \
-  case 256 + (B) * 8 + (P): \
-    return dot_tile<Isa, TrellisDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, m, begin, end, scratch, y, y_stride);
+#define HIGGS_CASE(B, P)                                                                                              \
+  case 256 + (B) * 8 + (P):                                                                                           \
+    return dot_tile<Isa, typename Isa::template TrellisDecoder<B, P>, Runs<P>, B, P>(w, x, m, begin, end, scratch, y, \
+                                                                                     y_stride);
     HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);

@@ -27,10 +27,8 @@ struct Avx2 {
   }
   static float f16(std::uint16_t bits) { return _cvtsh_ss(bits); }
 
-  template <int B>
-  static void windows(const std::uint8_t* bytes, std::uint32_t mask, std::uint32_t* windows) {
-    windows_one_by_one<B>(bytes, mask, windows);
-  }
+  template <int B, int P>
+  using TrellisDecoder = WindowDecoder<Avx2, B, P>;
 
   template <int P>
   static Vec look_up(const float*, const std::uint16_t* halves, const std::uint32_t* windows) {
