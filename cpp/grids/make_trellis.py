@@ -227,8 +227,8 @@ def render(tables: dict[str, Array], t2: dict[str, float], seed: int) -> str:
         "// Tables of the trellis grids; entries are fp16 values; t2 is measured on Gaussian runs of 64 weights.",
         '#include "grid_data.h"\n\nnamespace higgs::detail {\nnamespace {\n',
     ]
-    for name, table in tables.items():
-        values = wrap([literal(float(v)) for v in table.ravel()])
+    for name in SPECS:
+        values = wrap([literal(float(v)) for v in tables[name].ravel()])
         out.append(f"constexpr float k_{name}[] = {{\n{values}\n}};\n")
     out.append("}  // namespace\n\nconst TrellisData kTrellisData[] = {")
     for name, spec in SPECS.items():
@@ -242,13 +242,13 @@ def render(tables: dict[str, Array], t2: dict[str, float], seed: int) -> str:
     return "\n".join(out)
 
 
-def parse(text: str) -> dict[str, Array]:
-    """The tables of a trellis_data.cpp written by render."""
+def parse(text: str) -> tuple[dict[str, Array], dict[str, float]]:
+    """The tables of a trellis_data.cpp written by render, and the t2 of their grids."""
     tables = {}
     for name, values in re.findall(r"k_(\w+)\[\] = {(.*?)};", text, re.DOTALL):
         numbers = [v.strip().rstrip("f") for v in values.split(",") if v.strip()]
         tables[name] = np.array(numbers).astype(np.float32).reshape(SPECS[name].rows, -1)
-    return tables
+    return tables, {name: float(t2) for name, t2 in re.findall(r'{"(\w+)", \d+, \d+, ([-+.\de]+),', text)}
 
 
 def main() -> int:
@@ -261,20 +261,19 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     viterbi = Viterbi()
-    keep = args.measure or args.study or args.only
-    tables = parse(args.output.read_text()) if keep and args.output.exists() else {}
+    tables, t2 = parse(args.output.read_text()) if args.output.exists() else ({}, {})
     if args.study:
         study(tables, viterbi)
         return 0
-    for name in [] if args.measure else args.only or list(SPECS):
-        tables[name] = train(SPECS[name], viterbi, name, args.seed)
-    t2 = {}
-    for name, table in tables.items():
+    for name in args.only or list(SPECS):
         spec = SPECS[name]
+        if not args.measure:
+            tables[name] = train(spec, viterbi, name, args.seed)
         for bits in spec.rates:
-            t2[grid_name(name, bits)] = t2_of(spec, table, bits, viterbi, 8192, args.seed)
-            print(f"{grid_name(name, bits)}: t2 {t2[grid_name(name, bits)]:.5f}", flush=True)
-    if not args.measure and len(tables) == len(SPECS):
+            grid = grid_name(name, bits)
+            t2[grid] = t2_of(spec, tables[name], bits, viterbi, 8192, args.seed)
+            print(f"{grid}: t2 {t2[grid]:.5f}", flush=True)
+    if not args.measure:
         args.output.write_text(render(tables, t2, args.seed))
     return 0
 

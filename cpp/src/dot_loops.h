@@ -5,7 +5,8 @@
 // - f16(bits), fp16 bits -> float;
 // - Decoder<B, P> with chunk(bytes, valid, sink): decodes 64 indices, of which the first `valid` are in the row (the
 //   rest may be anything, x is zero there), and calls sink(offset, Vec) for 64 * P floats in decode order;
-// - look_up<P>(points, halves, windows): kLanes / P points of a trellis grid, given both as floats and as fp16 bits.
+// - TrellisDecoder<B, P> with chunk(bytes, steps, sink) for a run of a trellis grid, such as WindowDecoder with
+// - look_up<P>(points, halves, windows): kLanes / P points, given both as floats and as fp16 bits.
 //
 // The sums run in the same order in dot_rows and dot_tile: one chain of fma per (row of w, row of x, scale group), in
 // decode order, lanes added up per group, groups in order. So a row of y has the same bits in any batch.
@@ -31,52 +32,60 @@ struct Chunks {
   [[nodiscard]] static std::int64_t cols(std::int64_t) { return kChunk * P; }
 };
 
-// Decodes run groups of a trellis grid, four runs into column order: all windows of a run are cut from a copy of its
-// bytes that goes on beyond the end with the first ones.
+// Decodes a run, in its order, by the table of all windows.
 template <class Isa, int B, int P>
-struct TrellisDecoder {
-  static constexpr int kRunColumns = kRunGroup / 4;
-  static constexpr int kWrapped = 4;  // bytes: a window and the bits before it in its first byte
+struct WindowDecoder {
   static constexpr int kSteps = Isa::kLanes / P;
   const float* points;
   const std::uint16_t* halves;
   std::uint32_t mask;
-  std::int64_t k;
 
-  explicit TrellisDecoder(const PackedView& w)
+  explicit WindowDecoder(const PackedView& w)
       : points(w.format.grid->points.data()),
         halves(trellis_halves(*w.format.grid)),
-        mask(static_cast<std::uint32_t>(w.format.grid->n_points) - 1),
-        k(w.format.k) {}
+        mask(static_cast<std::uint32_t>(w.format.grid->n_points) - 1) {}
 
-  // `valid` indices' worth of columns from those of index `index` on, which lie in one run group.
   template <typename Sink>
-  void chunk(const std::uint8_t* row, std::int64_t index, int valid, const Sink& sink) const {
-    const std::int64_t group = index * P / kRunGroup * kRunGroup;
-    const int columns = static_cast<int>(std::min<std::int64_t>(kRunGroup, k - group)) / 4;  // of a run
-    const int length = columns / P * B / 8;
-    float out[kRunGroup];
-    for (int t = 0; t < 4; ++t) decode_run(row + group / P * B / 8 + t * length, columns, length, out + 4 * t);
-    const auto first = static_cast<int>(index * P - group);
-    for (int c = 0; c < valid * P; c += Isa::kLanes) sink(c, Isa::load(out + first + c));
-  }
-
- private:
-  void decode_run(const std::uint8_t* bytes, int columns, int length, float* out) const {
-    std::uint8_t stream[kRunColumns / P * B / 8 + kWrapped + Isa::kLanes * B / 8] = {};
+  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+    constexpr int kWrapped = 4;  // bytes: a window and the bits before it in its first byte
+    std::uint8_t stream[(kRunGroup / 4 / P + kSteps) * B / 8 + kWrapped] = {};  // with the first bytes again at the end
+    const int length = valid * B / 8;
     std::memcpy(stream, bytes, static_cast<std::size_t>(length));
     for (int i = 0; i < kWrapped; ++i) stream[length + i] = bytes[i % length];
-    float values[kRunColumns + Isa::kLanes];
-    for (int t = 0; t < columns / P; t += kSteps) {
+    for (int t = 0; t < valid; t += kSteps) {
       std::uint32_t windows[kSteps];
       for (int i = 0; i < kSteps; ++i) {
         std::uint32_t word;
         std::memcpy(&word, stream + (t + i) * B / 8, sizeof word);
         windows[i] = word >> ((t + i) * B % 8) & mask;
       }
-      Isa::store(values + t * P, Isa::template look_up<P>(points, halves, windows));
+      sink(t * P, Isa::template look_up<P>(points, halves, windows));
     }
-    for (int i = 0; i < columns; i += 4) std::memcpy(out + 4 * i, values + i, 4 * sizeof(float));
+  }
+};
+
+// Decodes run groups of a trellis grid: four runs into column order.
+template <class Isa, int B, int P>
+struct GroupDecoder {
+  typename Isa::template TrellisDecoder<B, P> decoder;
+  std::int64_t k;
+
+  explicit GroupDecoder(const PackedView& w) : decoder(w), k(w.format.k) {}
+
+  // `valid` indices' worth of columns from those of index `index` on, which lie in one run group.
+  template <typename Sink>
+  void chunk(const std::uint8_t* row, std::int64_t index, int valid, const Sink& sink) const {
+    const std::int64_t group = index * P / kRunGroup * kRunGroup;
+    const int columns = static_cast<int>(std::min<std::int64_t>(kRunGroup, k - group)) / 4;  // of a run
+    const std::uint8_t* run = row + group / P * B / 8;
+    float out[kRunGroup];
+    for (int t = 0; t < 4; ++t, run += columns / P * B / 8) {
+      float values[kRunGroup / 4 + 32];  // decoders finish what they take at once
+      decoder.chunk(run, columns / P, [&](int offset, typename Isa::Vec v) { Isa::store(values + offset, v); });
+      for (int i = 0; i < columns; i += 4) std::memcpy(out + 4 * i + 4 * t, values + i, 4 * sizeof(float));
+    }
+    const auto first = static_cast<int>(index * P - group);
+    for (int c = 0; c < valid * P; c += Isa::kLanes) sink(c, Isa::load(out + first + c));
   }
 };
 
@@ -248,7 +257,7 @@ void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
 #define HIGGS_CASE(B, P) \
-  case 256 + (B) * 8 + (P): return dot_rows<Isa, TrellisDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, begin, end, y);
+  case 256 + (B) * 8 + (P): return dot_rows<Isa, GroupDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, begin, end, y);
     HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);
@@ -267,7 +276,7 @@ void dot_tile_any(const PackedView& w, const float* x, std::int64_t m, std::int6
 #undef HIGGS_CASE
 #define HIGGS_CASE(B, P)    \
   case 256 + (B) * 8 + (P): \
-    return dot_tile<Isa, TrellisDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, m, begin, end, scratch, y, y_stride);
+    return dot_tile<Isa, GroupDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, m, begin, end, scratch, y, y_stride);
     HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);

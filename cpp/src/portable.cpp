@@ -24,6 +24,9 @@ struct Portable {
   static float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static float f16(std::uint16_t bits) { return f16_to_f32(bits); }
 
+  template <int B, int P>
+  using TrellisDecoder = WindowDecoder<Portable, B, P>;
+
   template <int P>
   static Vec look_up(const float* points, const std::uint16_t*, const std::uint32_t* windows) {
     Vec v;

@@ -52,8 +52,10 @@ struct GemmConfig {
   static constexpr int kUnitWords = kShape.unit_words() * kJoined;
   static constexpr int kUnitBlocks = 2 * kJoined;  // k blocks of a unit
   static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;
-  // 16-byte loads a warp keeps in flight: all of a slice, or where the accumulators take half of the registers, half
-  static constexpr int kWindow = N_ == 256 && kLoads % 2 == 0 ? kLoads / 2 : kLoads;
+  // 16-byte loads a warp keeps in flight: all of a slice, or half where the accumulators take half of the registers, or
+  // 4 bits of a trellis would be too many for those that three warpgroups have
+  static constexpr bool kHalfWindow = N_ == 256 || (N_ == 64 && kShape.trellis() && kLoads == 8);
+  static constexpr int kWindow = kHalfWindow && kLoads % 2 == 0 ? kLoads / 2 : kLoads;
 
   static constexpr int kStageBytes = N_ * kBlockColumns * 2;  // one k block of x
   static constexpr int kStagingTokens = N_ < 64 ? N_ : 64;

@@ -16,9 +16,8 @@ namespace higgs {
 
 // Where the points of a trellis grid come from: point = f(window).
 struct Trellis {
-  // hash: h = window * multiplier mod 2^32; magnitudes are row (h >> 16) mod rows of `table` [rows, p]; weight 0, 1, 2,
-  // 3
-  //   is negative if bit 15, 31, 14, 30 of h is set.
+  // hash: h = window * multiplier mod 2^32. Magnitudes are row (h >> 16) mod rows of `table` [rows, p]; weight 0, 1, 2
+  // and 3 are negative if bit 15, 31, 14 and 30 of h is set.
   // additive: with rows [lo, hi] of `table` [256, 2 * p], lo of the lowest plus hi of the highest 8 bits of the window.
   enum class Kind { hash, additive };
   Kind kind = Kind::hash;

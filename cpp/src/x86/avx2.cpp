@@ -27,6 +27,9 @@ struct Avx2 {
   }
   static float f16(std::uint16_t bits) { return _cvtsh_ss(bits); }
 
+  template <int B, int P>
+  using TrellisDecoder = WindowDecoder<Avx2, B, P>;
+
   template <int P>
   static Vec look_up(const float*, const std::uint16_t* halves, const std::uint32_t* windows) {
     std::uint16_t row[kLanes];

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Patterns = Optional[list[str]]  # noqa: UP045
 Menu = Annotated[
-    MaybeText, typer.Option(metavar="GRID,GRID,...", help="Grids to choose from (default: all of the library).")
+    MaybeText, typer.Option(metavar="GRID,GRID,...", help="Grids to choose from (default: all vector grids).")
 ]
 Untie = Annotated[bool, typer.Option("--untie", help="Let q/k/v and gate/up of one layer have different grids.")]
 LowRate = Annotated[
