@@ -42,13 +42,14 @@ def test_stored_bytes_are_the_stream_of_the_format(name: str) -> None:
     grid = higgs.find_grid(name)
     points = np.array(grid.points, np.float32)
     torch.manual_seed(0)
-    linear = torch.nn.Linear(832, 3, bias=False)  # one block of 832: runs of 256, 256 and 320
+    linear = torch.nn.Linear(832, 3, bias=False)  # four runs in each of three groups of 256 columns, and in one of 64
     fmt = higgs.layer_format(3, 832, name)
     layer, t2 = higgs.HiggsLinear.from_linear(linear, fmt)
     indices, scales = layer.stored()
     assert fmt.block == 832 and scales.shape == (3, 1)
     stream = np.unpackbits(indices.numpy(), axis=1, bitorder="little")
-    ends = [0, *(columns // grid.p * grid.index_bits for columns in (256, 512, 832))]
+    counts = [columns // 4 // grid.p * grid.index_bits for columns in (256, 256, 256, 64) for _ in range(4)]
+    ends = np.cumsum([0, *counts])
     for i in range(3):
         runs = [
             windows(stream[i, a:b], grid.index_bits, grid.window_bits) for a, b in zip(ends, ends[1:], strict=False)

@@ -139,7 +139,7 @@ struct GemmPlan {
 [[nodiscard]] constexpr int gemm_max_tokens(const FieldShape& field, bool regular) {
   const int units = field.max_units();
   const int loads = (units * field.unit_words() + 3) / 4;
-  return regular && (loads <= 5 || (loads % 2 == 0 && units % 2 == 0)) ? 256 : 128;
+  return regular && ((loads <= 5 && !field.trellis()) || (loads % 2 == 0 && units % 2 == 0)) ? 256 : 128;
 }
 
 // As plan; Error(unsupported) where supports_gemm() is false.
