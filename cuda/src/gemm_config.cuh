@@ -28,7 +28,7 @@ struct GemmConfig {
   static constexpr FieldShape kShape = Decoder_::kShape;
   static constexpr int kN = N_;
   static constexpr bool kRegular = Regular_;
-  static constexpr int kWarpgroups = gemm_rows(N_) / 64;
+  static constexpr int kWarpgroups = gemm_rows(N_, kShape) / 64;
   static constexpr int kClusterSize = gemm_cluster_size(N_);
   static constexpr int kStages = N_ == 256 ? 4 : N_ == 128 ? 6 : 8;
   static constexpr int kConsumers = 128 * kWarpgroups;
@@ -50,8 +50,8 @@ struct GemmConfig {
   static constexpr int kUnits = kShape.max_units();
   static constexpr int kUnitWords = kShape.unit_words();
   static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;
-  // 16-byte loads a warp keeps in flight: all of a slice, or where the accumulators take half of the registers, half
-  static constexpr int kWindow = N_ == 256 && kLoads % 2 == 0 ? kLoads / 2 : kLoads;
+  // 16-byte loads a warp keeps in flight: all of a slice, or half where accumulators or warps take most registers
+  static constexpr int kWindow = (N_ == 256 || kWarpgroups == 4) && kLoads % 2 == 0 ? kLoads / 2 : kLoads;
 
   static constexpr int kStageBytes = N_ * kBlockColumns * 2;  // one k block of x
   static constexpr int kStagingTokens = N_ < 64 ? N_ : 64;

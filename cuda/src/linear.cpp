@@ -113,7 +113,15 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   return p;
 }
 
-bool uses_gemm(std::int64_t m, int block) { return m > kMaxDecodeRows || !supports_block(block); }
+// More than 8 rows of x cost the decode kernel twice the loads of x: on large layers the GEMM is faster.
+bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts) {
+  constexpr std::int64_t kLarge = std::int64_t{1} << 26;  // weights
+  const LayerFormat& f = parts[0].weights.format;
+  if (m > kMaxDecodeRows || !supports_block(f.block)) return true;
+  std::int64_t rows = 0;
+  for (const LinearPart& part : parts) rows += part.weights.format.n;
+  return m > kMaxDecodeRows / 2 && rows * f.k > kLarge && supports_gemm(current_device());
+}
 
 GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> parts) {
   const LayerFormat& f = parts[0].weights.format;
@@ -222,7 +230,7 @@ std::int64_t linear_max_rows(const LayerFormat& format, DType dtype) {
 std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
   std::int64_t bytes = 0;
   if (m == 0) return 0;
-  if (uses_gemm(m, parts[0].weights.format.block)) {
+  if (uses_gemm(m, parts)) {
     GemmWorkspace sizes;
     for (const auto& group : launch_groups(parts)) sizes.add(plan_group(plan_gemm, m, dtype, group));
     return sizes.bytes();
@@ -241,8 +249,8 @@ void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::spa
             void* workspace, Stream stream) {
   check_parts(x, dtype, m, d, parts);
   if (m == 0) return;
-  uses_gemm(m, parts[0].weights.format.block) ? run_gemm(x, dtype, m, d, parts, workspace, stream)
-                                              : run_decode(x, dtype, m, d, parts, workspace, stream);
+  uses_gemm(m, parts) ? run_gemm(x, dtype, m, d, parts, workspace, stream)
+                      : run_decode(x, dtype, m, d, parts, workspace, stream);
 }
 
 }  // namespace higgs::cuda

@@ -21,13 +21,13 @@ __device__ __forceinline__ void clear_flags(const PackParams& p) {
   for (int i = threadIdx.x; i < p.flag_count; i += blockDim.x) p.flags[i] = 0;
 }
 
-// --- blocks of a power of two: a CTA per chunk of a row, twice four values a thread
+// --- few rows and blocks of a power of two: a CTA per chunk of a row, 16 values a thread
 //
 // A launch starts with a cold instruction cache, at about 10 cycles an instruction: the passes of two strides each are
-// one short loop, where a warp per chunk took 900 instructions in a row. The butterflies and their order are those of
-// fwht.cuh. 4096 registers a CTA, which GemmConfig leaves free.
+// one short loop, where a warp per chunk takes 900 instructions in a row. The butterflies and their order are those of
+// fwht.cuh. 2048 registers a CTA: two fit into what GemmConfig leaves free.
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 64;
 constexpr int kQuads = kChunk / 4 / kThreads;  // a thread's, kThreads apart
 
 __device__ __forceinline__ float& padded(float* values, int i) { return values[i + i / 32]; }
@@ -42,8 +42,8 @@ __device__ __forceinline__ void two_strides(float (&v)[4], bool second) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4096 / kThreads / 2)
-    pack_kernel(const __grid_constant__ PackParams p, float norm) {
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
+    pack_ctas_kernel(const __grid_constant__ PackParams p, float norm) {
   __shared__ float values[kChunk + kChunk / 32];
   launch_dependents();
   const int chunks = (p.k + kChunk - 1) / kChunk;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 4096 / kThreads / 2)
 #pragma unroll 1
   for (int log = 2; 1 << log < p.block; log += 2) {
     __syncthreads();
-#pragma unroll
+#pragma unroll 2
     for (int q = 0; q < kQuads; ++q) {
       const int quad = threadIdx.x + q * kThreads;
       const int first = (quad >> log << (log + 2)) + (quad & ((1 << log) - 1));
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 4096 / kThreads / 2)
   }
   __syncthreads();
   auto* const out = static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(chunk / 64) * p.padded_m + row) * 128;
-#pragma unroll
+#pragma unroll 2
   for (int q = 0; q < kQuads; ++q) {
     const int quad = threadIdx.x + q * kThreads;
     if (4 * quad >= count) break;
@@ -104,13 +104,13 @@ __global__ void __launch_bounds__(kThreads, 4096 / kThreads / 2)
   }
 }
 
-// --- blocks with an odd factor: a warp per chunk
+// --- many rows, and blocks with an odd factor: a warp per chunk
 
-constexpr int kOddWarps = 8;
+constexpr int kWarps = 8;
 
 template <typename T>
-__global__ void __launch_bounds__(kOddWarps* kLanes)
-    pack_odd_kernel(const __grid_constant__ PackParams p, const __grid_constant__ BlockTransform transform) {
+__global__ void __launch_bounds__(kWarps* kLanes)
+    pack_warps_kernel(const __grid_constant__ PackParams p, const __grid_constant__ BlockTransform transform) {
   extern __shared__ __align__(16) float scratch[];
   launch_dependents();
   const int lane = threadIdx.x % 32;
@@ -146,24 +146,20 @@ __global__ void __launch_bounds__(kOddWarps* kLanes)
 }  // namespace
 
 void pack_x(const PackParams& params, DType dtype, Stream stream) {
-  if ((params.block & (params.block - 1)) == 0) {
-    const int chunks = (params.k + kChunk - 1) / kChunk;
-    const LaunchShape shape{params.m * chunks, kThreads};
-    const float norm = hadamard_norm(params.block);
-    return dtype == DType::f16 ? launch_dependent<pack_kernel<__half>>(shape, stream, params, norm)
-                               : launch_dependent<pack_kernel<__nv_bfloat16>>(shape, stream, params, norm);
-  }
   const BlockTransform transform = block_transform(params.block);
   const std::int64_t items = params.m * chunks_of(transform, params.k);
-  const int warps =
-      items < 8 * current_device().multiprocessors ? 1 : kOddWarps;  // few items: on as many SMs as possible
+  const int multiprocessors = current_device().multiprocessors;
+  if (items <= 2 * multiprocessors && transform.runs == 1) {  // all wait for x beside the kernel before
+    const LaunchShape shape{static_cast<int>(items), kThreads};
+    const float norm = hadamard_norm(params.block);
+    return dtype == DType::f16 ? launch_dependent<pack_ctas_kernel<__half>>(shape, stream, params, norm)
+                               : launch_dependent<pack_ctas_kernel<__nv_bfloat16>>(shape, stream, params, norm);
+  }
+  const int warps = items < 8 * multiprocessors ? 1 : kWarps;  // few items: on as many multiprocessors as possible
   const LaunchShape shape{static_cast<int>((items + warps - 1) / warps), warps * kLanes,
                           warps * kChunkScratch * static_cast<int>(sizeof(float))};
-  if (dtype == DType::f16) {
-    launch_dependent<pack_odd_kernel<__half>>(shape, stream, params, transform);
-  } else {
-    launch_dependent<pack_odd_kernel<__nv_bfloat16>>(shape, stream, params, transform);
-  }
+  dtype == DType::f16 ? launch_dependent<pack_warps_kernel<__half>>(shape, stream, params, transform)
+                      : launch_dependent<pack_warps_kernel<__nv_bfloat16>>(shape, stream, params, transform);
 }
 
 }  // namespace higgs::cuda

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <span>
 #include <string>
 
 #include "higgs/cuda/plan.h"
@@ -9,15 +10,20 @@ namespace {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Tokens per tile: the least padded work; a tile of 128 keeps the tensor cores less busy than one of 256.
-int tokens_of_tile(std::int64_t m, int most) {
+// Tokens per tile: the least padded work. Tiles of 256 keep the tensor cores busier than those of 128, if there are
+// enough of them: the sums of shared tiles cost as much as their tokens.
+int tokens_of_tile(std::int64_t m, std::span<const LayerFormat> matrices, int most, const DeviceProperties& device) {
   for (const int tokens : {16, 32, 64, 128}) {
     if (m <= tokens) return tokens;
   }
   if (most == 128) return 128;
   const std::int64_t wide = ceil_div(m, 256) * 256;
   const std::int64_t narrow = ceil_div(m, 128) * 128;
-  return 8 * wide <= 9 * narrow ? 256 : 128;
+  std::int64_t tiles = 0;
+  for (const LayerFormat& f : matrices)
+    tiles += ceil_div(f.n, gemm_rows(256, tiled_format(f).field) * gemm_cluster_size(256)) * (wide / 256);
+  const bool enough = 2 * tiles >= device.max_clusters(gemm_cluster_size(256));
+  return enough && 8 * wide <= 9 * narrow ? 256 : 128;
 }
 
 }  // namespace
@@ -38,8 +44,8 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
   p.field = t.field;
   p.dtype = problem.dtype;
   p.regular = t.regular(problem.matrices[0]);
-  p.tokens = tokens_of_tile(problem.m, gemm_max_tokens(t.field, p.regular));
-  p.rows = gemm_rows(p.tokens);
+  p.tokens = tokens_of_tile(problem.m, problem.matrices, gemm_max_tokens(t.field, p.regular), device);
+  p.rows = gemm_rows(p.tokens, p.field);
   p.padded_m = static_cast<int>(ceil_div(problem.m, p.tokens) * p.tokens);
   p.slices = t.slices;
   p.cluster_size = gemm_cluster_size(p.tokens);

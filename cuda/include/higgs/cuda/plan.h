@@ -126,8 +126,13 @@ struct GemmPlan {
 // Whether `device` runs the GEMM kernel: sm_90 so far.
 [[nodiscard]] bool supports_gemm(const DeviceProperties& device);
 
-// Rows of W in a tile of `tokens` rows of x.
-[[nodiscard]] constexpr int gemm_rows(int tokens) { return tokens <= 64 ? 192 : 128; }
+// Rows of W in a tile of `tokens` rows of x. Four warpgroups hide more latency than three, but leave registers for half
+// a slice of words and narrow tiles only.
+[[nodiscard]] constexpr int gemm_rows(int tokens, const FieldShape& field) {
+  const int loads = (field.max_units() * field.unit_words() + 3) / 4;
+  if (tokens <= 32 && loads % 2 == 0 && field.weights > 1) return 256;
+  return tokens <= 64 ? 192 : 128;
+}
 
 // CTAs that share the copies of x: where x is what the L2 delivers most of.
 [[nodiscard]] constexpr int gemm_cluster_size(int tokens) { return tokens == 256 ? 2 : 1; }
