@@ -220,20 +220,75 @@ def test_measuring_resumes_and_guards_its_settings(tmp_path, monkeypatch):
     assert measure_checkpoint(source, out, MeasureOptions(**SMALL), force=True).about["method"] == "fisher"
 
 
+def torchrun(program, *words) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of two ranks of ``program``, a file or ("-m", module)."""
+    code = "import runpy, sys; sys.argv[0] = 'torchrun'; runpy.run_module('torch.distributed.run', run_name='__main__')"
+    child = run_python(code, "--standalone", "--nproc-per-node", 2, *program, *words)
+    out, err = child.communicate(timeout=200)
+    return child.returncode, out, err
+
+
 @pytest.mark.parametrize("method", ["fisher", "noise"])
 def test_two_ranks_agree_with_one(tmp_path, method):
     source = make_checkpoint(tmp_path / "source", layers=1)
     words = ["measure", source, "--method", method, "--text", "random", "--tokens", 2048, "--context", 64]
     words += ["--levels", "0.01"]
     run_json(*words, "-o", tmp_path / "one.json")
-    code = "import runpy, sys; sys.argv[0] = 'torchrun'; runpy.run_module('torch.distributed.run', run_name='__main__')"
-    launch = ["--standalone", "--nproc-per-node", 2, "-m", "higgs.cli", *words, "-o", tmp_path / "two.json", "--json"]
-    child = run_python(code, *launch)
-    out, err = child.communicate(timeout=200)
-    assert child.returncode == 0, err
+    code, out, err = torchrun(["-m", "higgs.cli"], *words, "-o", tmp_path / "two.json", "--json")
+    assert code == 0, err
     assert json.loads(out)["method"] == method  # printed once
     one, two = Sensitivities.load(tmp_path / "one.json"), Sensitivities.load(tmp_path / "two.json")
     assert two.alphas == pytest.approx(one.alphas, rel=1e-3)
+
+
+# `higgs` that logs the jobs each rank begins. With LOG.kill there, rank 1 kills itself in the middle of its third job,
+# which rank 0 waits for after two of its own.
+LOGGED = """
+import os, pathlib, signal, sys, time
+from higgs import cli, jobs, measure
+log, rank, begun, original = pathlib.Path(sys.argv.pop(1)), jobs.rank(), [], measure.Noise.run
+def run(self, job):
+    begun.append(job)
+    with open(f"{log}.{rank}", "a") as f:
+        f.write(job + "\\n")
+    if len(begun) == 3 and pathlib.Path(f"{log}.kill").exists():
+        if rank == 1:
+            pathlib.Path(f"{log}.killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not pathlib.Path(f"{log}.killed").exists():
+            time.sleep(0.01)
+    return original(self, job)
+measure.Noise.run = run
+cli.main()
+"""
+
+
+def test_killing_a_rank_loses_at_most_the_jobs_at_hand(tmp_path, one_thread):
+    """End to end; torchrun ends the other rank too when one dies. Ranks have one thread: the same bits as this process."""
+    source, log = make_checkpoint(tmp_path / "source", layers=1), tmp_path / "log"
+    (tmp_path / "logged.py").write_text(LOGGED)
+    words = ["measure", source, "--method", "noise", "--text", "random", "--tokens", 512, "--context", 64]
+    words += ["--levels", "0.01,0.02,0.03,0.04"]
+
+    def measure() -> tuple[int, str, list[str]]:
+        """Exit code, messages, jobs begun by both ranks."""
+        code, _, err = torchrun([tmp_path / "logged.py"], log, *words, "-o", tmp_path / "two.json")
+        begun = [job for rank in (0, 1) for job in (tmp_path / f"log.{rank}").read_text().splitlines()]
+        for rank in (0, 1):
+            (tmp_path / f"log.{rank}").unlink()
+        return code, err, begun
+
+    (tmp_path / "log.kill").touch()
+    code, err, begun = measure()
+    finished = jobs.finished_jobs(tmp_path / "two.json.work")
+    assert code != 0 and "SIGKILL" in err and not (tmp_path / "two.json").exists()
+    assert len(begun) == len(set(begun)) >= 5 and len(begun) - 2 <= len(finished) < len(begun)  # one a rank is lost
+    (tmp_path / "log.kill").unlink()
+    code, err, again = measure()
+    assert code == 0, err
+    assert len(again) == len(set(again)) == 28 - len(finished) and not set(again) & set(finished)
+    run_json(*words, "-o", tmp_path / "one.json")
+    assert Sensitivities.load(tmp_path / "two.json").alphas == Sensitivities.load(tmp_path / "one.json").alphas
 
 
 def test_text_and_loss(stories260k, tmp_path):
