@@ -65,7 +65,7 @@ def test_groups():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(0, 10), min_size=7, max_size=21), st.floats(2.3, 8.5), st.booleans())
+@given(st.lists(st.floats(0, 10), min_size=7, max_size=21), st.floats(1.3, 8.5), st.booleans())
 def test_budget_and_ties_hold(alphas, bits, untie):
     sensitivities = model(*alphas)
     plan = plan_allocation(sensitivities, bits=bits, untie=untie)
@@ -112,7 +112,7 @@ def test_other_budgets():
     latencies = latency_costs([*rows, {"n": 128, "k": 192, "grid": "p1_n4", "m": 16, "us": 99}], 1)
     fast = plan_allocation(sensitivities, latency_us=7 * 4.5, latencies=latencies)
     assert fast.unit == "ns" and fast.cost <= fast.budget == 31500
-    with pytest.raises(ValueError, match=r"budget of 6.0000 us .* out of reach; .* 21.0000 to 63.0000 us"):
+    with pytest.raises(ValueError, match=r"budget of 6.0000 us .* out of reach; .* 14.0000 to 63.0000 us"):
         plan_allocation(sensitivities, latency_us=6, latencies=latencies)
     with pytest.raises(ValueError, match=r"no time for \d+ combinations, e.g. 128x192"):
         plan_allocation(sensitivities, latency_us=60, latencies=latency_costs(rows, 2))
@@ -123,8 +123,8 @@ def test_other_budgets():
 
 
 def test_budgets_out_of_reach_name_the_range():
-    with pytest.raises(ValueError, match=r"1.5000 bits a weight .* this menu allows 2.\d{4} to 8.\d{4} bits a weight"):
-        plan_allocation(model(*[0.1] * 7), bits=1.5)
+    with pytest.raises(ValueError, match=r"1.1000 bits a weight .* this menu allows 1.\d{4} to 8.\d{4} bits a weight"):
+        plan_allocation(model(*[0.1] * 7), bits=1.1)
     for bad in (0.0, -3.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="use a positive number"):
             plan_allocation(model(0.1), bits=bad)
@@ -160,6 +160,17 @@ def test_low_rate_correction_meets_published_perplexities():
     for t2, published in ((0.00775, 6.015), (0.0212, 7.110)):  # 0.0212: of 90 points
         linear, low_rate = (5.607 * math.exp(total * x) for x in (t2, corrected(t2)))
         assert abs(low_rate - published) < 0.5 * abs(linear - published)
+
+
+def test_adding_low_grids_changes_nothing_where_they_do_not_pay():
+    """With the low-rate correction, the grids below 2 bits are left alone from 2.5 bits on."""
+    sensitivities = Sensitivities.load(LLAMA)
+    menu = grid_menu()
+    above = [g for g in menu if g.rate >= 2]
+    assert len(above) < len(menu)
+    for bits in (2.5, 3.0, 3.25, 4.0):
+        plans = [plan_allocation(sensitivities, bits=bits, menu=m, low_rate=True) for m in (menu, above)]
+        assert plans[0].grids == plans[1].grids
 
 
 def test_menu():
@@ -210,7 +221,7 @@ def test_plan_command(tmp_path):
     text = run("plan", LLAMA, "--bits", 3.25).stdout
     assert "model.layers.1.mlp.down_proj" in text and "(the optimum)" in text and "perplexity 6.2" in text
     refused = run("plan", LLAMA, "--bits", 1)
-    assert refused.exit_code == 1 and "this menu allows 2.01" in refused.stderr
+    assert refused.exit_code == 1 and "this menu allows 1.01" in refused.stderr
     assert "form REGEX=GRID" in run("plan", LLAMA, "--bits", 3, "--fix", "x").stderr
     assert "no sensitivities file" in run("plan", tmp_path / "none.json", "--bits", 3).stderr
     table = tmp_path / "latencies.jsonl"

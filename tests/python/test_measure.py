@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA, load, make_checkpoint, random_energies, run_python
+from conftest import DATA, load, make_checkpoint, random_energies, torchrun
 from higgs import UnsupportedError, evaluate, jobs
 from higgs.checkpoint import Checkpoint, inspect_checkpoint
 from higgs.checkpoint.layers import build_meta_model
@@ -220,21 +220,13 @@ def test_measuring_resumes_and_guards_its_settings(tmp_path, monkeypatch):
     assert measure_checkpoint(source, out, MeasureOptions(**SMALL), force=True).about["method"] == "fisher"
 
 
-def torchrun(program, *words) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of two ranks of ``program``, a file or ("-m", module)."""
-    code = "import runpy, sys; sys.argv[0] = 'torchrun'; runpy.run_module('torch.distributed.run', run_name='__main__')"
-    child = run_python(code, "--standalone", "--nproc-per-node", 2, *program, *words)
-    out, err = child.communicate(timeout=200)
-    return child.returncode, out, err
-
-
 @pytest.mark.parametrize("method", ["fisher", "noise"])
 def test_two_ranks_agree_with_one(tmp_path, method):
     source = make_checkpoint(tmp_path / "source", layers=1)
     words = ["measure", source, "--method", method, "--text", "random", "--tokens", 2048, "--context", 64]
     words += ["--levels", "0.01"]
     run_json(*words, "-o", tmp_path / "one.json")
-    code, out, err = torchrun(["-m", "higgs.cli"], *words, "-o", tmp_path / "two.json", "--json")
+    code, out, err = torchrun("-m", "higgs.cli", *words, "-o", tmp_path / "two.json", "--json")
     assert code == 0, err
     assert json.loads(out)["method"] == method  # printed once
     one, two = Sensitivities.load(tmp_path / "one.json"), Sensitivities.load(tmp_path / "two.json")
@@ -272,7 +264,7 @@ def test_killing_a_rank_loses_at_most_the_jobs_at_hand(tmp_path, one_thread):
 
     def measure() -> tuple[int, str, list[str]]:
         """Exit code, messages, jobs begun by both ranks."""
-        code, _, err = torchrun([tmp_path / "logged.py"], log, *words, "-o", tmp_path / "two.json")
+        code, _, err = torchrun(tmp_path / "logged.py", log, *words, "-o", tmp_path / "two.json")
         begun = [job for rank in (0, 1) for job in (tmp_path / f"log.{rank}").read_text().splitlines()]
         for rank in (0, 1):
             (tmp_path / f"log.{rank}").unlink()
@@ -306,6 +298,15 @@ def test_options_are_checked(tmp_path):
     with pytest.raises(ValueError, match="needs method 'noise' and a text"):
         MeasureOptions(objective="loss")
     assert "separated by commas" in run("measure", tmp_path, "-o", tmp_path / "x", "--levels", "a").stderr
+
+
+def test_every_rank_needs_a_device_of_its_own(checkpoint, tmp_path, monkeypatch):
+    count = torch.cuda.device_count()
+    monkeypatch.setenv("LOCAL_RANK", str(count))
+    refused = run("measure", checkpoint, "-o", tmp_path / "s.json", "--device", "cuda")
+    assert refused.exit_code == 1 and f"by process {count} of this machine: torch finds {count}" in refused.stderr
+    with pytest.raises(ValueError, match="'cuda:1' is not supported; use cpu or cuda"):
+        measure_checkpoint(checkpoint, tmp_path / "s.json", device="cuda:1")
 
 
 def bytes_of(out, names) -> int:
@@ -351,12 +352,12 @@ def test_any_float_is_a_budget(tmp_path):
     ).save(tmp_path / "s.json")
     energies = random_energies(source)
     energies.save(tmp_path / "e.safetensors")
-    for bits in (2.51, 3.0, 3.25, 4.7777, 6.1, 8.0):
+    for bits in (1.5, 2.51, 3.0, 3.25, 4.7777, 6.1, 8.0):
         words = ["--bits", bits, "--sensitivities", tmp_path / "s.json", "--scales", tmp_path / "e.safetensors"]
         out = tmp_path / str(bits)
         check_mixed(run_json("quantize", source, "-o", out, *words), out, bits)
-    refused = run("quantize", source, "-o", tmp_path / "x", *words[2:], "--bits", 2.1)
-    assert refused.exit_code == 1 and "this menu allows 2.2" in refused.stderr
+    refused = run("quantize", source, "-o", tmp_path / "x", *words[2:], "--bits", 1.1)
+    assert refused.exit_code == 1 and "this menu allows 1.2" in refused.stderr
 
 
 def test_mixed_checkpoint_runs_in_transformers(tmp_path):
