@@ -29,11 +29,18 @@ _TIED = (
 # 1.06, 1.20, 1.47 at t2 = 0.0077, 0.0152, 0.0295 (SmolLM2-135M, WikiText-2) and, as published, 1.11 and 1.37 at 0.0078
 # and 0.021 (Llama-3.1-8B): about 1 + 14 t2. A factor of each layer's own t2 keeps the problem a sum over layers.
 LOW_RATE = 14.0
+LINEAR_T2 = 0.12  # 2 bits: no measurement says that the linear model means anything above
 
 
 def corrected(t2: float) -> float:
     """t2 with the low-rate correction: what alpha has to be multiplied by."""
     return t2 * (1 + LOW_RATE * t2)
+
+
+def counted_t2(t2: float, low_rate: bool) -> float:
+    """t2 as the objective counts it: :func:`corrected` if ``low_rate``, and in any case for grids below 2 bits, which
+    the linear model would hand out far too freely."""
+    return corrected(t2) if low_rate or t2 > LINEAR_T2 else t2
 
 
 @dataclass(frozen=True)
@@ -201,9 +208,8 @@ def plan_allocation(
         costs, budget, unit = _latencies_of(layers, menu, latencies or {}), math.floor(1000 * latency_us), "ns"
     else:
         costs, budget, unit = sizes, _bit_budget(bits, weights) if size is None else 8 * size, "bits"
-    error = corrected if low_rate else float
     items = [
-        [(cost, max(x.alpha, 0.0) * error(g.t2)) for cost, g in zip(row, menu, strict=True)]
+        [(cost, max(x.alpha, 0.0) * counted_t2(g.t2, low_rate)) for cost, g in zip(row, menu, strict=True)]
         for x, row in zip(layers, costs, strict=True)
     ]
     groups = list(range(len(layers))) if untie else tied_groups([x.name for x in layers])

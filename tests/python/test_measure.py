@@ -233,15 +233,15 @@ def test_two_ranks_agree_with_one(tmp_path, method):
     assert two.alphas == pytest.approx(one.alphas, rel=1e-3)
 
 
-# `higgs` that logs the jobs each rank begins. With LOG.kill there, rank 1 kills itself in the middle of its third job,
-# which rank 0 waits for after two of its own.
+# `higgs` that logs the jobs that ranks begin. With LOG.kill there, rank 1 kills itself in its third job, which rank 0
+# waits for after two of its own.
 LOGGED = """
 import os, pathlib, signal, sys, time
 from higgs import cli, jobs, measure
 log, rank, begun, original = pathlib.Path(sys.argv.pop(1)), jobs.rank(), [], measure.Noise.run
 def run(self, job):
     begun.append(job)
-    with open(f"{log}.{rank}", "a") as f:
+    with log.open("a") as f:
         f.write(job + "\\n")
     if len(begun) == 3 and pathlib.Path(f"{log}.kill").exists():
         if rank == 1:
@@ -256,7 +256,7 @@ cli.main()
 
 
 def test_killing_a_rank_loses_at_most_the_jobs_at_hand(tmp_path, one_thread):
-    """End to end; torchrun ends the other rank too when one dies. Ranks have one thread: the same bits as this process."""
+    """torchrun ends the other rank too when one dies. Ranks have one thread each: the same bits as this process."""
     source, log = make_checkpoint(tmp_path / "source", layers=1), tmp_path / "log"
     (tmp_path / "logged.py").write_text(LOGGED)
     words = ["measure", source, "--method", "noise", "--text", "random", "--tokens", 512, "--context", 64]
@@ -264,11 +264,9 @@ def test_killing_a_rank_loses_at_most_the_jobs_at_hand(tmp_path, one_thread):
 
     def measure() -> tuple[int, str, list[str]]:
         """Exit code, messages, jobs begun by both ranks."""
+        log.write_text("")
         code, _, err = torchrun(tmp_path / "logged.py", log, *words, "-o", tmp_path / "two.json")
-        begun = [job for rank in (0, 1) for job in (tmp_path / f"log.{rank}").read_text().splitlines()]
-        for rank in (0, 1):
-            (tmp_path / f"log.{rank}").unlink()
-        return code, err, begun
+        return code, err, log.read_text().splitlines()
 
     (tmp_path / "log.kill").touch()
     code, err, begun = measure()
