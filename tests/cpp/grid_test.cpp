@@ -51,10 +51,9 @@ double exact_t2(const Grid& g) {
 }
 
 TEST(Grid, EveryPromisedGridExists) {
-  const std::set<std::string_view> promised = {"p1_n4",    "p1_n8",    "p1_n16",   "p1_n32",  "p1_n64",  "p1_n256",
-                                               "p2_n16",   "p2_n32",   "p2_n64",   "p2_n128", "p2_n256", "p2_n512",
-                                               "p2_n1024", "p2_n2048", "p2_n4096", "p4_n16",  "p4_n64",  "p4_n256",
-                                               "ch8"};
+  const std::set<std::string_view> promised = {
+      "p1_n4",   "p1_n8",   "p1_n16",   "p1_n32",   "p1_n64",   "p1_n256", "p2_n16", "p2_n32",  "p2_n64", "p2_n128",
+      "p2_n256", "p2_n512", "p2_n1024", "p2_n2048", "p2_n4096", "p4_n16",  "p4_n64", "p4_n256", "ch8"};
   std::set<std::string_view> names;
   for (const Grid& g : grids()) EXPECT_TRUE(names.insert(g.name).second) << g.name << " twice";
   for (const std::string_view name : promised) EXPECT_TRUE(names.contains(name)) << name;

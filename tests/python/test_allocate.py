@@ -112,7 +112,7 @@ def test_other_budgets():
     latencies = latency_costs([*rows, {"n": 128, "k": 192, "grid": "p1_n4", "m": 16, "us": 99}], 1)
     fast = plan_allocation(sensitivities, latency_us=7 * 4.5, latencies=latencies)
     assert fast.unit == "ns" and fast.cost <= fast.budget == 31500
-    with pytest.raises(ValueError, match=r"budget of 6.0000 us .* out of reach; .* 14.0000 to 63.0000 us"):
+    with pytest.raises(ValueError, match=r"budget of 6.0000 us .* out of reach; .* 21.0000 to 63.0000 us"):
         plan_allocation(sensitivities, latency_us=6, latencies=latencies)
     with pytest.raises(ValueError, match=r"no time for \d+ combinations, e.g. 128x192"):
         plan_allocation(sensitivities, latency_us=60, latencies=latency_costs(rows, 2))
@@ -162,15 +162,20 @@ def test_low_rate_correction_meets_published_perplexities():
         assert abs(low_rate - published) < 0.5 * abs(linear - published)
 
 
-def test_adding_low_grids_changes_nothing_where_they_do_not_pay():
-    """With the low-rate correction, the grids below 2 bits are left alone from 2.5 bits on."""
-    sensitivities = Sensitivities.load(LLAMA)
-    menu = grid_menu()
-    above = [g for g in menu if g.rate >= 2]
-    assert len(above) < len(menu)
-    for bits in (2.5, 3.0, 3.25, 4.0):
-        plans = [plan_allocation(sensitivities, bits=bits, menu=m, low_rate=True) for m in (menu, above)]
-        assert plans[0].grids == plans[1].grids
+def test_grids_below_two_bits_are_for_budgets_that_need_them():
+    sensitivities = model(*[0.01 * 3**i for i in range(7)])
+    usual = [g for g in grid_menu() if g.rate >= 2]
+    low = {g.name for g in grid_menu()} - {g.name for g in usual}
+    assert low == {"p4_n16", "p4_n64"}
+    least = max(x.bits for x in plan_allocation(sensitivities, bits=2.3, menu=usual[:1]).layers)
+    for bits in (least, 2.5, 4):
+        plan = plan_allocation(sensitivities, bits=bits)
+        assert plan == plan_allocation(sensitivities, bits=bits, menu=usual) and plan.objective == "linear"
+    plan = plan_allocation(sensitivities, bits=least - 0.01)
+    assert set(plan.grids.values()) & low and plan.objective == "corrected"
+    assert plan == plan_allocation(sensitivities, bits=least - 0.01, menu=grid_menu(), low_rate=True)
+    fixed = plan_allocation(sensitivities, bits=4, fixed={"o_proj": "p4_n16"})
+    assert fixed.grids["layers.0.self_attn.o_proj"] == "p4_n16"
 
 
 def test_menu():
