@@ -21,12 +21,12 @@ FieldShape field_shape(const Grid& grid) {
   for (const int weights : {4, 2, 1}) {
     if (weights % grid.p != 0) continue;
     const int bits = weights / grid.p * grid.index_bits;
-    const bool fits = weights == 2 ? bits >= 5 && bits <= 12 : bits == 8;
+    const bool fits = weights == 2 ? bits >= 5 && bits <= 12 : bits == 8 || (weights == 4 && (bits == 4 || bits == 6));
     if (fits) return {bits, weights};
   }
   throw Error(ErrorCode::unsupported, "grid " + std::string(grid.name) +
                                           " has no CUDA decoder; p = 1 supports 2-6 and 8 index bits, p = 2 supports "
-                                          "4-12, p = 4 supports 8");
+                                          "2-12, p = 4 supports 4, 6 and 8");
 }
 
 TiledFormat tiled_format(const LayerFormat& format) {

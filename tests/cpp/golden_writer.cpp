@@ -42,6 +42,8 @@ constexpr Case kCases[] = {
     {"p4_n256", "p4_n256", 4, 256, 64, 128, 6, false},
     {"ch8", "ch8", 4, 128, 64, 128, 8, false},
     {"p1_n16_wide_block", "p1_n16", 3, 1024, 1024, 1024, 9, false},
+    {"p4_n64_ragged", "p4_n64", 4, 448, 64, 256, 12, true},
+    {"p4_n16", "p4_n16", 4, 192, 64, 128, 10, false},
 };
 
 // A value in (-6, 6), roughly normal, from integers alone: the same on every machine.

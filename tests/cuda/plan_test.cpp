@@ -79,7 +79,7 @@ TEST(Plan, EveryInstanceIsReachable) {
     const FieldShape s = field_shape(grid);
     seen.insert({s.bits, s.weights});
   }
-  EXPECT_EQ(seen.size(), 10u);
+  EXPECT_EQ(seen.size(), 12u);
 }
 
 TEST(Plan, MatricesThatShareXGetClustersInProportion) {

@@ -20,8 +20,8 @@ CUDA = pathlib.Path(__file__).parents[2] / "cuda"
 SPILL_BYTES = 24  # of stores, per kernel: a few words of the set-up, none in a loop
 RAGGED_SPILL_BYTES = 128  # the instances for slices that are not full
 RAGGED = re.compile(r"GemvConfig.*Li[12]ELNS0_4LoopE0E|GemmConfig.*Lb0E")
-KERNELS = 316
-OBJECT_MB = 16.0  # of all instances, one architecture
+KERNELS = 382
+OBJECT_MB = 19.0  # of all instances, one architecture
 
 INSTANCE = re.compile(r"X\(([a-z]+[0-9]+), ([A-Za-z]+(?:<[0-9]+>)?),")
 REPORT = re.compile(

@@ -159,7 +159,7 @@ def test_strict(tmp_path):
     ("words", "message"),
     [
         (["--grid", "p3_n7"], "p3_n7"),
-        (["--bits", "1.3"], "1.3 bits a weight are less than the lowest rate of the menu, 2"),
+        (["--bits", "0.9"], "0.9 bits a weight are less than the lowest rate of the menu, 1"),
         (["--bits", "4", "--grid", "p2_n256"], "both given"),
         (["--block", "96"], "block"),
         (["--seed", "-1"], "seed -1"),
