@@ -36,7 +36,7 @@ class MeasureOptions:
     context: int = 256
     objective: str = "kl"
     levels: tuple[float, ...] = LEVELS
-    scales: str = "random"
+    scales: str = "self"
     scale_exponent: float = 0.25
     lm_head: bool = False
     seed: int = 0

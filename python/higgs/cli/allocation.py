@@ -133,8 +133,8 @@ def measure(
         str, typer.Option(metavar="T2,T2,...", help="noise: relative squared errors.")
     ] = "0.01,0.02,0.04",
     scales: Annotated[
-        str, typer.Option(metavar="random|self|none|FILE", help="Column scales of the checkpoint to be.")
-    ] = "random",
+        str, typer.Option(metavar="self|random|none|FILE", help="Column scales of the checkpoint to be.")
+    ] = "self",
     scale_exponent: Annotated[float, typer.Option(help="Exponent of the column scales, 0 to 0.5.")] = 0.25,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Measure the output head too.")] = False,
     seed: Annotated[int, typer.Option(help="Of tokens, noise and labels.")] = 0,
