@@ -24,88 +24,15 @@
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
-#include "decode.cuh"
 #include "gemm_config.cuh"
 #include "gemm_epilogue.cuh"
-#include "gemm_params.h"
 #include "gemm_schedule.cuh"
+#include "gemm_weights.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
 
 namespace higgs::cuda {
-
-// The words of a warp's slices: load i of a slice is in q_[i % kWindow], and is replaced when it has been consumed.
-template <typename Config>
-class WeightStream {
- public:
-  __device__ __forceinline__ WeightStream(const GemmParams& p, const CtaPlace& cta, int warp, int lane)
-      : schedule_(p, cta.cluster), cta_(cta), warp_(warp), lane_(lane) {
-    step(p);
-#pragma unroll
-    for (int i = 0; i < Config::kWindow; ++i) load(i, next_, next_loads_);
-  }
-  __device__ __forceinline__ void begin_slice(const GemmParams& p) {
-    current_ = next_;
-    current_loads_ = next_loads_;
-    step(p);
-  }
-  __device__ __forceinline__ uint32_t word(int i) const {
-    const uint4& v = q_[i / 4 % Config::kWindow];
-    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
-  }
-  // Loads [First, Last) of the slice have been consumed: their registers take the loads kWindow later, of this slice or
-  // of the next.
-  template <int First, int Last>
-  __device__ __forceinline__ void advance() {
-#pragma unroll
-    for (int i = First; i < Last; ++i) {
-      const int ahead = i + Config::kWindow;
-      if (ahead < Config::kLoads) {
-        load(ahead, current_, current_loads_);
-      } else {
-        load(ahead - Config::kLoads, next_, next_loads_);
-      }
-    }
-  }
-
- private:
-  __device__ __forceinline__ void load(int i, const uint8_t* slice, int loads) {
-    if (Config::kRegular ? loads != 0 : i < loads) {
-      q_[i % Config::kWindow] = load_streaming(reinterpret_cast<const uint4*>(slice) + i * kLanes);
-    }
-  }
-  // next_ = the slice after it.
-  __device__ __forceinline__ void step(const GemmParams& p) {
-    next_loads_ = 0;
-    if (++slice_ >= segment_.end) {
-      if (!schedule_.next(p, segment_)) return;
-      slice_ = segment_.begin;
-      const TilePlace place = place_of<Config>(p, cta_, segment_.tile);
-      const GemmPart& part = p.parts[place.part];
-      const int row_tile = min(place.row_tile + warp_, part.row_tiles - 1);
-      next_ = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
-              static_cast<long long>(row_tile) * p.tile_bytes + slice_ * p.slice_bytes + lane_ * 16;
-    } else {
-      next_ += p.slice_bytes;
-    }
-    const int units = slice_ == p.slices - 1 ? p.last_units : p.units_per_slice;
-    next_loads_ = (units * Config::kUnitWords + 3) / 4;
-  }
-
-  uint4 q_[Config::kWindow];
-  Schedule schedule_;
-  Segment segment_;
-  CtaPlace cta_;
-  int slice_ = 0;
-  int warp_;
-  int lane_;
-  const uint8_t* current_ = nullptr;
-  const uint8_t* next_ = nullptr;
-  int current_loads_ = 0;
-  int next_loads_ = 0;
-};
 
 // The stages of x in shared memory.
 template <typename Config>
@@ -160,63 +87,16 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   }
 }
 
-// The scales of a warp's row tile along k; a lane needs those of rows g and g + 8.
-struct RowScales {
-  const uint16_t* at = nullptr;  // of the next scale group
-  float2 now = {};
-  float2 greatest = {};
-  float2 next = {};
-  int boundary = 0;  // k block where the next group begins
-  int left = 0;      // groups after this one
-
-  static __device__ __forceinline__ float load(const uint16_t* p) { return __half2float(__ushort_as_half(__ldg(p))); }
-  __device__ __forceinline__ void take() {
-    greatest = {fmaxf(greatest.x, next.x), fmaxf(greatest.y, next.y)};
-    now = {fmaxf(next.x, kLeastScale), fmaxf(next.y, kLeastScale)};
-    if (--left >= 0) {
-      next = {load(at), load(at + 8)};
-      at += kTileRows;
-    }
-  }
-  __device__ __forceinline__ void begin(const GemmParams& p, const uint16_t* tile_scales, int block, int lane) {
-    const int group = block / p.group_blocks;
-    at = tile_scales + group * kTileRows + lane / 4;
-    next = {load(at), load(at + 8)};
-    at += kTileRows;
-    left = p.scale_groups - 1 - group;
-    boundary = (group + 1) * p.group_blocks;
-    greatest = {};
-    take();
-  }
-};
-
-template <int Registers>
-__device__ __forceinline__ void scale_rows(float (&acc)[Registers], float2 by) {
-#pragma unroll
-  for (int i = 0; i < Registers; ++i) acc[i] *= (i & 2) == 0 ? by.x : by.y;
-}
-
-// Calls body(integral_constant<int, 0>) .. body(integral_constant<int, Count - 1>) while it returns true.
-template <int Count, typename Body>
-__device__ __forceinline__ void unrolled(const Body& body) {
-  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
-    (body(std::integral_constant<int, kIndex>{}) && ...);
-  }(std::make_integer_sequence<int, Count>{});
-}
-
 // One slice: `units` units of 128 columns from k block `block` on.
 template <typename Config>
-__device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream<Config>& weights, RowScales& scales,
+__device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream<Config>& weights, RowScales<1>& scales,
                                                Stages<Config>& stages, uint32_t offset, int block, int units,
                                                bool& holding, float (&acc)[Config::kRegisters]) {
   constexpr int kWords = Config::kUnitWords;
   uint32_t a[2][kBlockSteps][4];
   const auto new_group = [&] {
     wgmma_wait<0>();
-    const float2 before = scales.now;
-    scales.take();
-    scales.boundary += p.group_blocks;
-    scale_rows(acc, {__fdiv_rn(before.x, scales.now.x), __fdiv_rn(before.y, scales.now.y)});
+    scales.next_group(p, acc);
   };
   weights.begin_slice(p);
   if (Config::kRegular && block == scales.boundary) new_group();
@@ -228,7 +108,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     }
     uint32_t w[kWords];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) w[i] = weights.word(u * kWords + i);
+    for (int i = 0; i < kWords; ++i) w[i] = weights.word(0, u * kWords + i);
     const typename Config::Decoder decoder(w);
     weights.template advance<u * kWords / 4, u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4>();
     unrolled<2>([&](auto half) {
@@ -271,17 +151,11 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     const TilePlace place = place_of<Config>(p, cta, s.tile);
     const GemmPart& part = p.parts[place.part];
     if (place.part != table_of) {
-      named_barrier(1 + Config::kWarpgroups, Config::kConsumers);  // nobody reads the table before
-      TableFill<typename Config::Decoder>(part.data + Config::kTableOffset, threadIdx.x, Config::kConsumers)
-          .store(shared + Config::kTableStart);
-      named_barrier(1 + Config::kWarpgroups, Config::kConsumers);
+      change_table<Config, Config::kConsumers>(part, shared + Config::kTableStart, 1 + Config::kWarpgroups);
       table_of = place.part;
     }
-    const int row_tile = min(place.row_tile + warp, part.row_tiles - 1);
-    const auto* tile_scales = reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
-                              static_cast<long long>(row_tile) * p.scale_groups * kTileRows;
-    RowScales scales;
-    scales.begin(p, tile_scales, s.begin * p.units_per_slice * 2, lane);
+    RowScales<1> scales(p, part.data + Config::kScalesOffset, place.row_tile + warp, part.row_tiles,
+                        s.begin * p.units_per_slice * 2, lane);
     if (!waited) wait_for_primary();
     waited = true;
     float acc[Config::kRegisters] = {};
@@ -293,9 +167,9 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     }
     wgmma_wait<0>();
     stages.release_previous(lane);
-    scale_rows(acc, {scales.greatest.x == 0 ? 0.0f : scales.now.x, scales.greatest.y == 0 ? 0.0f : scales.now.y});
+    scales.finish(acc);
     if (s.begin > 0) {
-      send_partial<Config>(p, warpgroup, acc);
+      send_partial<Config>(p, blockIdx.x, warpgroup, acc);
       continue;
     }
     if (s.end < p.slices) add_partials<Config>(p, cta, warpgroup, s.tile, acc);

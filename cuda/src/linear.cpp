@@ -30,11 +30,12 @@ std::vector<std::span<const LinearPart>> launch_groups(std::span<const LinearPar
   return groups;
 }
 
-// Plans a launch by `make` (plan or plan_gemm) on the current device.
-auto plan_group(auto make, std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
+// Plans a launch by `make` (plan or plan_gemm).
+auto plan_group(auto make, std::int64_t m, DType dtype, std::span<const LinearPart> parts,
+                const DeviceProperties& device) {
   std::array<LayerFormat, kMaxParts> formats;
   for (std::size_t i = 0; i < parts.size(); ++i) formats[i] = parts[i].weights.format;
-  return make({m, dtype, {formats.data(), parts.size()}}, current_device());
+  return make({m, dtype, {formats.data(), parts.size()}}, device);
 }
 
 void check_parts(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts) {
@@ -127,6 +128,7 @@ GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> pa
   p.slices_per_cluster = plan.slices_per_cluster();
   p.longer_clusters = plan.longer_clusters();
   p.part_count = static_cast<int>(parts.size());
+  p.stages = plan.stages;
   for (std::size_t i = 0; i < parts.size(); ++i) {
     const TiledFormat layout = tiled_format(parts[i].weights.format);
     GemmPart& part = p.parts[i];
@@ -157,13 +159,13 @@ struct GemmWorkspace {
 };
 
 void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
-              void* workspace, Stream stream) {
+              void* workspace, Stream stream, const DeviceProperties& device) {
   check_pointer("linear", "workspace", workspace);
   const auto groups = launch_groups(parts);
   std::vector<GemmPlan> plans;
   GemmWorkspace sizes;
   for (const auto& group : groups) {
-    plans.push_back(plan_group(plan_gemm, m, dtype, group));
+    plans.push_back(plan_group(plan_gemm, m, dtype, group, device));
     sizes.add(plans.back());
   }
   auto* const base = static_cast<std::byte*>(workspace);
@@ -184,14 +186,14 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
 }
 
 void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
-                void* workspace, Stream stream) {
+                void* workspace, Stream stream, const DeviceProperties& device) {
   for (const auto& group : launch_groups(parts)) {
-    const LaunchPlan full = plan_group(plan, m, dtype, group);
+    const LaunchPlan full = plan_group(plan, m, dtype, group, device);
     if (full.k_launches > 1) check_pointer("linear", "workspace", workspace);
     const DecoderOps& ops = decoder_ops(full.field);
     for (std::int64_t row = 0; row < m; row += full.rows) {
       const int rows = static_cast<int>(std::min<std::int64_t>(full.rows, m - row));
-      const LaunchPlan part_plan = rows == full.rows ? full : plan_group(plan, rows, dtype, group);
+      const LaunchPlan part_plan = rows == full.rows ? full : plan_group(plan, rows, dtype, group, device);
       float* partial = part_plan.k_launches > 1 ? static_cast<float*>(workspace) : nullptr;
       GemvParams params = make_params(part_plan, x, d, group, partial, row, rows);
       for (int i = 0; i < part_plan.k_launches; ++i) {
@@ -206,22 +208,22 @@ void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std:
 
 }  // namespace
 
-std::int64_t linear_max_rows(const LayerFormat& format, DType dtype) {
+std::int64_t linear_max_rows(DType dtype) {
   if (dtype == DType::f32) return 0;
-  if (supports_gemm(current_device())) return kMaxLinearRows;
-  return supports_block(format.block) ? kMaxDecodeRows : 0;
+  return has_wgmma(current_device()) ? kMaxLinearRows : kMaxMmaRows;
 }
 
-std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
+std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts,
+                                    const DeviceProperties& device) {
   std::int64_t bytes = 0;
   if (m == 0) return 0;
   if (uses_gemm(m, parts[0].weights.format.block)) {
     GemmWorkspace sizes;
-    for (const auto& group : launch_groups(parts)) sizes.add(plan_group(plan_gemm, m, dtype, group));
+    for (const auto& group : launch_groups(parts)) sizes.add(plan_group(plan_gemm, m, dtype, group, device));
     return sizes.bytes();
   }
   for (const auto& group : launch_groups(parts)) {
-    const LaunchPlan launch = plan_group(plan, m, dtype, group);
+    const LaunchPlan launch = plan_group(plan, m, dtype, group, device);
     if (launch.k_launches == 1) continue;
     std::int64_t rows = 0;
     for (const LinearPart& part : group) rows += part.weights.format.n;
@@ -231,11 +233,11 @@ std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const
 }
 
 void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
-            void* workspace, Stream stream) {
+            void* workspace, Stream stream, const DeviceProperties& device) {
   check_parts(x, dtype, m, d, parts);
   if (m == 0) return;
-  uses_gemm(m, parts[0].weights.format.block) ? run_gemm(x, dtype, m, d, parts, workspace, stream)
-                                              : run_decode(x, dtype, m, d, parts, workspace, stream);
+  uses_gemm(m, parts[0].weights.format.block) ? run_gemm(x, dtype, m, d, parts, workspace, stream, device)
+                                              : run_decode(x, dtype, m, d, parts, workspace, stream, device);
 }
 
 }  // namespace higgs::cuda

@@ -20,29 +20,48 @@ int tokens_of_tile(std::int64_t m, int most) {
   return 8 * wide <= 9 * narrow ? 256 : 128;
 }
 
+constexpr int kTableBytes = 65536;  // of every decoder (decode.cuh)
+constexpr int kMaxStages = 8;
+
+void set_wgmma_tile(GemmPlan& p, std::int64_t m) {
+  p.kernel = GemmKernel::wgmma;
+  p.tokens = tokens_of_tile(m, gemm_max_tokens(p.field, p.regular));
+  p.rows = gemm_rows(p.tokens);
+  p.cluster_size = gemm_cluster_size(p.tokens);
+}
+
+void set_mma_tile(GemmPlan& p, std::int64_t m, const DeviceProperties& device) {
+  p.kernel = GemmKernel::mma;
+  p.tokens = m <= 32 ? 32 : 64;
+  p.rows = kMmaRows;
+  const int stage_bytes = p.tokens * kColumnAlignment * 2;
+  const int barrier_bytes = 2 * 8;  // of a stage
+  p.stages = std::min(kMaxStages, (device.shared_bytes_per_block - kTableBytes) / (stage_bytes + barrier_bytes));
+  p.shared_bytes = kTableBytes + p.stages * (stage_bytes + barrier_bytes);
+  if (p.stages < 2) {
+    throw Error(ErrorCode::unsupported, "linear: " + device.name + " has " +
+                                            std::to_string(device.shared_bytes_per_block) +
+                                            " bytes of shared memory per block; about 99 KB are needed");
+  }
+}
+
 }  // namespace
 
-bool supports_gemm(const DeviceProperties& device) { return device.sm() == 90; }
+bool has_wgmma(const DeviceProperties& device) { return device.sm() == 90; }
 
 GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device) {
   check_matrices(problem);
   if (problem.m < 1) {
     throw Error(ErrorCode::invalid_argument, "linear: m = " + std::to_string(problem.m) + " rows of x; use 1 or more");
   }
-  if (!supports_gemm(device)) {
-    throw Error(ErrorCode::unsupported, "linear: the kernel for m > 16 needs sm_90, not sm_" +
-                                            std::to_string(device.sm()) + "; use dequantize_rotated and any GEMM");
-  }
   const TiledFormat t = tiled_format(problem.matrices[0]);
   GemmPlan p;
   p.field = t.field;
   p.dtype = problem.dtype;
   p.regular = t.regular(problem.matrices[0]);
-  p.tokens = tokens_of_tile(problem.m, gemm_max_tokens(t.field, p.regular));
-  p.rows = gemm_rows(p.tokens);
+  has_wgmma(device) ? set_wgmma_tile(p, problem.m) : set_mma_tile(p, problem.m, device);
   p.padded_m = static_cast<int>(ceil_div(problem.m, p.tokens) * p.tokens);
   p.slices = t.slices;
-  p.cluster_size = gemm_cluster_size(p.tokens);
   int row_blocks = 0;
   for (const LayerFormat& f : problem.matrices) {
     p.row_blocks.push_back(static_cast<int>(ceil_div(f.n, p.rows * p.cluster_size)));
@@ -54,14 +73,17 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
   const int rounds = p.tiles / p.clusters;
   p.split_tiles = p.tiles % p.clusters == 0 ? 0 : p.tiles - std::max(0, rounds - 1) * p.clusters;
   p.x_bytes = problem.matrices[0].k * p.padded_m * 2;
-  p.partial_bytes = std::int64_t{p.ctas()} * p.rows * p.tokens * 4;
-  p.flag_bytes = std::int64_t{p.ctas()} * (p.rows / 64) * 4;
+  // Sets of partial sums, and one flag per set and warpgroup: of the mma kernel a set for the tile with which a CTA
+  // begins and one for the tile with which it ends.
+  const std::int64_t sets = p.kernel == GemmKernel::mma ? 2 * p.ctas() : p.ctas();
+  p.partial_bytes = sets * p.rows * p.tokens * 4;
+  p.flag_bytes = sets * (p.rows / (p.kernel == GemmKernel::mma ? 128 : 64)) * 4;
   return p;
 }
 
 std::string GemmPlan::to_string() const {
-  std::string s =
-      "gemm field " + std::to_string(field.bits) + "b/" + std::to_string(field.weights) + "w " + name_of(dtype);
+  std::string s = std::string("gemm ") + (kernel == GemmKernel::mma ? "mma" : "wgmma") + " field " +
+                  std::to_string(field.bits) + "b/" + std::to_string(field.weights) + "w " + name_of(dtype);
   const auto add = [&](const char* name, std::int64_t value) {
     s += std::string(" ") + name + "=" + std::to_string(value);
   };
@@ -74,6 +96,10 @@ std::string GemmPlan::to_string() const {
   add("clusters", clusters);
   add("cluster_size", cluster_size);
   add("padded_m", padded_m);
+  if (kernel == GemmKernel::mma) {
+    add("stages", stages);
+    add("shared", shared_bytes);
+  }
   return s;
 }
 
