@@ -58,7 +58,7 @@ void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
 template <typename T, int Tokens>
 void gemm_mma(const GemmPlan& plan, const GemmParams& params, Stream stream) {
   using Config = MmaConfig<D, T, Tokens>;
-  launch_dependent<gemm_mma_kernel<Config>>({plan.ctas(), Config::kThreads, plan.shared_bytes}, stream, params);
+  launch_dependent<gemm_mma_kernel<Config>>({plan.ctas(), Config::kThreads, Config::kSharedBytes}, stream, params);
 }
 
 template <typename T>

@@ -9,15 +9,15 @@
 //   y        [m, n] in x's type, accumulated in fp32
 //
 // A CTA of 8 warps computes tiles of 256 rows by N tokens. Each warp has two row tiles, so that a fragment of x serves
-// twice, and all N tokens. x is copied asynchronously, a k block of 64 columns a stage; what step i + 1 (16 columns)
-// takes from shared memory, decoded weights and x, is under way while the MMAs of step i run, across stages:
+// twice, and all N tokens. x is copied asynchronously, a unit of 128 columns a stage; what step i + 1 (16 columns)
+// takes from shared memory, decoded weights and x, is under way while the MMAs of step i run:
 //
 //   step i + 1   LDS, LDSM -> a, b [(i + 1) % 2]  |  step i   2 x N / 8 MMAs on a, b [i % 2]
 //
 // Tiles shared by several CTAs (gemm_schedule.cuh): each writes its sums to the workspace and, at its end, adds up a
 // share of the fragments of all of them, in the order of k: the result does not depend on timing.
 //
-// Scales: RowScales in gemm_weights.cuh. Shared memory: table | stages | barriers (two per stage).
+// Scales: RowScales in gemm_weights.cuh. Shared memory: table | stages.
 //
 // Template values: Decoder of instances.h; T = __half, __nv_bfloat16; N = tokens of a tile: 32 or 64.
 #pragma once
@@ -43,84 +43,83 @@ struct MmaConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kWarpgroups = kThreads / 128;
   static constexpr int kTileRegisters = N_ / 2;  // of the accumulators, per row tile
   static constexpr int kRegisters = kWarpTiles * kTileRegisters;
-  static constexpr int kStageBytes = N_ * kRowBytes;
+  static constexpr int kBlockBytes = N_ * kRowBytes;   // of x, 64 columns
+  static constexpr int kStageBytes = 2 * kBlockBytes;  // a unit
+  static constexpr int kStages = mma_stages(N_);
+  static constexpr int kSharedBytes = Decoder_::kTableBytes + kStages * kStageBytes;
+  static_assert(kSharedBytes == kMmaSharedBytes && kBlockBytes % (kThreads * 16) == 0);
   // 16-byte loads in flight per row tile: half a slice where that is two units
   static constexpr int kWindow = Weights::kLoads / (Weights::kUnits == 4 && Weights::kLoads % 8 == 0 ? 2 : 1);
 };
 
-// x on its way through a ring of stages in shared memory, one k block each. Every thread copies its share, `lead`
-// blocks ahead of those it reads, and may be `stages` - `lead` blocks ahead of the slowest warp.
+// x on its way through a ring of stages in shared memory, a unit each, copied by all threads together.
 template <typename Config>
 class XStream {
  public:
   __device__ __forceinline__ XStream(const GemmParams& p, uint8_t* shared)
-      : stages_(shared_address(shared)),
-        full_(reinterpret_cast<uint64_t*>(shared + p.stages * Config::kStageBytes)),
-        schedule_(p, blockIdx.x) {}
-  // By all threads, with a barrier of the block after it.
-  __device__ __forceinline__ void init(const GemmParams& p) const {
-    const int i = threadIdx.x;
-    if (i < 2 * p.stages) barrier_init(full_ + i, i < p.stages ? Config::kThreads : Config::kThreads / kLanes);
-  }
+      : stages_(shared_address(shared)), schedule_(p, blockIdx.x) {}
   // The first copies.
   __device__ __forceinline__ void begin(const GemmParams& p) {
 #pragma unroll 1
-    for (int i = 0; i < (p.stages + 1) / 2; ++i) {
+    for (int i = 0; i < Config::kStages; ++i) {
       begin_slice(p);
-      copy_next(p);
+      copy_unit(p);
+      advance();
     }
+    wait_for_copies<Config::kStages - 1>();
+    __syncthreads();
   }
   // Looks the next segment up if need be: within a slice at most one begins, as those between a CTA's first and its
   // last are whole tiles.
   __device__ __forceinline__ void begin_slice(const GemmParams& p) {
     Segment s;
-    if (next_left_ > 0 || !schedule_.next(p, s)) return;
+    if (next_blocks_ > 0 || !schedule_.next(p, s)) return;
     const int begin = s.begin * p.units_per_slice * 2;
-    next_left_ = min(p.k_blocks, s.end * p.units_per_slice * 2) - begin;
+    next_blocks_ = min(p.k_blocks, s.end * p.units_per_slice * 2) - begin;
     const TilePlace place = place_of<Config>(p, {static_cast<int>(blockIdx.x), 0}, s.tile);
     next_x_ = static_cast<const uint8_t*>(p.x) + threadIdx.x * 16 +
               (static_cast<long long>(begin) * p.padded_m + place.token) * kRowBytes;
   }
   // The stage to be read.
   __device__ __forceinline__ uint32_t address() const { return stages_ + index_ * Config::kStageBytes; }
-  __device__ __forceinline__ void wait() const { barrier_wait(full_ + index_, phase_); }
-  // Called by a whole warp that has read the stage.
-  __device__ __forceinline__ void next(const GemmParams& p, int lane) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(full_ + p.stages + index_);
-    if (++index_ == p.stages) index_ = 0, phase_ ^= 1;
-    copy_next(p);
+  // The stage has been read; the next one may be from here on.
+  __device__ __forceinline__ void next(const GemmParams& p) {
+    wait_for_copies<Config::kStages - 2>();
+    __syncthreads();
+    copy_unit(p);
+    advance();
   }
 
  private:
-  __device__ __forceinline__ void copy_next(const GemmParams& p) {
-    if (left_ == 0) {
+  __device__ __forceinline__ void advance() { index_ = index_ + 1 == Config::kStages ? 0 : index_ + 1; }
+  // Copies to the stage at index_.
+  __device__ __forceinline__ void copy_unit(const GemmParams& p) {
+    if (blocks_ == 0) {
       x_ = next_x_;
-      left_ = next_left_;
-      next_left_ = 0;
-      if (left_ == 0) return;
+      blocks_ = next_blocks_;
+      next_blocks_ = 0;
     }
-    barrier_wait(full_ + p.stages + copy_index_, copy_phase_ ^ 1);
-    const uint32_t to = stages_ + copy_index_ * Config::kStageBytes + threadIdx.x * 16;
+    const uint32_t to = address() + threadIdx.x * 16;
 #pragma unroll
-    for (int i = 0; i < Config::kStageBytes; i += Config::kThreads * 16) copy_async(to + i, x_ + i);
-    arrive_after_copies(full_ + copy_index_);
-    if (++copy_index_ == p.stages) copy_index_ = 0, copy_phase_ ^= 1;
-    x_ += static_cast<long long>(p.padded_m) * kRowBytes;
-    --left_;
+    for (int block = 0; block < 2; ++block) {
+      if (blocks_ == 0) break;
+#pragma unroll
+      for (int i = 0; i < Config::kBlockBytes; i += Config::kThreads * 16) {
+        copy_async(to + block * Config::kBlockBytes + i, x_ + i);
+      }
+      x_ += static_cast<long long>(p.padded_m) * kRowBytes;
+      --blocks_;
+    }
+    commit_copies();
   }
 
   uint32_t stages_;
-  uint64_t* full_;  // one per stage, followed by those that tell when a stage is empty
   int index_ = 0;
-  uint32_t phase_ = 0;
-  int copy_index_ = 0;
-  uint32_t copy_phase_ = 0;
   Schedule schedule_;
-  const uint8_t* x_ = nullptr;
-  int left_ = 0;  // blocks of the segment
+  const uint8_t* x_ = nullptr;  // of the next unit to copy
+  int blocks_ = 0;              // of its segment
   const uint8_t* next_x_ = nullptr;
-  int next_left_ = 0;
+  int next_blocks_ = 0;
 };
 
 // What a consumer warp multiplies with: the A fragments of its row tiles and the B fragments of all tokens, for one
@@ -141,13 +140,13 @@ struct StepFragments {
       typename Config::Decoder(w).fragment(step, table, offset, a[tile]);
     }
   }
-  // Step `step` of a stage. Lanes 0-15 address the two halves of k of 8 tokens, lanes 16-31 those of the next 8.
+  // Step `step` of a unit. Lanes 0-15 address the two halves of k of 8 tokens, lanes 16-31 those of the next 8.
   __device__ __forceinline__ void load_x(uint32_t stage, int step, int lane) {
     const uint32_t row = lane / 16 * 8 + lane % 8;
-    const uint32_t piece = (2 * step + lane / 8 % 2) ^ lane % 8;
+    const uint32_t piece = (2 * (step % kBlockSteps) + lane / 8 % 2) ^ lane % 8;
+    stage += step / kBlockSteps * Config::kBlockBytes + row * kRowBytes + piece * 16;
 #pragma unroll
-    for (int i = 0; i < Config::kN / 16; ++i)
-      load_matrices(stage + row * kRowBytes + piece * 16 + i * 16 * kRowBytes, b[i]);
+    for (int i = 0; i < Config::kN / 16; ++i) load_matrices(stage + i * 16 * kRowBytes, b[i]);
   }
   __device__ __forceinline__ void multiply(float (&acc)[Config::kRegisters]) const {
 #pragma unroll
@@ -174,28 +173,27 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
   weights.begin_slice(p);
   x.begin_slice(p);
   fragments[0].decode(weights, 0, 0, table, offset);
-  x.wait();
   fragments[0].load_x(x.address(), 0, lane);
   unrolled<kLast + 1>([&](auto index) {
     constexpr int kStep = decltype(index)::value;
-    constexpr int kUnit = kStep / kSteps;
     constexpr int kNext = kStep + 1;
-    constexpr bool kBlockEnds = kNext % kBlockSteps == 0;
-    if (kStep % kBlockSteps == 0 && block == scales.boundary) scales.next_group(p, acc);
+    constexpr int kUnit = kStep / kSteps;
+    constexpr int kNextUnit = kNext / kSteps;
+    if (kStep % kBlockSteps == 0 && block++ == scales.boundary) scales.next_group(p, acc);
     bool more = kStep < kLast;
-    if constexpr (kBlockEnds) {
-      x.next(p, lane);  // this step's fragments, the last ones of the stage, have been loaded
-      ++block;
-      more = kNext % kSteps == 0 ? kNext / kSteps < units : block < p.k_blocks;
+    if (kNext % kSteps == 0) {
+      more = kNextUnit < units;
+    } else if (kNext % kBlockSteps == 0) {
+      more = block < p.k_blocks;
     }
+    if (kNext % kSteps == 0 || !more) x.next(p);  // this step's fragments, the last ones of the stage, have been loaded
     if (more) {
-      fragments[kNext % 2].decode(weights, kNext / kSteps * kWords, kNext % kSteps, table, offset);
+      fragments[kNext % 2].decode(weights, kNextUnit * kWords, kNext % kSteps, table, offset);
+      fragments[kNext % 2].load_x(x.address(), kNext % kSteps, lane);
       if constexpr (kNext % kSteps == kSteps - 1) {
         weights.template advance<kUnit * kWords / 4,
                                  kUnit == Config::kUnits - 1 ? Config::kLoads : (kUnit + 1) * kWords / 4>();
       }
-      if (kBlockEnds) x.wait();
-      fragments[kNext % 2].load_x(x.address(), kNext % kBlockSteps, lane);
     } else if (kStep < kLast) {
       weights.template advance<(kStep + kBlockSteps) / kSteps * kWords / 4, Config::kLoads>();
     }
@@ -331,8 +329,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_mma_kernel(const __g
   extern __shared__ __align__(1024) uint8_t shared[];
   launch_dependents();
   XStream<Config> x(p, shared + Config::Decoder::kTableBytes);
-  x.init(p);
-  __syncthreads();
   // The shuffle gives a value the assembler knows to be uniform.
   multiply_tiles<Config>(p, x, shared, __shfl_sync(~0u, threadIdx.x / kLanes, 0), threadIdx.x % kLanes);
 }

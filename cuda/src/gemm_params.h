@@ -42,7 +42,6 @@ struct GemmParams {
   int slices_per_cluster = 0;  // of the shared tiles; the first `longer_clusters` take one more
   int longer_clusters = 0;
   int part_count = 0;
-  int stages = 0;  // of x, in the shared memory of gemm_mma.cuh
   GemmPart parts[kMaxParts];
 };
 

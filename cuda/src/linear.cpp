@@ -128,7 +128,6 @@ GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> pa
   p.slices_per_cluster = plan.slices_per_cluster();
   p.longer_clusters = plan.longer_clusters();
   p.part_count = static_cast<int>(parts.size());
-  p.stages = plan.stages;
   for (std::size_t i = 0; i < parts.size(); ++i) {
     const TiledFormat layout = tiled_format(parts[i].weights.format);
     GemmPart& part = p.parts[i];

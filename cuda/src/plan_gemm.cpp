@@ -20,9 +20,6 @@ int tokens_of_tile(std::int64_t m, int most) {
   return 8 * wide <= 9 * narrow ? 256 : 128;
 }
 
-constexpr int kTableBytes = 65536;  // of every decoder (decode.cuh)
-constexpr int kMaxStages = 8;
-
 void set_wgmma_tile(GemmPlan& p, std::int64_t m) {
   p.kernel = GemmKernel::wgmma;
   p.tokens = tokens_of_tile(m, gemm_max_tokens(p.field, p.regular));
@@ -34,14 +31,10 @@ void set_mma_tile(GemmPlan& p, std::int64_t m, const DeviceProperties& device) {
   p.kernel = GemmKernel::mma;
   p.tokens = m <= 32 ? 32 : 64;
   p.rows = kMmaRows;
-  const int stage_bytes = p.tokens * kColumnAlignment * 2;
-  const int barrier_bytes = 2 * 8;  // of a stage
-  p.stages = std::min(kMaxStages, (device.shared_bytes_per_block - kTableBytes) / (stage_bytes + barrier_bytes));
-  p.shared_bytes = kTableBytes + p.stages * (stage_bytes + barrier_bytes);
-  if (p.stages < 2) {
+  if (device.shared_bytes_per_block < kMmaSharedBytes) {
     throw Error(ErrorCode::unsupported, "linear: " + device.name + " has " +
                                             std::to_string(device.shared_bytes_per_block) +
-                                            " bytes of shared memory per block; about 99 KB are needed");
+                                            " bytes of shared memory per block; 96 KB are needed");
   }
 }
 
@@ -96,10 +89,6 @@ std::string GemmPlan::to_string() const {
   add("clusters", clusters);
   add("cluster_size", cluster_size);
   add("padded_m", padded_m);
-  if (kernel == GemmKernel::mma) {
-    add("stages", stages);
-    add("shared", shared_bytes);
-  }
   return s;
 }
 

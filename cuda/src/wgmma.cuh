@@ -6,7 +6,6 @@
 
 #include <cstdint>
 
-#include "async_copy.cuh"
 #include "ptx.cuh"
 
 namespace higgs::cuda {
@@ -69,8 +68,11 @@ HIGGS_WGMMA_N(64, "128", HIGGS_P64, "64", "65", "66", "67", "68", HIGGS_D32(0), 
 HIGGS_WGMMA_N(128, "256", HIGGS_P128, "128", "129", "130", "131", "132", HIGGS_D32(0), HIGGS_D32(32), HIGGS_D32(64),
               HIGGS_D32(96))
 
-// --- barriers of a cluster (mbarrier_expect: ptx.cuh), and bulk copies that count their bytes at one
+// --- barriers in shared memory (mbarrier_expect: ptx.cuh), and bulk copies that count their bytes at one
 
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
 __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -86,6 +88,14 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
         "r"(rank)
         : "memory");
   }
+}
+// Scope of the CTA: that of mbarrier_wait, the cluster, would wait for all loads of the thread.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
 }
 // `bytes` (a multiple of 16) from global to the shared memory of all CTAs of the cluster, at the same address of each;
 // they count at the barrier of each.

@@ -87,8 +87,6 @@ struct GemmPlan {
   int split_tiles = 0;
   int clusters = 0;
   int cluster_size = 1;
-  int stages = 0;  // of x in shared memory, and its size: of the mma kernel
-  int shared_bytes = 0;
   std::vector<int> row_blocks;  // of each matrix
   std::int64_t x_bytes = 0;     // of the workspace: packed x, partial sums, flags
   std::int64_t partial_bytes = 0;
@@ -104,8 +102,12 @@ struct GemmPlan {
 // the rates of the units, not measured.
 inline constexpr int kMaxMmaRows = 512;
 
-// Rows of W in a tile of the mma kernel, and of the wgmma kernel by `tokens` rows of x.
+// The mma kernel: rows of W in a tile; shared memory for the table and the stages of x, a unit of `tokens` rows each.
 inline constexpr int kMmaRows = 256;
+inline constexpr int kMmaSharedBytes = 96 * 1024;
+[[nodiscard]] constexpr int mma_stages(int tokens) { return 32 * 1024 / (tokens * kUnitColumns * 2); }
+
+// Rows of W in a tile of the wgmma kernel by `tokens` rows of x.
 [[nodiscard]] constexpr int gemm_rows(int tokens) { return tokens <= 64 ? 192 : 128; }
 
 // CTAs that share the copies of x: where x is what the L2 delivers most of.
