@@ -58,7 +58,8 @@ void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
 template <typename T, int Tokens>
 void gemm_mma(const GemmPlan& plan, const GemmParams& params, Stream stream) {
   using Config = MmaConfig<D, T, Tokens>;
-  launch_dependent<gemm_mma_kernel<Config>>({plan.ctas(), Config::kThreads, Config::kSharedBytes}, stream, params);
+  const int shared_bytes = current_device().sm() == 90 ? Config::kSharedBytes90 : Config::kSharedBytes;
+  launch_dependent<gemm_mma_kernel<Config>>({plan.ctas(), Config::kThreads, shared_bytes}, stream, params);
 }
 
 template <typename T>

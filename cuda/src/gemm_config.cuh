@@ -8,12 +8,6 @@
 
 namespace higgs::cuda {
 
-// The table begins at this address of the shared window, so that the upper half of a look-up address is a constant that
-// the decoders' byte permutation puts in: no addition. Dynamic shared memory begins at kSharedBase: 1 KB is the
-// system's.
-inline constexpr int kTableAddress = 0x10000;
-inline constexpr int kSharedBase = 1024;
-
 template <typename Decoder_, typename T_, int N_, bool Regular_>
 struct GemmConfig : GemmWeights<Decoder_, T_> {
   using Weights = GemmWeights<Decoder_, T_>;
@@ -31,8 +25,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
   static constexpr int kRowTiles = 4 * kWarpgroups;  // of 16 rows
-  static constexpr int kWarpTiles = 1;
-  static constexpr int kRegisters = N_ / 2;  // of the accumulators, per thread
+  static constexpr int kRegisters = N_ / 2;          // of the accumulators, per thread
 
   // 16-byte loads a warp keeps in flight: all of a slice, or where the accumulators take half of the registers, half
   static constexpr int kWindow = Weights::kLoads / (N_ == 256 && Weights::kLoads % 2 == 0 ? 2 : 1);

@@ -17,7 +17,7 @@
 // Tiles shared by several CTAs (gemm_schedule.cuh): each writes its sums to the workspace and, at its end, adds up a
 // share of the fragments of all of them, in the order of k: the result does not depend on timing.
 //
-// Scales: RowScales in gemm_weights.cuh. Shared memory: table | stages.
+// Scales: RowScales in gemm_weights.cuh. Shared memory: table | stages; on sm_90 stages | ... | table at kTableAddress.
 //
 // Template values: Decoder of instances.h; T = __half, __nv_bfloat16; N = tokens of a tile: 32 or 64.
 #pragma once
@@ -45,12 +45,25 @@ struct MmaConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kRegisters = kWarpTiles * kTileRegisters;
   static constexpr int kBlockBytes = N_ * kRowBytes;   // of x, 64 columns
   static constexpr int kStageBytes = 2 * kBlockBytes;  // a unit
-  static constexpr int kStages = mma_stages(N_);
+  static constexpr int kStages = 2;
   static constexpr int kSharedBytes = Decoder_::kTableBytes + kStages * kStageBytes;
-  static_assert(kSharedBytes == kMmaSharedBytes && kBlockBytes % (kThreads * 16) == 0);
-  // 16-byte loads in flight per row tile: half a slice where that is two units
-  static constexpr int kWindow = Weights::kLoads / (Weights::kUnits == 4 && Weights::kLoads % 8 == 0 ? 2 : 1);
+  static constexpr int kTableStart90 = kTableAddress - kSharedBase;
+  static constexpr int kSharedBytes90 = kTableStart90 + Decoder_::kTableBytes;
+  static_assert(kSharedBytes <= kMmaSharedBytes && kStages * kStageBytes <= kTableStart90);
+  static_assert(kBlockBytes % (kThreads * 16) == 0);
+  // An iteration of the main loop: few units, as the loop should not be larger than the instruction caches, that make
+  // whole 16-byte pieces of words; else a slice.
+  static constexpr int kIterationUnits = Weights::kUnitWords % 2 == 0 ? 2 : Weights::kUnits;
+  static constexpr int kLoads = (kIterationUnits * Weights::kUnitWords + 3) / 4;  // of 16 bytes, per row tile
 };
+
+// The k blocks [first_block, last_block) of a segment.
+__device__ __forceinline__ int first_block(const GemmParams& p, const Segment& s) {
+  return s.begin * p.units_per_slice * 2;
+}
+__device__ __forceinline__ int last_block(const GemmParams& p, const Segment& s) {
+  return min(p.k_blocks, s.end * p.units_per_slice * 2);
+}
 
 // x on its way through a ring of stages in shared memory, a unit each, copied by all threads together.
 template <typename Config>
@@ -62,20 +75,19 @@ class XStream {
   __device__ __forceinline__ void begin(const GemmParams& p) {
 #pragma unroll 1
     for (int i = 0; i < Config::kStages; ++i) {
-      begin_slice(p);
+      look_ahead(p);
       copy_unit(p);
-      advance();
     }
     wait_for_copies<Config::kStages - 1>();
     __syncthreads();
   }
-  // Looks the next segment up if need be: within a slice at most one begins, as those between a CTA's first and its
-  // last are whole tiles.
-  __device__ __forceinline__ void begin_slice(const GemmParams& p) {
+  // At the begin of every segment: finds the one to be copied next. The copies are two units ahead, so that no second
+  // one begins there before the next call: but for a CTA's first segment and its last, all have two units, or one each.
+  __device__ __forceinline__ void look_ahead(const GemmParams& p) {
     Segment s;
     if (next_blocks_ > 0 || !schedule_.next(p, s)) return;
-    const int begin = s.begin * p.units_per_slice * 2;
-    next_blocks_ = min(p.k_blocks, s.end * p.units_per_slice * 2) - begin;
+    const int begin = first_block(p, s);
+    next_blocks_ = last_block(p, s) - begin;
     const TilePlace place = place_of<Config>(p, {static_cast<int>(blockIdx.x), 0}, s.tile);
     next_x_ = static_cast<const uint8_t*>(p.x) + threadIdx.x * 16 +
               (static_cast<long long>(begin) * p.padded_m + place.token) * kRowBytes;
@@ -87,12 +99,10 @@ class XStream {
     wait_for_copies<Config::kStages - 2>();
     __syncthreads();
     copy_unit(p);
-    advance();
   }
 
  private:
-  __device__ __forceinline__ void advance() { index_ = index_ + 1 == Config::kStages ? 0 : index_ + 1; }
-  // Copies to the stage at index_.
+  // Copies to the stage at index_ and goes to the one after it.
   __device__ __forceinline__ void copy_unit(const GemmParams& p) {
     if (blocks_ == 0) {
       x_ = next_x_;
@@ -111,6 +121,7 @@ class XStream {
       --blocks_;
     }
     commit_copies();
+    index_ = index_ + 1 == Config::kStages ? 0 : index_ + 1;
   }
 
   uint32_t stages_;
@@ -122,6 +133,101 @@ class XStream {
   int next_blocks_ = 0;
 };
 
+// The words of a warp's row tiles, iteration by iteration over all its segments. A register is loaded with a word of
+// the next iteration as soon as it has been consumed.
+template <typename Config>
+class WordStream {
+ public:
+  int units = 0;  // of this iteration
+
+  __device__ __forceinline__ WordStream(const GemmParams& p, int warp, int lane)
+      : schedule_(p, blockIdx.x), warp_(warp), lane_(lane) {
+    look_ahead(p);
+    step(p);
+    load<0, Config::kLoads>();
+  }
+  // At the begin of every segment: finds the one after it.
+  __device__ __forceinline__ void look_ahead(const GemmParams& p) {
+    Segment s;
+    if (next_slices_ > 0 || !schedule_.next(p, s)) return;
+    const TilePlace place = place_of<Config>(p, {static_cast<int>(blockIdx.x), 0}, s.tile);
+    const GemmPart& part = p.parts[place.part];
+    const int row_tile = min(place.row_tile + warp_ * Config::kWarpTiles, part.row_tiles - 1);
+    next_slices_ = s.end - s.begin;
+    next_last_units_ = s.end == p.slices ? p.last_units : p.units_per_slice;
+    next_slice_ = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
+                  static_cast<long long>(row_tile) * p.tile_bytes + s.begin * p.slice_bytes + lane_ * 16;
+    next_to_second_ = row_tile + 1 < part.row_tiles ? p.tile_bytes : 0;
+  }
+  // Enters the next iteration.
+  __device__ __forceinline__ void next(const GemmParams& p) {
+    units = next_units_;
+    step(p);
+  }
+  // The words of unit `Unit` have been consumed, or with Last those of all units from there on.
+  template <int Unit, bool Last>
+  __device__ __forceinline__ void consumed() {
+    load<Unit * Config::kUnitWords / 4, Last ? Config::kLoads : (Unit + 1) * Config::kUnitWords / 4>();
+  }
+  __device__ __forceinline__ uint32_t word(int tile, int i) const {
+    const uint4& v = words_[tile][i / 4];
+    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
+  }
+
+ private:
+  // Loads [First, Last) of the next iteration; where it has fewer, others of it, not to be used: a load that may be
+  // skipped would cost copies of the registers.
+  template <int First, int Last>
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int i = First; i < Last; ++i) {
+      const int at = i < next_loads_ ? i : 0;
+      words_[0][i] = load_streaming(reinterpret_cast<const uint4*>(data_) + at * kLanes);
+      words_[1][i] = load_streaming(reinterpret_cast<const uint4*>(data_ + to_second_) + at * kLanes);
+    }
+  }
+  // data_ = the iteration after it, if there is one.
+  __device__ __forceinline__ void step(const GemmParams& p) {
+    units_left_ -= next_units_;
+    data_ += Config::kLoads * 16 * kLanes;
+    if (units_left_ == 0) begin_slice(p);
+    next_units_ = min(units_left_, Config::kIterationUnits);
+    next_loads_ = (next_units_ * Config::kUnitWords + 3) / 4;
+  }
+  __device__ __forceinline__ void begin_slice(const GemmParams& p) {
+    if (slices_ > 1) {
+      --slices_;
+      slice_ += p.slice_bytes;
+    } else {  // at the end of all, once more what was last
+      slices_ = next_slices_;
+      next_slices_ = 0;
+      slice_ = next_slice_;
+      last_units_ = next_last_units_;
+      to_second_ = next_to_second_;
+    }
+    units_left_ = slices_ > 1 ? p.units_per_slice : last_units_;
+    data_ = slice_;
+  }
+
+  static_assert(Config::kWarpTiles == 2);
+  uint4 words_[Config::kWarpTiles][Config::kLoads];
+  Schedule schedule_;
+  int warp_;
+  int lane_;
+  int slices_ = 0;  // of the segment, from the next iteration's on
+  int last_units_ = 0;
+  const uint8_t* slice_ = nullptr;
+  const uint8_t* data_ = nullptr;  // of the next iteration
+  int to_second_ = 0;              // bytes to the second row tile; 0 where there is none
+  int units_left_ = 0;             // of the slice, from there on
+  int next_units_ = 0;
+  int next_loads_ = 0;
+  int next_slices_ = 0;  // of the segment after it
+  int next_last_units_ = 0;
+  const uint8_t* next_slice_ = nullptr;
+  int next_to_second_ = 0;
+};
+
 // What a consumer warp multiplies with: the A fragments of its row tiles and the B fragments of all tokens, for one
 // step.
 template <typename Config>
@@ -130,14 +236,18 @@ struct StepFragments {
   uint32_t b[Config::kN / 16][4];
 
   // Step `step` of the unit whose words begin at `first_word`.
-  __device__ __forceinline__ void decode(const WeightStream<Config>& weights, int first_word, int step,
+  __device__ __forceinline__ void decode(const WordStream<Config>& weights, int first_word, int step,
                                          const uint8_t* table, uint32_t offset) {
 #pragma unroll
     for (int tile = 0; tile < Config::kWarpTiles; ++tile) {
       uint32_t w[Config::kUnitWords];
 #pragma unroll
       for (int i = 0; i < Config::kUnitWords; ++i) w[i] = weights.word(tile, first_word + i);
+#if __CUDA_ARCH__ == 900
+      typename Config::Decoder(w).fragment(step, SharedWindow{}, shared_address(table) + offset, a[tile]);
+#else
       typename Config::Decoder(w).fragment(step, table, offset, a[tile]);
+#endif
     }
   }
   // Step `step` of a unit. Lanes 0-15 address the two halves of k of 8 tokens, lanes 16-31 those of the next 8.
@@ -161,45 +271,42 @@ struct StepFragments {
   }
 };
 
-// One slice: `units` units of 128 columns from k block `block` on.
+// One iteration, from k block `block` of a segment that ends before `end`. fragments[0] holds the first step, and
+// afterwards that of the next iteration. Returns whether there is one.
 template <typename Config>
-__device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream<Config>& weights,
+__device__ __forceinline__ bool multiply_units(const GemmParams& p, WordStream<Config>& weights,
                                                RowScales<Config::kWarpTiles>& scales, XStream<Config>& x,
-                                               const uint8_t* table, uint32_t offset, int lane, int block, int units,
+                                               const uint8_t* table, uint32_t offset, int lane, int& block, int end,
+                                               StepFragments<Config> (&fragments)[2],
                                                float (&acc)[Config::kRegisters]) {
-  constexpr int kWords = Config::kUnitWords;
-  constexpr int kLast = Config::kUnits * kSteps - 1;
-  StepFragments<Config> fragments[2];
-  weights.begin_slice(p);
-  x.begin_slice(p);
-  fragments[0].decode(weights, 0, 0, table, offset);
-  fragments[0].load_x(x.address(), 0, lane);
-  unrolled<kLast + 1>([&](auto index) {
+  bool more = true;
+  unrolled<Config::kIterationUnits * kSteps>([&](auto index) {
     constexpr int kStep = decltype(index)::value;
-    constexpr int kNext = kStep + 1;
     constexpr int kUnit = kStep / kSteps;
-    constexpr int kNextUnit = kNext / kSteps;
-    if (kStep % kBlockSteps == 0 && block++ == scales.boundary) scales.next_group(p, acc);
-    bool more = kStep < kLast;
-    if (kNext % kSteps == 0) {
-      more = kNextUnit < units;
-    } else if (kNext % kBlockSteps == 0) {
-      more = block < p.k_blocks;
-    }
-    if (kNext % kSteps == 0 || !more) x.next(p);  // this step's fragments, the last ones of the stage, have been loaded
-    if (more) {
-      fragments[kNext % 2].decode(weights, kNextUnit * kWords, kNext % kSteps, table, offset);
-      fragments[kNext % 2].load_x(x.address(), kNext % kSteps, lane);
-      if constexpr (kNext % kSteps == kSteps - 1) {
-        weights.template advance<kUnit * kWords / 4,
-                                 kUnit == Config::kUnits - 1 ? Config::kLoads : (kUnit + 1) * kWords / 4>();
+    constexpr int kNext = kStep % kSteps + 1;
+    constexpr bool kLast = kUnit == Config::kIterationUnits - 1;
+    constexpr bool kEnds = kLast && kNext == kSteps;
+    StepFragments<Config>& next = fragments[kNext % 2];
+    if (kStep % kBlockSteps == 0 && block++ == scales.boundary) [[unlikely]]
+      scales.next_group(p, acc);
+    if (kNext % kBlockSteps == 0) more = block < end;
+    const bool ends = kEnds || !more || (kNext == kSteps && kUnit + 1 >= weights.units);
+    if (kNext == kSteps && more) x.next(p);  // the fragments of the unit's last step have been loaded
+    if (ends) {
+      if constexpr (kNext % kBlockSteps == 0 && !kEnds) weights.template consumed<kUnit + kNext / kSteps, true>();
+      if (more) {
+        weights.next(p);
+        next.decode(weights, 0, 0, table, offset);
       }
-    } else if (kStep < kLast) {
-      weights.template advance<(kStep + kBlockSteps) / kSteps * kWords / 4, Config::kLoads>();
+    } else if constexpr (!kEnds) {
+      next.decode(weights, (kStep + 1) / kSteps * Config::kUnitWords, kNext % kSteps, table, offset);
+      if constexpr (kNext == kSteps - 1) weights.template consumed<kUnit, kLast>();
     }
+    if (more) next.load_x(x.address(), kNext % kSteps, lane);
     fragments[kStep % 2].multiply(acc);
-    return more;
+    return !ends;
   });
+  return more;
 }
 
 // Where a warp's part of a tile goes.
@@ -284,7 +391,7 @@ template <typename Config>
 __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Config>& x, uint8_t* table, int warp,
                                                int lane) {
   const CtaPlace cta{static_cast<int>(blockIdx.x), 0};
-  WeightStream<Config> weights(p, cta, warp, lane);
+  WordStream<Config> weights(p, warp, lane);
   const uint32_t offset = Config::Decoder::lane_offset(lane);
   int table_of = -1;
   bool first = true;
@@ -295,19 +402,26 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
     if (place.part != table_of) change_table<Config, Config::kThreads>(part, table, 1 + Config::kWarpgroups);
     table_of = place.part;
     RowScales<Config::kWarpTiles> scales(p, part.data + Config::kScalesOffset,
-                                         place.row_tile + warp * Config::kWarpTiles, part.row_tiles,
-                                         s.begin * p.units_per_slice * 2, lane);
+                                         place.row_tile + warp * Config::kWarpTiles, part.row_tiles, first_block(p, s),
+                                         lane);
     if (first) {
       wait_for_primary();
       x.begin(p);
     }
     first = false;
     float acc[Config::kRegisters] = {};
+    StepFragments<Config> fragments[2];
+    weights.look_ahead(p);
+    x.look_ahead(p);
+    weights.next(p);
+    fragments[0].decode(weights, 0, 0, table, offset);
+    fragments[0].load_x(x.address(), 0, lane);
+    int block = first_block(p, s);
+    const int end = last_block(p, s);
 #pragma unroll 1
-    for (int slice = s.begin; slice < s.end; ++slice) {
-      multiply_slice<Config>(p, weights, scales, x, table, offset, lane, slice * p.units_per_slice * 2,
-                             slice == p.slices - 1 ? p.last_units : p.units_per_slice, acc);
+    while (multiply_units<Config>(p, weights, scales, x, table, offset, lane, block, end, fragments, acc)) {
     }
+    x.next(p);
     scales.finish(acc);
     if (s.begin > 0 || s.end < p.slices) {
       send_partial<Config>(p, partial_set(p, cta.cluster, s.tile), warp / 4, acc);
@@ -328,9 +442,17 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) gemm_mma_kernel(const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   launch_dependents();
+  if (p.tiles == 0) return;
+#if __CUDA_ARCH__ == 900
+  if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
+  uint8_t* table = shared + Config::kTableStart90;
+  XStream<Config> x(p, shared);
+#else
+  uint8_t* table = shared;
   XStream<Config> x(p, shared + Config::Decoder::kTableBytes);
+#endif
   // The shuffle gives a value the assembler knows to be uniform.
-  multiply_tiles<Config>(p, x, shared, __shfl_sync(~0u, threadIdx.x / kLanes, 0), threadIdx.x % kLanes);
+  multiply_tiles<Config>(p, x, table, __shfl_sync(~0u, threadIdx.x / kLanes, 0), threadIdx.x % kLanes);
 }
 
 }  // namespace higgs::cuda

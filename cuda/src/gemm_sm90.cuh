@@ -34,6 +34,77 @@
 
 namespace higgs::cuda {
 
+// The words of a warp's slices: load i of a slice is in q_[i % kWindow], and is replaced when it has been consumed.
+template <typename Config>
+class WeightStream {
+ public:
+  __device__ __forceinline__ WeightStream(const GemmParams& p, const CtaPlace& cta, int warp, int lane)
+      : schedule_(p, cta.cluster), cta_(cta), warp_(warp), lane_(lane) {
+    step(p);
+#pragma unroll
+    for (int i = 0; i < Config::kWindow; ++i) load(i, next_, next_loads_);
+  }
+  __device__ __forceinline__ void begin_slice(const GemmParams& p) {
+    current_ = next_;
+    current_loads_ = next_loads_;
+    step(p);
+  }
+  __device__ __forceinline__ uint32_t word(int i) const {
+    const uint4& v = q_[i / 4 % Config::kWindow];
+    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
+  }
+  // Loads [First, Last) of the slice have been consumed: their registers take the loads kWindow later, of this slice or
+  // of the next.
+  template <int First, int Last>
+  __device__ __forceinline__ void advance() {
+#pragma unroll
+    for (int i = First; i < Last; ++i) {
+      const int ahead = i + Config::kWindow;
+      if (ahead < Config::kLoads) {
+        load(ahead, current_, current_loads_);
+      } else {
+        load(ahead - Config::kLoads, next_, next_loads_);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load(int i, const uint8_t* slice, int loads) {
+    if (Config::kRegular ? loads != 0 : i < loads) {
+      q_[i % Config::kWindow] = load_streaming(reinterpret_cast<const uint4*>(slice) + i * kLanes);
+    }
+  }
+  // next_ = the slice after it.
+  __device__ __forceinline__ void step(const GemmParams& p) {
+    next_loads_ = 0;
+    if (++slice_ >= segment_.end) {
+      if (!schedule_.next(p, segment_)) return;
+      slice_ = segment_.begin;
+      const TilePlace place = place_of<Config>(p, cta_, segment_.tile);
+      const GemmPart& part = p.parts[place.part];
+      const int row_tile = min(place.row_tile + warp_, part.row_tiles - 1);
+      next_ = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
+              static_cast<long long>(row_tile) * p.tile_bytes + slice_ * p.slice_bytes + lane_ * 16;
+    } else {
+      next_ += p.slice_bytes;
+    }
+    const int units = slice_ == p.slices - 1 ? p.last_units : p.units_per_slice;
+    next_loads_ = (units * Config::kUnitWords + 3) / 4;
+  }
+
+  uint4 q_[Config::kWindow];
+  Schedule schedule_;
+  Segment segment_;
+  CtaPlace cta_;
+  int slice_ = 0;
+  int warp_;
+  int lane_;
+  const uint8_t* current_ = nullptr;
+  const uint8_t* next_ = nullptr;
+  int current_loads_ = 0;
+  int next_loads_ = 0;
+};
+
 // The stages of x in shared memory.
 template <typename Config>
 struct Stages {
@@ -108,7 +179,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     }
     uint32_t w[kWords];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) w[i] = weights.word(0, u * kWords + i);
+    for (int i = 0; i < kWords; ++i) w[i] = weights.word(u * kWords + i);
     const typename Config::Decoder decoder(w);
     weights.template advance<u * kWords / 4, u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4>();
     unrolled<2>([&](auto half) {

@@ -1,4 +1,4 @@
-// What the GEMM kernels read of W: the words of a warp's row tiles, slice by slice, and their scales.
+// What the GEMM kernels share in how they read W: the places of its parts, the scales, the table.
 #pragma once
 
 #include <type_traits>
@@ -10,6 +10,11 @@
 
 namespace higgs::cuda {
 
+// On sm_90 the table begins at this address of the shared window, so that the upper half of a look-up address is a
+// constant that the decoders' byte permutation puts in: no addition. Dynamic shared memory begins at kSharedBase: 1 KB
+// is the system's.
+inline constexpr int kTableAddress = 0x10000;
+inline constexpr int kSharedBase = 1024;
 inline constexpr float kLeastScale = 0x1p-60f;
 
 // Where a matrix keeps its parts, and how a slice's words come.
@@ -25,89 +30,6 @@ struct GemmWeights {
   static constexpr int kUnits = kShape.max_units();
   static constexpr int kUnitWords = kShape.unit_words();
   static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;  // of 16 bytes, per slice and row tile
-};
-
-// The words of the slices of a warp's Config::kWarpTiles row tiles: load i of a slice is in q_[..][i % kWindow], and is
-// replaced when it has been consumed.
-template <typename Config>
-class WeightStream {
- public:
-  __device__ __forceinline__ WeightStream(const GemmParams& p, const CtaPlace& cta, int warp, int lane)
-      : schedule_(p, cta.cluster), cta_(cta), warp_(warp), lane_(lane) {
-    step(p);
-#pragma unroll
-    for (int i = 0; i < Config::kWindow; ++i) load(i, next_, next_loads_);
-  }
-  __device__ __forceinline__ void begin_slice(const GemmParams& p) {
-    current_ = next_;
-    current_loads_ = next_loads_;
-    step(p);
-  }
-  __device__ __forceinline__ uint32_t word(int tile, int i) const {
-    const uint4& v = q_[tile][i / 4 % Config::kWindow];
-    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
-  }
-  // Loads [First, Last) of the slice have been consumed: their registers take the loads kWindow later, of this slice or
-  // of the next.
-  template <int First, int Last>
-  __device__ __forceinline__ void advance() {
-#pragma unroll
-    for (int i = First; i < Last; ++i) {
-      const int ahead = i + Config::kWindow;
-      if (ahead < Config::kLoads) {
-        load(ahead, current_, current_loads_);
-      } else {
-        load(ahead - Config::kLoads, next_, next_loads_);
-      }
-    }
-  }
-
- private:
-  struct Place {
-    const uint8_t* data = nullptr;
-    int to_second = 0;  // bytes to the second row tile; 0 where there is none
-  };
-  __device__ __forceinline__ void load(int i, const Place& slice, int loads) {
-    if (Config::kRegular ? loads != 0 : i < loads) {
-#pragma unroll
-      for (int tile = 0; tile < Config::kWarpTiles; ++tile) {
-        const uint8_t* from = tile == 0 ? slice.data : slice.data + slice.to_second;
-        q_[tile][i % Config::kWindow] = load_streaming(reinterpret_cast<const uint4*>(from) + i * kLanes);
-      }
-    }
-  }
-  // next_ = the slice after it.
-  __device__ __forceinline__ void step(const GemmParams& p) {
-    next_loads_ = 0;
-    if (++slice_ >= segment_.end) {
-      if (!schedule_.next(p, segment_)) return;
-      slice_ = segment_.begin;
-      const TilePlace place = place_of<Config>(p, cta_, segment_.tile);
-      const GemmPart& part = p.parts[place.part];
-      const int row_tile = min(place.row_tile + warp_ * Config::kWarpTiles, part.row_tiles - 1);
-      next_.data = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
-                   static_cast<long long>(row_tile) * p.tile_bytes + slice_ * p.slice_bytes + lane_ * 16;
-      next_.to_second = row_tile + 1 < part.row_tiles ? p.tile_bytes : 0;
-    } else {
-      next_.data += p.slice_bytes;
-    }
-    const int units = slice_ == p.slices - 1 ? p.last_units : p.units_per_slice;
-    next_loads_ = (units * Config::kUnitWords + 3) / 4;
-  }
-
-  static_assert(Config::kLoads % Config::kWindow == 0);
-  static_assert(Config::kWarpTiles <= 2);
-  uint4 q_[Config::kWarpTiles][Config::kWindow];
-  Schedule schedule_;
-  Segment segment_;
-  CtaPlace cta_;
-  int slice_ = 0;
-  int warp_;
-  int lane_;
-  Place current_;
-  Place next_;
-  int current_loads_ = 0;
-  int next_loads_ = 0;
 };
 
 // Multiplies the accumulators of a row tile: rows g and g + 8.

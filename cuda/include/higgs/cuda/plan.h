@@ -102,10 +102,9 @@ struct GemmPlan {
 // the rates of the units, not measured.
 inline constexpr int kMaxMmaRows = 512;
 
-// The mma kernel: rows of W in a tile; shared memory for the table and the stages of x, a unit of `tokens` rows each.
+// The mma kernel: rows of W in a tile, and the most shared memory it takes: the table and two units of x.
 inline constexpr int kMmaRows = 256;
 inline constexpr int kMmaSharedBytes = 96 * 1024;
-[[nodiscard]] constexpr int mma_stages(int tokens) { return 32 * 1024 / (tokens * kUnitColumns * 2); }
 
 // Rows of W in a tile of the wgmma kernel by `tokens` rows of x.
 [[nodiscard]] constexpr int gemm_rows(int tokens) { return tokens <= 64 ? 192 : 128; }
