@@ -113,7 +113,6 @@ GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> pa
   const LayerFormat& f = parts[0].weights.format;
   const TiledFormat t = tiled_format(f);
   GemmParams p;
-  p.padded_m = plan.padded_m;
   p.k_blocks = static_cast<int>(f.k / kColumnAlignment);
   p.group_blocks = static_cast<int>(f.group / kColumnAlignment);
   p.scale_groups = static_cast<int>(t.row_groups);
@@ -148,9 +147,11 @@ struct GemmWorkspace {
   std::int64_t x_bytes = 0;
   std::int64_t partial_bytes = 0;
   std::int64_t flag_bytes = 0;
+  int padded_m = 0;  // rows of packed x: the most that the tiles of a launch cover
 
   void add(const GemmPlan& plan) {
-    x_bytes = plan.x_bytes;  // the same for all: k and m are
+    x_bytes = std::max(x_bytes, plan.x_bytes);
+    padded_m = std::max(padded_m, plan.padded_m);
     partial_bytes = std::max(partial_bytes, plan.partial_bytes);
     flag_bytes += plan.flag_bytes;
   }
@@ -170,13 +171,14 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
   auto* const base = static_cast<std::byte*>(workspace);
   auto* flags = reinterpret_cast<std::uint32_t*>(base + sizes.x_bytes + sizes.partial_bytes);
   const LayerFormat& f = parts[0].weights.format;
-  pack_x({x, d, base, flags, static_cast<int>(sizes.flag_bytes / 4), static_cast<int>(m), plans[0].padded_m,
+  pack_x({x, d, base, flags, static_cast<int>(sizes.flag_bytes / 4), static_cast<int>(m), sizes.padded_m,
           static_cast<int>(f.k), f.block},
          dtype, stream);
   for (std::size_t i = 0; i < groups.size(); ++i) {
     GemmParams params = make_gemm_params(plans[i], groups[i]);
     params.x = base;
     params.m = static_cast<int>(m);
+    params.padded_m = sizes.padded_m;
     params.partials = reinterpret_cast<float*>(base + sizes.x_bytes);
     params.flags = flags;
     flags += plans[i].flag_bytes / 4;

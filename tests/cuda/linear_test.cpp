@@ -155,7 +155,8 @@ TEST(CudaLinear, GemmSchedules) {
   Ratios ratios;
   const Grid& grid = find_grid("p2_n256");
   constexpr Case kCases[] = {{24, DType::bf16, false}, {60, DType::f16, false}, {150, DType::f16, false}};
-  for (const Shape& s : {Shape{2064, 1024, 1024, 1024}, Shape{300, 4096, 1024, 1024}, Shape{27000, 64, 64, 64}}) {
+  for (const Shape& s : {Shape{2064, 1024, 64, 1024}, Shape{300, 4096, 64, 1024}, Shape{27000, 64, 64, 64},
+                         Shape{4000, 512 + 64, 64, 64}}) {
     check_layer(Layer(grid, s.n, s.k, s.block, s.group), kCases, ratios);
   }
 }
@@ -177,10 +178,10 @@ TEST(CudaLinear, MatricesThatShareX) {
   constexpr std::int64_t kColumns = 2048;
   const Layer q(find_grid("p2_n256"), 300, kColumns, 1024, 1024);
   const Layer k(find_grid("p1_n16"), 72, kColumns, 1024, 1024);
-  const Layer v(find_grid("p2_n64"), 65, kColumns, 1024, 1024);
+  const Layer v(find_grid("p2_n128"), 65, kColumns, 1024, 1024);  // by tiles of other sizes
   Buffer<float> d(kColumns);
   rotation_vector(VectorKind::input, 5, nullptr, kColumns, d.data(), nullptr);
-  for (const std::int64_t m : {1, 6, 16, 40, 200}) {
+  for (const std::int64_t m : {1, 6, 16, 40, 200, 1100}) {
     const Buffer<std::uint8_t> x(stored(gaussian(static_cast<std::size_t>(m * kColumns)), DType::bf16));
     std::vector<LinearPart> parts;
     std::vector<std::unique_ptr<Buffer<std::byte>>> tiled;

@@ -138,6 +138,20 @@ TEST(Plan, GemmSharesOutAllSlices) {
   }
 }
 
+TEST(Plan, GemmKernelByArchitecture) {
+  const auto kernel = [](std::int64_t m, std::int64_t n, const DeviceProperties& d) {
+    const LayerFormat f = format(find_grid("p2_n256"), n, 4096);
+    return plan_gemm({m, DType::f16, {&f, 1}}, d).kernel;
+  };
+  for (const DeviceProperties& d : kDevices) {
+    const bool hopper = d.sm() == 90;
+    EXPECT_EQ(kernel(64, 4096, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
+    EXPECT_EQ(kernel(32, 28672, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
+    EXPECT_EQ(kernel(32, 1024, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
+    EXPECT_EQ(kernel(32, 4096, d), GemmKernel::mma) << d.name;  // 16 tiles x 8 slices for 132 multiprocessors
+  }
+}
+
 TEST(Plan, GemmTakesBlocksWithAnOddFactor) {
   const LayerFormat f{&find_grid("p2_n256"), 64, 576, 576, 576, 0};
   for (const DeviceProperties& d : kDevices) expect_valid(plan_gemm({3, DType::f16, {&f, 1}}, d), f, 3, d);

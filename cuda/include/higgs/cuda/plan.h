@@ -119,7 +119,7 @@ inline constexpr int kMmaSharedBytes = 96 * 1024;
   return regular && (loads <= 5 || (loads % 2 == 0 && units % 2 == 0)) ? 256 : 128;
 }
 
-// Whether `device` runs the wgmma kernel, the faster one for many rows of x: sm_90.
+// Whether `device` runs the wgmma kernel, for most problems the faster one: sm_90.
 [[nodiscard]] bool has_wgmma(const DeviceProperties& device);
 
 // As plan, for m >= 1 and any block. Error(unsupported) where shared memory is too small.
