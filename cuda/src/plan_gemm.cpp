@@ -30,7 +30,7 @@ void set_wgmma_tile(GemmPlan& p, std::int64_t m) {
 // Whether the mma kernel gives nearly every multiprocessor one slice of a tile of 32 tokens: there it is faster than
 // the wgmma kernel, whose smaller tiles take a second round.
 bool one_slice_each(const LinearProblem& problem, const TiledFormat& t, const DeviceProperties& device) {
-  if (problem.m > 32) return false;
+  if (problem.m <= kMaxDecodeRows || problem.m > 32) return false;
   std::int64_t slices = 0;
   for (const LayerFormat& f : problem.matrices) slices += ceil_div(f.n, kMmaRows) * t.slices;
   return slices <= device.multiprocessors && 4 * slices > 3 * device.multiprocessors;

@@ -146,6 +146,7 @@ TEST(Plan, GemmKernelByArchitecture) {
   for (const DeviceProperties& d : kDevices) {
     const bool hopper = d.sm() == 90;
     EXPECT_EQ(kernel(64, 4096, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
+    EXPECT_EQ(kernel(16, 4096, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
     EXPECT_EQ(kernel(32, 28672, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
     EXPECT_EQ(kernel(32, 1024, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
     EXPECT_EQ(kernel(32, 4096, d), GemmKernel::mma) << d.name;  // 16 tiles x 8 slices for 132 multiprocessors
