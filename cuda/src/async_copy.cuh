@@ -29,7 +29,7 @@ __device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&v)[4]) {
 // The transpose of such a matrix.
 __device__ __forceinline__ uint32_t transposed(uint32_t v) {
   uint32_t out;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
   return out;
 }
 

@@ -65,7 +65,7 @@ struct StepFragments {
 #pragma unroll
     for (int tile = 0; tile < Config::kWarpTiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < Config::kN / 8; ++i) {
+      for (int i = 0; i < Config::kTileFragments; ++i) {
         float* d = acc + tile * Config::kTileRegisters + i * 4;
         mma_m16n8k16<typename Config::T>(reinterpret_cast<float (&)[4]>(*d), a[tile],
                                          {b[i / 2][i % 2 * 2], b[i / 2][i % 2 * 2 + 1]});
@@ -115,6 +115,7 @@ __device__ __forceinline__ bool multiply_units(const GemmParams& p, WordStream<C
 // Where a warp's part of a tile goes.
 template <typename Config>
 struct TileOutput {
+  using T = typename Config::T;
   const GemmPart& part;
   int m;
   int row_tile;  // the first one of the warp
@@ -124,23 +125,27 @@ struct TileOutput {
   __device__ __forceinline__ TileOutput(const GemmParams& p, int tile, int warp, int lane)
       : TileOutput(p, place_of<Config>(p, this_cta(), tile), warp, lane) {}
 
-  // Fragment `i` of the accumulators: rows g and g + 8 of a row tile, tokens 2 t and 2 t + 1 of eight.
-  __device__ __forceinline__ void store(int i, float4 v) const {
-    using T = typename Config::T;
-    const int row = (row_tile + i / (Config::kN / 8)) * kTileRows;
-    if (row >= part.n) return;
-    float2 bias = {};
+  // The biases of rows g and g + 8 of row tile `tile` of the warp.
+  __device__ __forceinline__ float2 bias(int tile) const {
+    float2 out = {};
     if (part.bias != nullptr) {
-      const T* b = static_cast<const T*>(part.bias) + row + lane / 4;
-      if (row + lane / 4 < part.n) bias.x = to_float(b[0]);
-      if (row + lane / 4 + 8 < part.n) bias.y = to_float(b[8]);
+      const int row = (row_tile + tile) * kTileRows + lane / 4;
+      const T* b = static_cast<const T*>(part.bias) + row;
+      if (row < part.n) out.x = to_float(b[0]);
+      if (row + 8 < part.n) out.y = to_float(b[8]);
     }
+    return out;
+  }
+  // Fragment `i` of the accumulators: rows g and g + 8 of a row tile, tokens 2 t and 2 t + 1 of eight.
+  __device__ __forceinline__ void store(int i, float4 v, float2 bias) const {
     const uint32_t upper = transposed(pack2<T>(v.x + bias.x, v.y + bias.x));  // token g, rows 2 t and 2 t + 1
     const uint32_t lower = transposed(pack2<T>(v.z + bias.y, v.w + bias.y));
-    const int to = token + i % (Config::kN / 8) * 8 + lane / 4;
+    const int row = (row_tile + i / Config::kTileFragments) * kTileRows + lane % 4 * 2;
+    const long long to = token + i % Config::kTileFragments * 8 + lane / 4;
     if (to >= m) return;
-    store_pair(row + lane % 4 * 2, to, upper);
-    store_pair(row + lane % 4 * 2 + 8, to, lower);
+    uint16_t* y = static_cast<uint16_t*>(part.y) + to * part.n + row;
+    store_pair(y, row, upper);
+    store_pair(y + 8, row + 8, lower);
   }
 
  private:
@@ -151,10 +156,9 @@ struct TileOutput {
         token(place.token),
         lane(lane) {}
 
-  __device__ __forceinline__ void store_pair(int row, long long to, uint32_t v) const {
-    uint16_t* y = static_cast<uint16_t*>(part.y) + to * part.n + row;
-    if (part.n % 2 == 0 && row + 1 < part.n) {
-      *reinterpret_cast<uint32_t*>(y) = v;
+  __device__ __forceinline__ void store_pair(uint16_t* y, int row, uint32_t v) const {
+    if (part.n % 2 == 0) {  // both rows exist or none, and y is aligned
+      if (row < part.n) *reinterpret_cast<uint32_t*>(y) = v;
     } else {
       if (row < part.n) y[0] = static_cast<uint16_t>(v);
       if (row + 1 < part.n) y[1] = static_cast<uint16_t>(v >> 16);
@@ -186,7 +190,7 @@ __device__ __forceinline__ void add_share(const GemmParams& p, int tile, int war
       const float4 v = __ldcg(partial_of<Config>(p, partial_set(p, cta, tile), warpgroup) + i * 128);
       sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
     }
-    output.store(i, sum);
+    output.store(i, sum, output.bias(i / Config::kTileFragments));
   }
 }
 
@@ -231,9 +235,11 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
       continue;
     }
     const TileOutput<Config> output(p, s.tile, warp, lane);
+    float2 bias;
 #pragma unroll
     for (int i = 0; i < Config::kRegisters / 4; ++i) {
-      output.store(i, {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]});
+      if (i % Config::kTileFragments == 0) bias = output.bias(i / Config::kTileFragments);
+      output.store(i, {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]}, bias);
     }
   }
   for (Schedule schedule(p, cta.cluster); schedule.next(p, s);) {

@@ -19,7 +19,8 @@ struct MmaConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kWarpTiles = 2;
   static constexpr int kThreads = kRowTiles / kWarpTiles * kLanes;
   static constexpr int kWarpgroups = kThreads / 128;
-  static constexpr int kTileRegisters = N_ / 2;  // of the accumulators, per row tile
+  static constexpr int kTileFragments = N_ / 8;  // of the accumulators, per row tile
+  static constexpr int kTileRegisters = 4 * kTileFragments;
   static constexpr int kRegisters = kWarpTiles * kTileRegisters;
   static constexpr int kBlockBytes = N_ * kRowBytes;   // of x, 64 columns
   static constexpr int kStageBytes = 2 * kBlockBytes;  // a unit
