@@ -3,19 +3,18 @@
     python bench/python/bench_decode.py --grids p2_n256 p2_n64 --batch 1 16
 
 Both sides run the same harness: static cache, one decoding step captured in a CUDA graph (``--compile``: by
-torch.compile, mode "reduce-overhead"), the next token by argmax. The output head is quantized to ``--head-grid``. Prints
-tokens/s, milliseconds a token, the share of the linear layers (a profile of one step), seconds to quantize and the
-memory of the weights.
+torch.compile, mode "reduce-overhead"), the next token by argmax. The output head is quantized to ``--head-grid``.
+Prints tokens/s, milliseconds a token, the share of the linear layers (a profile of one step), seconds to quantize and
+the memory of the weights.
 """
 
 import argparse
 import time
 
+import higgs
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
-
-import higgs
 
 SHAPES = {  # hidden, MLP, layers, heads, key/value heads, vocabulary
     "8b": (4096, 14336, 32, 32, 8, 128256),
@@ -111,7 +110,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    print(f"{'weights':10}{'batch':>6}{'ms':>9}{'linear ms':>10}{'tokens/s':>10}{'x bf16':>8}{'GB':>7}{'quantize s':>11}")
+    header = f"{'weights':10}{'batch':>6}{'ms':>9}{'linear ms':>10}{'tokens/s':>10}{'x bf16':>8}{'GB':>7}"
+    print(f"{header}{'quantize s':>11}")
     base: dict[int, float] = {}
     for grid in ["bf16", *args.grids]:
         model = make_model(args.shape, args.device)
