@@ -90,9 +90,7 @@ def measure(model: LlamaForCausalLM, batch: int, compiled: bool, steps: int) -> 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         decoder.run()
         synchronize()
-    linear = sum(
-        e.device_time_total for e in profile.key_averages() if any(k in e.key.lower() for k in LINEAR_KERNELS)
-    )
+    linear = sum(e.device_time_total for e in profile.key_averages() if any(k in e.key.lower() for k in LINEAR_KERNELS))
     return per_step, linear / 1e3
 
 
