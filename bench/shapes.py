@@ -20,4 +20,4 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 
 # The shapes and grids with targets.
 MAIN = ("8b_gate_up", "70b_gate_up", "70b_o", "8b_down", "8b_o")
-BITS = {"4": "p2_n256", "3": "p2_n64", "2": "p4_n256"}
+BITS = {"4": "p2_n256", "3": "p2_n64", "2": "p4_n256", "1.5": "p4_n64", "1": "p4_n16"}

@@ -192,9 +192,14 @@ def main() -> None:
     parser.add_argument("--m", nargs="+", type=int, default=[1, 8, 16])
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--quantize", action="store_true")
+    parser.add_argument(
+        "--plan-for", nargs=2, type=int, metavar=("SM", "KB"), default=[0, 0],
+        help="plan as for another architecture: 80 163, 86 99, ...",
+    )  # fmt: skip
     parser.add_argument("--no-peers", action="store_true", help="skip the int4 kernel of torch")
     args = parser.parse_args()
     kernels = Kernels(args.library)
+    kernels.check("higgs_plan_for", *(ctypes.c_int(v) for v in args.plan_for))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.dtype}")
     print(
         f"{'shape':16}{'grid':9}{'m':>5}{'us':>8}{'GB/s':>7}{'limit':>8}{'of it':>7}"

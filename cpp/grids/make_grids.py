@@ -20,7 +20,7 @@ rounded points: closed form for p = 1 and 2, and for p = 4 the mean over indepen
 to fit (standard error about 0.003 %).  --check recomputes p = 2 another way, by quadrature on a dense lattice.
 
 Every grid has its own random stream, made of (seed, p, n), so --only gives the same points as a whole run, and a run
-gives the same bytes again on the same machine and library versions.  A whole run takes about 12 minutes on one core.
+gives the same bytes again on the same machine and library versions.  A whole run takes about 18 minutes on one core.
 
     OMP_NUM_THREADS=1 python cpp/grids/make_grids.py                   # everything
     OMP_NUM_THREADS=1 python cpp/grids/make_grids.py --only p2_n256    # remake one grid, keep the others of the file
@@ -86,6 +86,8 @@ SPECS: dict[str, Spec] = {
     "p2_n1024": Spec(2, 1024, 0.001975, 9, 100),
     "p2_n2048": Spec(2, 2048, 0.000993, 6, 40),
     "p2_n4096": Spec(2, 4096, 0.000499, 3, 20),
+    "p4_n16": Spec(4, 16, 0.342, 60, 300),
+    "p4_n64": Spec(4, 64, 0.184, 30, 500),
     "p4_n256": Spec(4, 256, 0.0970, 12, 500),
     "ch8": Spec(1, 256, 0.0000881),
 }

@@ -14,6 +14,7 @@
 namespace {
 
 std::string last_error;
+higgs::cuda::DeviceProperties planned_for;  // by higgs_plan_for; no multiprocessors: the current device
 
 template <typename Body>
 int guarded(const Body& body) {
@@ -24,6 +25,10 @@ int guarded(const Body& body) {
     last_error = e.what();
     return 1;
   }
+}
+
+const higgs::cuda::DeviceProperties& device() {
+  return planned_for.multiprocessors > 0 ? planned_for : higgs::cuda::current_device();
 }
 
 higgs::LayerFormat make_format(const char* grid, long long n, long long k) {
@@ -52,6 +57,20 @@ __global__ void __launch_bounds__(512) read_kernel(const uint4* p, long long cou
 }  // namespace
 
 extern "C" {
+
+// Plans from now on as for sm_`sm` with `shared_kb` KB of shared memory per block; 0: as for the current device.
+int higgs_plan_for(int sm, int shared_kb) {
+  return guarded([&] {
+    planned_for = {};
+    if (sm == 0) return;
+    planned_for.name = "sm_" + std::to_string(sm);
+    planned_for.sm_major = sm / 10;
+    planned_for.sm_minor = sm % 10;
+    planned_for.multiprocessors = higgs::cuda::current_device().multiprocessors;
+    planned_for.shared_bytes_per_block = shared_kb * 1024;
+  });
+}
+
 const char* higgs_last_error() { return last_error.c_str(); }
 
 // Bytes of the stored indices, the scales, the tiled buffer and the weights within it.
@@ -88,7 +107,8 @@ int higgs_linear(const char* grid, int parts, const long long* n, long long k, i
     for (int i = 0; i < parts; ++i) {
       list.push_back({{make_format(grid, n[i], k), static_cast<const std::byte*>(tiled[i])}, nullptr, y[i]});
     }
-    higgs::cuda::linear(x, static_cast<higgs::DType>(dtype), m, static_cast<const float*>(d), list, workspace, stream);
+    higgs::cuda::linear(x, static_cast<higgs::DType>(dtype), m, static_cast<const float*>(d), list, workspace, stream,
+                        device());
   });
 }
 
@@ -97,7 +117,7 @@ int higgs_linear_workspace(const char* grid, int parts, const long long* n, long
   return guarded([&] {
     std::vector<higgs::cuda::LinearPart> list;
     for (int i = 0; i < parts; ++i) list.push_back({{make_format(grid, n[i], k), nullptr}, nullptr, nullptr});
-    *bytes = higgs::cuda::linear_workspace_bytes(m, static_cast<higgs::DType>(dtype), list);
+    *bytes = higgs::cuda::linear_workspace_bytes(m, static_cast<higgs::DType>(dtype), list, device());
   });
 }
 
@@ -106,7 +126,9 @@ const char* higgs_plan(const char* grid, int parts, const long long* n, long lon
   guarded([&] {
     std::vector<higgs::LayerFormat> list;
     for (int i = 0; i < parts; ++i) list.push_back(make_format(grid, n[i], k));
-    text = higgs::cuda::plan({m, static_cast<higgs::DType>(dtype), list}, higgs::cuda::current_device()).to_string();
+    const higgs::cuda::LinearProblem problem{m, static_cast<higgs::DType>(dtype), list};
+    text = m > higgs::cuda::kMaxDecodeRows ? higgs::cuda::plan_gemm(problem, device()).to_string()
+                                           : higgs::cuda::plan(problem, device()).to_string();
   });
   return text.c_str();
 }

@@ -2,15 +2,15 @@
 //
 // The look-up table is replicated so that every lane reads its own bank: no conflicts, whatever the indices. Where the
 // table is small its entry stride is 256 bytes, so that the byte of a field placed above the lane's offset *is* the
-// address: one PRMT and one load decode a field. Fields of 5 to 7 bits use the same 256 entries, with the bits above
+// address: one PRMT and one load decode a field. Fields of 4 to 7 bits use the same 256 entries, with the bits above
 // them as "don't care" copies; those spare bits of a unit's words carry its remaining fields.
 //
 //   Decoder               words / unit  instructions / look-up (64 KB of shared memory each)
 //   PairDecoder<8>        8             PRMT LDS
 //   PairDecoder<5, 6, 7>  5, 6, 7       PRMT LDS, 0.2-0.4 more to assemble the remaining fields
 //   PairDecoder<9..12>    9..12         SHF LOP3 LDS; 32, 16, 8, 4 copies of the table: some conflicts from 10 bits
-//   QuadDecoder           4             PRMT LDS LDS: one 64-bit load would need moves, as the halves of an entry
-//                                       are not neighbours in the A operand
+//   QuadDecoder<4, 6, 8>  2, 3, 4       PRMT LDS LDS (one 64-bit load would need moves, as the halves of an entry are
+//                                       not neighbours in the A operand), 0.1-0.4 more to assemble fields below 8 bits
 //   SingleDecoder         16            PRMT LDS, and a PRMT per pair
 //
 // Order of the fields of a lane (rows g and g + 8, columns 16 step + 4 t + 0..3 for steps 0..7 of a unit):
@@ -50,6 +50,7 @@ __host__ __device__ constexpr int bit_position(FieldShape s, int f, int b) {
     return i < 12 ? 8 * (12 * half + i) + b : 32 * (3 * half + b / 2) + 8 * (i - 12) + 6 + b % 2;
   }
   if (f < direct) return 8 * f + b;
+  if (s.bits == 4) return 8 * (f - direct) + 4 + b;  // the other half of the byte
   const int byte = 8 * ((f - direct) % 4);
   if (s.bits == 7) return 32 * b + byte + 7;  // bit b in the spare bit of word b
   switch ((f - direct) / 4) {                 // 5 bits: three spare bits in each of five words
@@ -96,12 +97,12 @@ __device__ __forceinline__ uint32_t byte_address(uint32_t word, int b, uint32_t 
 }
 
 // Words with one field in every byte, from the words of a unit.
-template <int Bits>
-__device__ __forceinline__ void expand(const uint32_t (&w)[Bits], uint32_t (&e)[8]) {
-  static_assert(Bits >= 5 && Bits <= 8);
+template <int Bits, int Words, int Expanded>
+__device__ __forceinline__ void expand(const uint32_t (&w)[Words], uint32_t (&e)[Expanded]) {
+  static_assert(Bits >= 4 && Bits <= 8 && Words * 8 == Expanded * Bits);
   if constexpr (Bits == 6) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < Words / 3; ++h) {
       const uint32_t a = w[3 * h], b = w[3 * h + 1], c = w[3 * h + 2];
       e[4 * h] = a;
       e[4 * h + 1] = b;
@@ -110,7 +111,7 @@ __device__ __forceinline__ void expand(const uint32_t (&w)[Bits], uint32_t (&e)[
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < Bits; ++i) e[i] = w[i];
+    for (int i = 0; i < Words; ++i) e[i] = w[i];
     if constexpr (Bits == 7) {
       e[7] = 0;
 #pragma unroll
@@ -119,6 +120,9 @@ __device__ __forceinline__ void expand(const uint32_t (&w)[Bits], uint32_t (&e)[
       e[5] = select(0x07070707, w[0] >> 5, w[1] >> 2);
       e[6] = select(0x07070707, w[2] >> 5, w[3] >> 2);
       e[7] = select(0x07070707, w[4] >> 5, select(0x08080808, w[1] >> 4, w[3] >> 3));
+    } else if constexpr (Bits == 4) {
+#pragma unroll
+      for (int i = 0; i < Words; ++i) e[Words + i] = w[i] >> 4;
     }
   }
 }
@@ -173,8 +177,10 @@ struct PairDecoder {
   }
 };
 
+template <int Bits>
 struct QuadDecoder {
-  static constexpr FieldShape kShape{8, 4};
+  static_assert(Bits == 4 || Bits == 6 || Bits == 8);
+  static constexpr FieldShape kShape{Bits, 4};
   static constexpr int kStrideLog = 8;
   static constexpr int kTableEntries = 256;
   static constexpr int kTableBytes = kTableEntries << kStrideLog;
@@ -183,10 +189,7 @@ struct QuadDecoder {
 
   uint32_t words[4];
 
-  __device__ __forceinline__ explicit QuadDecoder(const uint32_t (&w)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = w[i];
-  }
+  __device__ __forceinline__ explicit QuadDecoder(const uint32_t (&w)[Bits / 2]) { expand<Bits>(w, words); }
   static __device__ __forceinline__ uint32_t lane_offset(int lane) { return lane * 4; }
 
   template <typename Table>

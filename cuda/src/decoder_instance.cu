@@ -1,5 +1,6 @@
 // The kernels of one decoder; compiled once per line of instances.h with HIGGS_DECODER_NAME and HIGGS_DECODER defined.
 #include "decoder_ops.h"
+#include "gemm_mma.cuh"
 #include "gemm_sm90.cuh"
 #include "gemv.cuh"
 #include "gemv_trellis.cuh"
@@ -14,7 +15,7 @@ using D = HIGGS_DECODER;
 
 template <typename Config>
 void launch_gemm(const GemmParams& params, const GemmPlan& plan, Stream stream) {
-  static_assert(Config::kWarpgroups * 64 == gemm_rows(Config::kN));
+  static_assert(Config::kWarpgroups * 64 == gemm_rows(Config::kN, D::kShape));
   launch_dependent<gemm_kernel<Config>>({plan.ctas(), Config::kThreads, Config::kSharedBytes, plan.cluster_size},
                                         stream, params);
 }
@@ -72,8 +73,20 @@ void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
   }
 }
 
+template <typename T, int Tokens>
+void gemm_mma(const GemmPlan& plan, const GemmParams& params, Stream stream) {
+  using Config = MmaConfig<D, T, Tokens>;
+  const int shared_bytes = current_device().sm() == 90 ? Config::kSharedBytes90 : Config::kSharedBytes;
+  launch_dependent<gemm_mma_kernel<Config>>({plan.ctas(), Config::kThreads, shared_bytes}, stream, params);
+}
+
 template <typename T>
 void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
+  if constexpr (!D::kShape.trellis()) {
+    if (plan.kernel == GemmKernel::mma) {
+      return plan.tokens == 32 ? gemm_mma<T, 32>(plan, params, stream) : gemm_mma<T, 64>(plan, params, stream);
+    }
+  }
   plan.regular ? gemm<T, true>(plan, params, stream) : gemm<T, false>(plan, params, stream);
 }
 

@@ -9,7 +9,7 @@ namespace higgs::cuda {
 inline constexpr int kChunk = 1024;            // values of one warp; every Hadamard block lies in one chunk
 inline constexpr int kChunkScratch = 32 * 33;  // fp32 words of shared memory per warp
 
-__device__ __forceinline__ float hadamard_norm(int block) {
+__host__ __device__ inline float hadamard_norm(int block) {
   // fp32(1 / sqrt(block)), exact for even powers of two
   switch (block) {
     case 64: return 0x1p-3f;

@@ -1,34 +1,19 @@
 // Sizes of the GEMM kernel: warps, registers, shared memory.
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include <cstdint>
-#include <type_traits>
 
-#include "decode.cuh"
+#include "gemm_weights.cuh"
 #include "higgs/cuda/plan.h"
 
 namespace higgs::cuda {
 
-inline constexpr int kBlockColumns = 64;  // of a k block: a 128-byte row of B
-inline constexpr int kBlockSteps = kBlockColumns / 16;
-inline constexpr int kRowBytes = kBlockColumns * 2;
-// The table begins at this address of the shared window, so that the upper half of a look-up address is a constant that
-// the decoders' byte permutation puts in: no addition. Dynamic shared memory begins at kSharedBase: 1 KB is the
-// system's.
-inline constexpr int kTableAddress = 0x10000;
-inline constexpr int kSharedBase = 1024;
-inline constexpr float kLeastScale = 0x1p-60f;
-
 template <typename Decoder_, typename T_, int N_, bool Regular_>
-struct GemmConfig {
-  using Decoder = Decoder_;
-  using T = T_;
-  static constexpr FieldShape kShape = Decoder_::kShape;
+struct GemmConfig : GemmWeights<Decoder_, T_> {
+  using Weights = GemmWeights<Decoder_, T_>;
   static constexpr int kN = N_;
   static constexpr bool kRegular = Regular_;
-  static constexpr int kWarpgroups = gemm_rows(N_) / 64;
+  static constexpr int kWarpgroups = gemm_rows(N_, Weights::kShape) / 64;
   static constexpr int kClusterSize = gemm_cluster_size(N_);
   static constexpr int kStages = N_ == 256 ? 4 : N_ == 128 ? 6 : 8;
   static constexpr int kConsumers = 128 * kWarpgroups;
@@ -42,20 +27,11 @@ struct GemmConfig {
   static constexpr int kRowTiles = 4 * kWarpgroups;  // of 16 rows
   static constexpr int kRegisters = N_ / 2;          // of the accumulators, per thread
 
-  static constexpr int kTableSize = (kShape.entries() * kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
-                                    kTiledAlignment;  // in the tiled buffer: fp16, then bf16, then the scales
-  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableSize;
-  static constexpr int kScalesOffset = 2 * kTableSize + kShape.byte_tables_bytes();
-
-  static constexpr int kJoined = kShape.joined_units();  // units of the layout that make one of the decoder
-  static constexpr int kUnits = kShape.max_units() / kJoined;
-  static constexpr int kUnitWords = kShape.unit_words() * kJoined;
-  static constexpr int kUnitBlocks = 2 * kJoined;  // k blocks of a unit
-  static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;
-  // 16-byte loads a warp keeps in flight: all of a slice, or half where the accumulators take half of the registers, or
-  // 4 bits of a trellis would be too many for those that three warpgroups have
-  static constexpr bool kHalfWindow = N_ == 256 || (N_ == 64 && kShape.trellis() && kLoads == 8);
-  static constexpr int kWindow = kHalfWindow && kLoads % 2 == 0 ? kLoads / 2 : kLoads;
+  // 16-byte loads a warp keeps in flight: all of a slice, or half where accumulators or warps take most registers
+  static constexpr bool kHalf =
+      (N_ == 256 || kWarpgroups == 4 || (N_ == 64 && Weights::kShape.trellis() && Weights::kLoads == 8)) &&
+      Weights::kLoads % 2 == 0;
+  static constexpr int kWindow = Weights::kLoads / (kHalf ? 2 : 1);
 
   static constexpr int kStageBytes = N_ * kBlockColumns * 2;  // one k block of x
   static constexpr int kStagingTokens = N_ < 64 ? N_ : 64;
@@ -66,8 +42,8 @@ struct GemmConfig {
   static constexpr int kBarrierBytes = 2 * kStages * static_cast<int>(sizeof(uint64_t));
   static constexpr int kStagesThatFit = (kTableStart - kStagingBytes - kBarrierBytes) / kStageBytes;
   static constexpr int kStagesBefore = kStages < kStagesThatFit ? kStages : kStagesThatFit;
-  static constexpr int kStagesGap = kTableStart + Decoder::kTableBytes - kStagesBefore * kStageBytes;
-  static constexpr int kSharedBytes = kTableStart + Decoder::kTableBytes + (kStages - kStagesBefore) * kStageBytes;
+  static constexpr int kStagesGap = kTableStart + Decoder_::kTableBytes - kStagesBefore * kStageBytes;
+  static constexpr int kSharedBytes = kTableStart + Decoder_::kTableBytes + (kStages - kStagesBefore) * kStageBytes;
   static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 };
 

@@ -2,6 +2,7 @@
 // bias.
 #pragma once
 
+#include "gemm_partials.cuh"
 #include "gemm_schedule.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
@@ -9,27 +10,6 @@
 #include "wgmma.cuh"
 
 namespace higgs::cuda {
-
-// The sums of a segment that does not begin its tile, for the CTA that does.
-template <typename Config>
-__device__ __forceinline__ float4* partial_of(const GemmParams& p, int cta, int warpgroup) {
-  return reinterpret_cast<float4*>(p.partials) +
-         (static_cast<long long>(cta) * Config::kWarpgroups + warpgroup) * (Config::kRegisters / 4) * 128 +
-         threadIdx.x % 128;
-}
-
-template <typename Config>
-__device__ __forceinline__ void send_partial(const GemmParams& p, int warpgroup,
-                                             const float (&acc)[Config::kRegisters]) {
-  float4* to = partial_of<Config>(p, blockIdx.x, warpgroup);
-#pragma unroll
-  for (int i = 0; i < Config::kRegisters / 4; ++i) {
-    __stcg(to + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
-  }
-  __threadfence();
-  named_barrier(1 + warpgroup, 128);
-  if (threadIdx.x % 128 == 0) store_release(p.flags + blockIdx.x * Config::kWarpgroups + warpgroup, 1);
-}
 
 template <typename Config>
 __device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace& place, int warpgroup, int tile,
@@ -40,7 +20,7 @@ __device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace
   };
   for (int cluster = place.cluster + 1 + threadIdx.x % 128; helps(cluster); cluster += 128) {
     const int cta = cluster * Config::kClusterSize + place.rank;
-    while (load_acquire(p.flags + cta * Config::kWarpgroups + warpgroup) == 0) __nanosleep(20);
+    wait_for_partial<Config>(p, cta, warpgroup);
   }
   named_barrier(1 + warpgroup, 128);
   for (int cluster = place.cluster + 1; helps(cluster); ++cluster) {

@@ -1,4 +1,4 @@
-// Arguments of the GEMM kernel (gemm_sm90.cuh), filled in by linear.cpp from a GemmPlan.
+// Arguments of the GEMM kernels (gemm_sm90.cuh, gemm_mma.cuh), filled in by linear.cpp from a GemmPlan.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,10 @@
 #include "higgs/cuda/plan.h"
 
 namespace higgs::cuda {
+
+inline constexpr int kBlockColumns = 64;  // of a k block: a 128-byte row of packed x
+inline constexpr int kBlockSteps = kBlockColumns / 16;
+inline constexpr int kRowBytes = kBlockColumns * 2;
 
 struct GemmPart {
   const std::uint8_t* data = nullptr;  // the tiled buffer
@@ -20,7 +24,7 @@ struct GemmPart {
 struct GemmParams {
   const void* x = nullptr;  // packed by pack_x: [k / 64][padded_m][64 columns], swizzled
   float* partials = nullptr;
-  std::uint32_t* flags = nullptr;  // one per CTA and warpgroup, cleared by pack_x
+  std::uint32_t* flags = nullptr;  // one per set of partial sums, cleared by pack_x
   int m = 0;
   int padded_m = 0;
   int k_blocks = 0;      // of 64 columns

@@ -1,7 +1,6 @@
 // Which part of the GEMM a CTA computes, and when (persistent). The first `split_tiles` tiles are cut into slices and
-// shared out evenly, in contiguous runs; the cluster with a tile's first slice adds the sums of the others in the order
-// of k (gemm_epilogue.cuh), so the result does not depend on timing. The other tiles are a whole number of rounds, one
-// tile per cluster.
+// shared out evenly, in contiguous runs; the sums of those who share a tile are added in the order of k, so the result
+// does not depend on timing. The other tiles are a whole number of rounds, one tile per cluster.
 #pragma once
 
 #include "gemm_params.h"
@@ -23,6 +22,12 @@ class Schedule {
 
   static __device__ __forceinline__ int first_slice(const GemmParams& p, int cluster) {
     return cluster * p.slices_per_cluster + min(cluster, p.longer_clusters);
+  }
+  // The inverse, for a slice of the shared tiles.
+  static __device__ __forceinline__ int cluster_of(const GemmParams& p, int slice) {
+    const int longer = p.longer_clusters * (p.slices_per_cluster + 1);
+    return slice < longer ? slice / (p.slices_per_cluster + 1)
+                          : p.longer_clusters + (slice - longer) / p.slices_per_cluster;
   }
   __device__ __forceinline__ bool next(const GemmParams& p, Segment& s) {
     if (split_ < split_end_) {

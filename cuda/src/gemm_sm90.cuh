@@ -24,13 +24,11 @@
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
-#include "decode.cuh"
 #include "gemm_config.cuh"
 #include "gemm_epilogue.cuh"
-#include "gemm_params.h"
 #include "gemm_schedule.cuh"
+#include "gemm_weights.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
 
@@ -162,63 +160,16 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   }
 }
 
-// The scales of a warp's row tile along k; a lane needs those of rows g and g + 8.
-struct RowScales {
-  const uint16_t* at = nullptr;  // of the next scale group
-  float2 now = {};
-  float2 greatest = {};
-  float2 next = {};
-  int boundary = 0;  // k block where the next group begins
-  int left = 0;      // groups after this one
-
-  static __device__ __forceinline__ float load(const uint16_t* p) { return __half2float(__ushort_as_half(__ldg(p))); }
-  __device__ __forceinline__ void take() {
-    greatest = {fmaxf(greatest.x, next.x), fmaxf(greatest.y, next.y)};
-    now = {fmaxf(next.x, kLeastScale), fmaxf(next.y, kLeastScale)};
-    if (--left >= 0) {
-      next = {load(at), load(at + 8)};
-      at += kTileRows;
-    }
-  }
-  __device__ __forceinline__ void begin(const GemmParams& p, const uint16_t* tile_scales, int block, int lane) {
-    const int group = block / p.group_blocks;
-    at = tile_scales + group * kTileRows + lane / 4;
-    next = {load(at), load(at + 8)};
-    at += kTileRows;
-    left = p.scale_groups - 1 - group;
-    boundary = (group + 1) * p.group_blocks;
-    greatest = {};
-    take();
-  }
-};
-
-template <int Registers>
-__device__ __forceinline__ void scale_rows(float (&acc)[Registers], float2 by) {
-#pragma unroll
-  for (int i = 0; i < Registers; ++i) acc[i] *= (i & 2) == 0 ? by.x : by.y;
-}
-
-// Calls body(integral_constant<int, 0>) .. body(integral_constant<int, Count - 1>) while it returns true.
-template <int Count, typename Body>
-__device__ __forceinline__ void unrolled(const Body& body) {
-  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
-    (body(std::integral_constant<int, kIndex>{}) && ...);
-  }(std::make_integer_sequence<int, Count>{});
-}
-
 // One slice: `units` units from k block `block` on.
 template <typename Config>
-__device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream<Config>& weights, RowScales& scales,
+__device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream<Config>& weights, RowScales<1>& scales,
                                                Stages<Config>& stages, uint32_t offset, int block, int units,
                                                bool& holding, float (&acc)[Config::kRegisters]) {
   constexpr int kWords = Config::kUnitWords;
   uint32_t a[2][kBlockSteps][4];  // of a block and the one before
   const auto new_group = [&] {
     wgmma_wait<0>();
-    const float2 before = scales.now;
-    scales.take();
-    scales.boundary += p.group_blocks;
-    scale_rows(acc, {__fdiv_rn(before.x, scales.now.x), __fdiv_rn(before.y, scales.now.y)});
+    scales.next_group(p, acc);
   };
   weights.begin_slice(p);
   if (Config::kRegular && block == scales.boundary) new_group();
@@ -276,17 +227,11 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     const TilePlace place = place_of<Config>(p, cta, s.tile);
     const GemmPart& part = p.parts[place.part];
     if (place.part != table_of) {
-      named_barrier(1 + Config::kWarpgroups, Config::kConsumers);  // nobody reads the table before
-      TableFill<typename Config::Decoder>(part.data + Config::kTableOffset, threadIdx.x, Config::kConsumers)
-          .store(shared + Config::kTableStart);
-      named_barrier(1 + Config::kWarpgroups, Config::kConsumers);
+      change_table<Config, Config::kConsumers>(part, shared + Config::kTableStart, 1 + Config::kWarpgroups);
       table_of = place.part;
     }
-    const int row_tile = min(place.row_tile + warp, part.row_tiles - 1);
-    const auto* tile_scales = reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
-                              static_cast<long long>(row_tile) * p.scale_groups * kTileRows;
-    RowScales scales;
-    scales.begin(p, tile_scales, s.begin * p.units_per_slice * 2, lane);
+    RowScales<1> scales(p, part.data + Config::kScalesOffset, place.row_tile + warp, part.row_tiles,
+                        s.begin * p.units_per_slice * 2, lane);
     if (!waited) wait_for_primary();
     waited = true;
     float acc[Config::kRegisters] = {};
@@ -298,9 +243,9 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     }
     wgmma_wait<0>();
     stages.release_previous(lane);
-    scale_rows(acc, {scales.greatest.x == 0 ? 0.0f : scales.now.x, scales.greatest.y == 0 ? 0.0f : scales.now.y});
+    scales.finish(acc);
     if (s.begin > 0) {
-      send_partial<Config>(p, warpgroup, acc);
+      send_partial<Config>(p, blockIdx.x, warpgroup, acc);
       continue;
     }
     if (s.end < p.slices) add_partials<Config>(p, cta, warpgroup, s.tile, acc);

@@ -122,7 +122,7 @@ struct TileScales {
 // The next kWindow 16-byte loads of each row tile, in registers: load i of an iteration lives in q[i % kWindow], and is
 // replaced as soon as it has been consumed.
 template <typename Config>
-struct WordStream {
+struct WordWindow {
   uint4 q[Config::kTiles][Config::kWindow];
   const uint8_t* at;  // this lane's words of the iteration, first row tile
   int to_second;      // bytes from the first row tile of the next iteration's row block to the second
@@ -269,7 +269,7 @@ struct BlockSums {
 
 // One iteration: kUnits units of a row block.
 template <typename Config>
-__device__ __forceinline__ void multiply(WordStream<Config>& words, const uint8_t* next, const WarpRole& role,
+__device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_t* next, const WarpRole& role,
                                          const TileScales<Config> (&scales)[Config::kTiles], const uint8_t* table,
                                          uint32_t offset, float norm, const XFragments<Config>& x,
                                          BlockSums<Config>& sums) {
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   blocks.count = role.units > 0 ? max(0, all_blocks - row_block + stride - 1) / stride : 0;
   blocks.odd = row_tiles % 2 != 0 && row_block + (blocks.count - 1) * stride == all_blocks - 1;
 
-  WordStream<Config> words = {};
+  WordWindow<Config> words = {};
   const int iterations = Config::kPaired ? p.iterations : 1;
   words.left = blocks.count * iterations - 1;
   words.to_second = blocks.second(0) * p.tile_bytes;

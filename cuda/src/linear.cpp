@@ -31,11 +31,12 @@ std::vector<std::span<const LinearPart>> launch_groups(std::span<const LinearPar
   return groups;
 }
 
-// Plans a launch by `make` (plan or plan_gemm) on the current device.
-auto plan_group(auto make, std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
+// Plans a launch by `make` (plan or plan_gemm).
+auto plan_group(auto make, std::int64_t m, DType dtype, std::span<const LinearPart> parts,
+                const DeviceProperties& device) {
   std::array<LayerFormat, kMaxParts> formats;
   for (std::size_t i = 0; i < parts.size(); ++i) formats[i] = parts[i].weights.format;
-  return make({m, dtype, {formats.data(), parts.size()}}, current_device());
+  return make({m, dtype, {formats.data(), parts.size()}}, device);
 }
 
 void check_parts(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts) {
@@ -115,13 +116,24 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   return p;
 }
 
-bool uses_gemm(std::int64_t m, int block) { return m > kMaxDecodeRows || !supports_block(block); }
+// More than 8 rows of x cost the decode kernel twice the loads of x: on large layers the GEMM is faster.
+bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts, const DeviceProperties& device) {
+  constexpr std::int64_t kLarge = std::int64_t{1} << 26;  // weights
+  const LayerFormat& f = parts[0].weights.format;
+  const bool is_trellis =
+      std::ranges::any_of(parts, [](const LinearPart& p) { return p.weights.format.grid->trellis != nullptr; });
+  if (!supports_block(f.block)) return true;
+  if (is_trellis && !has_wgmma(device)) return false;  // the decode kernel, for some rows at a time
+  if (m > kMaxDecodeRows) return true;
+  std::int64_t rows = 0;
+  for (const LinearPart& part : parts) rows += part.weights.format.n;
+  return m > kMaxDecodeRows / 2 && rows * f.k > kLarge && has_wgmma(device);
+}
 
 GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> parts) {
   const LayerFormat& f = parts[0].weights.format;
   const TiledFormat t = tiled_format(f);
   GemmParams p;
-  p.padded_m = plan.padded_m;
   p.k_blocks = static_cast<int>(f.k / kColumnAlignment);
   p.group_blocks = static_cast<int>(f.group / kColumnAlignment);
   p.scale_groups = static_cast<int>(t.row_groups);
@@ -156,9 +168,11 @@ struct GemmWorkspace {
   std::int64_t x_bytes = 0;
   std::int64_t partial_bytes = 0;
   std::int64_t flag_bytes = 0;
+  int padded_m = 0;  // rows of packed x: the most that the tiles of a launch cover
 
   void add(const GemmPlan& plan) {
-    x_bytes = plan.x_bytes;  // the same for all: k and m are
+    x_bytes = std::max(x_bytes, plan.x_bytes);
+    padded_m = std::max(padded_m, plan.padded_m);
     partial_bytes = std::max(partial_bytes, plan.partial_bytes);
     flag_bytes += plan.flag_bytes;
   }
@@ -166,25 +180,26 @@ struct GemmWorkspace {
 };
 
 void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
-              void* workspace, Stream stream) {
+              void* workspace, Stream stream, const DeviceProperties& device) {
   check_pointer("linear", "workspace", workspace);
   const auto groups = launch_groups(parts);
   std::vector<GemmPlan> plans;
   GemmWorkspace sizes;
   for (const auto& group : groups) {
-    plans.push_back(plan_group(plan_gemm, m, dtype, group));
+    plans.push_back(plan_group(plan_gemm, m, dtype, group, device));
     sizes.add(plans.back());
   }
   auto* const base = static_cast<std::byte*>(workspace);
   auto* flags = reinterpret_cast<std::uint32_t*>(base + sizes.x_bytes + sizes.partial_bytes);
   const LayerFormat& f = parts[0].weights.format;
-  pack_x({x, d, base, flags, static_cast<int>(sizes.flag_bytes / 4), static_cast<int>(m), plans[0].padded_m,
+  pack_x({x, d, base, flags, static_cast<int>(sizes.flag_bytes / 4), static_cast<int>(m), sizes.padded_m,
           static_cast<int>(f.k), f.block},
          dtype, stream);
   for (std::size_t i = 0; i < groups.size(); ++i) {
     GemmParams params = make_gemm_params(plans[i], groups[i]);
     params.x = base;
     params.m = static_cast<int>(m);
+    params.padded_m = sizes.padded_m;
     params.partials = reinterpret_cast<float*>(base + sizes.x_bytes);
     params.flags = flags;
     flags += plans[i].flag_bytes / 4;
@@ -193,14 +208,14 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
 }
 
 void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
-                void* workspace, Stream stream) {
+                void* workspace, Stream stream, const DeviceProperties& device) {
   for (const auto& group : launch_groups(parts)) {
-    const LaunchPlan full = plan_group(plan, m, dtype, group);
+    const LaunchPlan full = plan_group(plan, std::min<std::int64_t>(m, kMaxDecodeRows), dtype, group, device);
     if (full.k_launches > 1) check_pointer("linear", "workspace", workspace);
     const DecoderOps& ops = decoder_ops(full.field);
     for (std::int64_t row = 0; row < m; row += full.rows) {
       const int rows = static_cast<int>(std::min<std::int64_t>(full.rows, m - row));
-      const LaunchPlan part_plan = rows == full.rows ? full : plan_group(plan, rows, dtype, group);
+      const LaunchPlan part_plan = rows == full.rows ? full : plan_group(plan, rows, dtype, group, device);
       float* partial = part_plan.k_launches > 1 ? static_cast<float*>(workspace) : nullptr;
       GemvParams params = make_params(part_plan, x, d, group, partial, row, rows);
       for (int i = 0; i < part_plan.k_launches; ++i) {
@@ -215,22 +230,22 @@ void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std:
 
 }  // namespace
 
-std::int64_t linear_max_rows(const LayerFormat& format, DType dtype) {
+std::int64_t linear_max_rows(DType dtype) {
   if (dtype == DType::f32) return 0;
-  if (supports_gemm(current_device())) return kMaxLinearRows;
-  return supports_block(format.block) ? kMaxDecodeRows : 0;
+  return has_wgmma(current_device()) ? kMaxLinearRows : kMaxMmaRows;
 }
 
-std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts) {
+std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts,
+                                    const DeviceProperties& device) {
   std::int64_t bytes = 0;
   if (m == 0) return 0;
-  if (uses_gemm(m, parts[0].weights.format.block)) {
+  if (uses_gemm(m, parts, device)) {
     GemmWorkspace sizes;
-    for (const auto& group : launch_groups(parts)) sizes.add(plan_group(plan_gemm, m, dtype, group));
+    for (const auto& group : launch_groups(parts)) sizes.add(plan_group(plan_gemm, m, dtype, group, device));
     return sizes.bytes();
   }
   for (const auto& group : launch_groups(parts)) {
-    const LaunchPlan launch = plan_group(plan, m, dtype, group);
+    const LaunchPlan launch = plan_group(plan, std::min<std::int64_t>(m, kMaxDecodeRows), dtype, group, device);
     if (launch.k_launches == 1) continue;
     std::int64_t rows = 0;
     for (const LinearPart& part : group) rows += part.weights.format.n;
@@ -240,11 +255,11 @@ std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const
 }
 
 void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
-            void* workspace, Stream stream) {
+            void* workspace, Stream stream, const DeviceProperties& device) {
   check_parts(x, dtype, m, d, parts);
   if (m == 0) return;
-  uses_gemm(m, parts[0].weights.format.block) ? run_gemm(x, dtype, m, d, parts, workspace, stream)
-                                              : run_decode(x, dtype, m, d, parts, workspace, stream);
+  uses_gemm(m, parts, device) ? run_gemm(x, dtype, m, d, parts, workspace, stream, device)
+                              : run_decode(x, dtype, m, d, parts, workspace, stream, device);
 }
 
 }  // namespace higgs::cuda

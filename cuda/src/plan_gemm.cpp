@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <span>
 #include <string>
 
 #include "higgs/cuda/plan.h"
@@ -9,40 +10,74 @@ namespace {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Tokens per tile: the least padded work; a tile of 128 keeps the tensor cores less busy than one of 256.
-int tokens_of_tile(std::int64_t m, int most) {
+// Tokens per tile: the least padded work. Tiles of 256 keep the tensor cores busier than those of 128, if there are
+// enough of them: the sums of shared tiles cost as much as their tokens.
+int tokens_of_tile(std::int64_t m, std::span<const LayerFormat> matrices, int most, const DeviceProperties& device) {
   for (const int tokens : {16, 32, 64, 128}) {
     if (m <= tokens) return tokens;
   }
   if (most == 128) return 128;
   const std::int64_t wide = ceil_div(m, 256) * 256;
   const std::int64_t narrow = ceil_div(m, 128) * 128;
-  return 8 * wide <= 9 * narrow ? 256 : 128;
+  std::int64_t tiles = 0;
+  for (const LayerFormat& f : matrices)
+    tiles += ceil_div(f.n, gemm_rows(256, tiled_format(f).field) * gemm_cluster_size(256)) * (wide / 256);
+  const bool enough = 2 * tiles >= device.max_clusters(gemm_cluster_size(256));
+  return enough && 8 * wide <= 9 * narrow ? 256 : 128;
+}
+
+void set_wgmma_tile(GemmPlan& p, const LinearProblem& problem, const DeviceProperties& device) {
+  p.kernel = GemmKernel::wgmma;
+  p.tokens = tokens_of_tile(problem.m, problem.matrices, gemm_max_tokens(p.field, p.regular), device);
+  p.rows = gemm_rows(p.tokens, p.field);
+  p.cluster_size = gemm_cluster_size(p.tokens);
+}
+
+// Whether the mma kernel gives nearly every multiprocessor one slice of a tile of 32 tokens: there it is faster than
+// the wgmma kernel, whose smaller tiles take a second round.
+bool one_slice_each(const LinearProblem& problem, const TiledFormat& t, const DeviceProperties& device) {
+  if (problem.m <= kMaxDecodeRows || problem.m > 32) return false;
+  std::int64_t slices = 0;
+  for (const LayerFormat& f : problem.matrices) slices += ceil_div(f.n, kMmaRows) * t.slices;
+  return slices <= device.multiprocessors && 4 * slices > 3 * device.multiprocessors;
+}
+
+void set_mma_tile(GemmPlan& p, std::int64_t m, const DeviceProperties& device) {
+  p.kernel = GemmKernel::mma;
+  p.tokens = m <= 32 ? 32 : 64;
+  p.rows = kMmaRows;
+  if (device.shared_bytes_per_block < kMmaSharedBytes) {
+    throw Error(ErrorCode::unsupported, "linear: " + device.name + " has " +
+                                            std::to_string(device.shared_bytes_per_block) +
+                                            " bytes of shared memory per block; 96 KB are needed");
+  }
 }
 
 }  // namespace
 
-bool supports_gemm(const DeviceProperties& device) { return device.sm() == 90; }
+bool has_wgmma(const DeviceProperties& device) { return device.sm() == 90; }
 
 GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device) {
   check_matrices(problem);
   if (problem.m < 1) {
     throw Error(ErrorCode::invalid_argument, "linear: m = " + std::to_string(problem.m) + " rows of x; use 1 or more");
   }
-  if (!supports_gemm(device)) {
-    throw Error(ErrorCode::unsupported, "linear: the kernel for m > 16 needs sm_90, not sm_" +
-                                            std::to_string(device.sm()) + "; use dequantize_rotated and any GEMM");
-  }
   const TiledFormat t = tiled_format(problem.matrices[0]);
   GemmPlan p;
   p.field = t.field;
   p.dtype = problem.dtype;
   p.regular = t.regular(problem.matrices[0]);
-  p.tokens = tokens_of_tile(problem.m, gemm_max_tokens(t.field, p.regular));
-  p.rows = gemm_rows(p.tokens);
+  if (p.field.trellis() && !has_wgmma(device)) {
+    throw Error(ErrorCode::unsupported, "linear: the GEMM of trellis grids needs sm_90, not sm_" +
+                                            std::to_string(device.sm()));
+  }
+  if (p.field.trellis() || (has_wgmma(device) && !one_slice_each(problem, t, device))) {
+    set_wgmma_tile(p, problem, device);
+  } else {
+    set_mma_tile(p, problem.m, device);
+  }
   p.padded_m = static_cast<int>(ceil_div(problem.m, p.tokens) * p.tokens);
   p.slices = t.slices;
-  p.cluster_size = gemm_cluster_size(p.tokens);
   int row_blocks = 0;
   for (const LayerFormat& f : problem.matrices) {
     p.row_blocks.push_back(static_cast<int>(ceil_div(f.n, p.rows * p.cluster_size)));
@@ -54,14 +89,17 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
   const int rounds = p.tiles / p.clusters;
   p.split_tiles = p.tiles % p.clusters == 0 ? 0 : p.tiles - std::max(0, rounds - 1) * p.clusters;
   p.x_bytes = problem.matrices[0].k * p.padded_m * 2;
-  p.partial_bytes = std::int64_t{p.ctas()} * p.rows * p.tokens * 4;
-  p.flag_bytes = std::int64_t{p.ctas()} * (p.rows / 64) * 4;
+  // Sets of partial sums, and one flag per set and warpgroup: of the mma kernel a set for the tile with which a CTA
+  // begins and one for the tile with which it ends.
+  const std::int64_t sets = p.kernel == GemmKernel::mma ? 2 * p.ctas() : p.ctas();
+  p.partial_bytes = sets * p.rows * p.tokens * 4;
+  p.flag_bytes = sets * (p.rows / (p.kernel == GemmKernel::mma ? 128 : 64)) * 4;
   return p;
 }
 
 std::string GemmPlan::to_string() const {
-  std::string s =
-      "gemm field " + std::to_string(field.bits) + "b/" + std::to_string(field.weights) + "w " + name_of(dtype);
+  std::string s = std::string("gemm ") + (kernel == GemmKernel::mma ? "mma" : "wgmma") + " field " +
+                  std::to_string(field.bits) + "b/" + std::to_string(field.weights) + "w " + name_of(dtype);
   const auto add = [&](const char* name, std::int64_t value) {
     s += std::string(" ") + name + "=" + std::to_string(value);
   };

@@ -26,7 +26,8 @@ FieldShape find_shape(const Grid& grid) noexcept {
   for (const int weights : {4, 2, 1}) {
     if (weights % grid.p != 0) continue;
     const int field = weights / grid.p * bits;
-    const bool fits = weights == 2 ? field >= 5 && field <= 12 : field == 8;
+    const bool fits =
+        weights == 2 ? field >= 5 && field <= 12 : field == 8 || (weights == 4 && (field == 4 || field == 6));
     if (fits) return {field, weights};
   }
   return {};
@@ -39,7 +40,7 @@ FieldShape field_shape(const Grid& grid) {
   if (shape.bits > 0) return shape;
   throw Error(ErrorCode::unsupported, "grid " + std::string(grid.name) +
                                           " has no CUDA decoder; p = 1 supports 2-6 and 8 index bits, p = 2 supports "
-                                          "4-12, p = 4 supports 8, of trellis grids a2_b4 to a2_b8 are supported");
+                                          "2-12, p = 4 supports 4, 6 and 8, of trellis grids a2_b4 to a2_b8 are supported");
 }
 
 bool supports_grid(const Grid& grid) noexcept { return find_shape(grid).bits > 0; }

@@ -7,6 +7,7 @@
 
 #include "fwht.cuh"
 #include "higgs/hadamard.h"
+#include "numeric.cuh"
 
 namespace higgs::cuda {
 
@@ -30,6 +31,34 @@ inline BlockTransform block_transform(int block) {
 // Number of chunks of a row.
 __host__ __device__ inline std::int64_t chunks_of(const BlockTransform& t, std::int64_t k) {
   return (k + t.columns - 1) / t.columns;
+}
+
+// v[j] = vector[32 lane + j] * in[32 lane + j] of a chunk with `count` columns (0 beyond); vector may be null. Loads
+// are coalesced, the products change lanes through scratch (kChunkScratch words of this warp).
+template <typename In>
+__device__ __forceinline__ void load_chunk(const In* in, const float* vector, int64_t count, float* scratch, int lane,
+                                           float (&v)[32]) {
+  constexpr int kPieces = 4;  // of 8 values per lane
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const int column = 8 * (lane + kLanes * i);
+    float x[8] = {};
+    if (column < count) {
+      load_values(in + column, x);
+      if (vector != nullptr) {
+        float d[8];
+        load_values(vector + column, d);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) x[j] = __fmul_rn(d[j], x[j]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) scratch[column / 32 * 33 + column % 32 + j] = x[j];
+  }
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < 32; ++j) v[j] = scratch[lane * 33 + j];
+  __syncwarp();
 }
 
 // In and out as in warp_fwht; values from t.columns on are not transformed.

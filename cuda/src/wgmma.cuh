@@ -125,11 +125,6 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// Barrier `id` among `threads` threads of the block.
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Four 8 x 8 matrices of 16-bit values in accumulator order, stored transposed: row i of matrix j at the address of
 // lane 8 j + i.
 __device__ __forceinline__ void store_transposed(void* to, const uint32_t (&v)[4]) {

@@ -149,7 +149,7 @@ def linear_tiled(
     grids: list[str], rows: list[int], groups: list[int], block: int,
 ) -> list[Tensor]:  # fmt: skip
     """Up to ``linear_max_rows`` rows of x: the kernels. More (for float32 and, on other GPUs than sm_90,
-    m > 16): x is rotated once, the weights are decoded in pieces of at most 64 MiB and multiplied by torch."""
+    m > 512): x is rotated once, the weights are decoded in pieces of at most 64 MiB and multiplied by torch."""
     k = input_vector.shape[0]
     check_x(x, k, input_vector)
     check("input_vector", input_vector, (k,), _VECTOR, x)
@@ -158,7 +158,7 @@ def linear_tiled(
     prepared = [_prepared_bias(next(given), n, x) if has else None for has, n in zip(has_bias, rows, strict=True)]
     x = _aligned(x)
     m, code = x.numel() // k, DTYPE_CODES[x.dtype]
-    if m > _max_rows(formats, code, x.device.index):
+    if m > _max_rows(code, x.device.index):
         rotated = _rotate(x.view(-1, k), input_vector, block, x.dtype)
         parts = zip(formats, tiled, prepared, rows, strict=True)
         ys = [_matmul_rotated(rotated, core, weights, bias, n) for core, weights, bias, n in parts]
@@ -211,9 +211,9 @@ def _tiled_formats(
 
 
 @cache
-def _max_rows(formats: tuple[_core.Format, ...], code: int, device: int) -> int:
+def _max_rows(code: int, device: int) -> int:
     with torch.cuda.device(device):
-        return min(_core.cuda_linear_max_rows(core, code) for core in formats)
+        return _core.cuda_linear_max_rows(code)
 
 
 @lru_cache(maxsize=4096)

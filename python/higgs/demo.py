@@ -62,7 +62,7 @@ def run(work_dir: str | Path, windows: int = 4, progress: Progress | None = None
     rows += _baseline_rows(model, size, ids, progress)
     del model
 
-    energies = energies_for(source, "random", progress=progress)
+    energies = energies_for(source, "random", progress=progress)  # quicker than text that the model samples
     sentence = ""
     for bits, scaled in ((2, True), (3, True), (4, False), (4, True), (8, True)):
         out = work_dir / f"higgs-{bits}bit{'' if scaled else '-unscaled'}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from . import _core
@@ -29,6 +31,25 @@ def pick_device(name: str) -> torch.device:
     index = device.index or 0
     if index >= torch.cuda.device_count():
         raise UnsupportedError(f"device {name!r} cannot be used: there are {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def rank_device(name: str) -> torch.device:
+    """Where a rank of ``torchrun`` runs an unquantized model: "cpu", or "cuda", the device of the rank's number on this
+    machine (the first without ``torchrun``).
+
+    Raises ValueError for another name, UnsupportedError if there is no such device.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise ValueError(f"device {name!r} is not supported; use cpu or cuda")
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise UnsupportedError(
+            f"device 'cuda' cannot be used by process {index} of this machine: torch finds {count} CUDA devices, and "
+            "every process needs its own"
+        )
     return torch.device("cuda", index)
 
 

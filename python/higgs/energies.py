@@ -3,7 +3,8 @@
 The rotation spreads a block's rounding error evenly over its columns, also onto the few whose activations are huge.
 With input energies a_j = E x_j^2 and weight energies b_j = mean_i w_ij^2 the expected output error of W diag(s)
 quantized and x / s multiplied is proportional to ``sum_j a_j / s_j^2 * sum_j b_j s_j^2``, least at
-``s_j = (a_j / b_j)^(1/4)``. The a_j are gathered over random tokens unless told otherwise: the method needs no data.
+``s_j = (a_j / b_j)^(1/4)``. The a_j are gathered over text that the model samples unless told otherwise: the method
+needs no data.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Energies:
 
     energies: dict[str, Tensor]
     shared: list[list[str]]  # every layer in exactly one list
-    source: str  # "random" or the name of the text
+    source: str  # "self", "random" or the name of the text
 
     def inputs_of(self, layers: Container[str]) -> list[list[str]]:
         """Those of ``layers`` whose input energy is known, the readers of one input in one list."""
@@ -83,20 +84,23 @@ def self_tokens(
 ) -> Tensor:
     """Text that the model samples itself, each sequence from a random first token: int64 [tokens // context, context].
 
-    As free of data as random tokens, and nearer to what the model will see; it takes ``context`` decoding steps.
+    As free of data as random tokens, and nearer to what the model will see; it takes ``context`` decoding steps. A
+    model whose logits are NaN gets any tokens: its energies will be NaN, for which there are messages.
     """
     progress = progress or NullProgress()
     generator = torch.Generator().manual_seed(seed)
     ids = random_tokens(_vocab_size(model), tokens, context, seed)[:, :1]
     device = next(model.parameters()).device
-    cache, last = None, ids
+    cache: dict[str, Any] = {}
+    inputs = ids
     progress.start("sample tokens", context - 1)
     for _ in range(context - 1):
-        output = model(last.to(device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        probabilities = output.logits[:, -1].float().softmax(-1).cpu()
+        output = model(inputs.to(device), use_cache=True, **cache)
+        probabilities = output.logits[:, -1].float().softmax(-1).nan_to_num(nan=1.0).cpu()
         last = torch.multinomial(probabilities, 1, generator=generator)
         ids = torch.cat([ids, last], 1)
+        past = getattr(output, "past_key_values", None)
+        cache, inputs = ({}, ids) if past is None else ({"past_key_values": past}, last)
         progress.advance()
     progress.finish()
     return ids
@@ -261,7 +265,7 @@ def energies_for(
 ) -> Energies | None:
     """The input energies that ``--scales`` asks for.
 
-    "none"; "random" (tokens), "self" (text sampled from the model) or a text file, which run the model in ``model_dir``
+    "none"; "self" (text sampled from the model), "random" (tokens) or a text file, which run the model in ``model_dir``
     with transformers; or a file of energies (.safetensors). UnsupportedError says why where the model cannot be run
     (transformers missing, unknown architecture, not enough memory). ``device``: see
     :func:`~higgs.devices.pick_device`.
@@ -271,7 +275,7 @@ def energies_for(
     if scales.endswith(".safetensors"):
         return Energies.load(scales)
     if scales not in ("random", "self") and not Path(scales).is_file():
-        raise ValueError(f"scales {scales!r}: use random, self, none, a text file or a .safetensors file of energies")
+        raise ValueError(f"scales {scales!r}: use self, random, none, a text file or a .safetensors file of energies")
     model = _load_model(Path(model_dir), pick_device(device))
     if scales in ("random", "self"):
         return own_energies(model, scales, tokens=tokens, seed=seed, progress=progress)
@@ -286,7 +290,7 @@ def _vocab_size(model: Any) -> int:
 def own_energies(
     model: nn.Module, source: str, *, tokens: int = 8192, seed: int = 0, progress: Progress | None = None
 ) -> Energies:
-    """Energies without data: over "random" tokens, or over text the model samples itself ("self")."""
+    """Energies without data: over text the model samples itself ("self"), or over "random" tokens."""
     if source == "self":
         ids = self_tokens(model, tokens, seed=seed, progress=progress)
     else:

@@ -111,4 +111,5 @@ def run_jobs(
     progress.finish()
     team.wait_for_all()
     done = finished_jobs(folder)
+    team.wait_for_all()  # nobody removes the folder before everybody has read
     return {job: done[job] for job in jobs}

@@ -34,7 +34,7 @@ def quantize_(
     bits: float | None = None,
     grid: str | None = None,
     allocation: Mapping[str, str] | None = None,
-    scales: str | Energies = "random",
+    scales: str | Energies = "self",
     scale_exponent: float = 0.25,
     skip: Iterable[str] = (),
     block: int | None = None,
@@ -49,8 +49,8 @@ def quantize_(
     name}; other layers stay) says what to use. The output head is left alone unless ``allocation`` names it, and so are
     layers whose name matches a regular expression in ``skip``.
 
-    ``scales``: column scales from input energies over "random" tokens (the model is run) or over text sampled from the
-    model ("self": slower, a little better), from an :class:`~higgs.energies.Energies`, or "none".
+    ``scales``: column scales from input energies over text that the model samples ("self") or over "random" tokens
+    (quicker, a little worse), for both of which it is run; from an :class:`~higgs.energies.Energies`; or "none".
 
     Layers with in_features not divisible by 64 stay as they are and are reported; with ``strict`` they are an error.
     Nothing is replaced if any layer fails.
@@ -174,7 +174,7 @@ def _energies(model: nn.Module, scales: str | Energies, seed: int, progress: Pro
     if scales == "none":
         return None
     if scales not in ("random", "self"):
-        raise ValueError(f"scales {scales!r} is not supported; use 'random', 'self', 'none' or an Energies object")
+        raise ValueError(f"scales {scales!r} is not supported; use 'self', 'random', 'none' or an Energies object")
     if getattr(model, "config", None) is None:
         raise UnsupportedError(f"scales={scales!r} needs a model with a config (vocab_size); use 'none' or Energies")
     return own_energies(model, scales, seed=seed, progress=progress)

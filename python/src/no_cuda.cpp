@@ -32,10 +32,13 @@ void quantize(const void*, DType, const LayerFormat&, const std::uint16_t*, std:
 }
 void repack(const PackedView&, std::byte*, Stream) { unsupported(); }
 void unrepack(const TiledView&, std::uint8_t*, std::uint16_t*, Stream) { unsupported(); }
-void linear(const void*, DType, std::int64_t, const float*, std::span<const LinearPart>, void*, Stream) {
+void linear(const void*, DType, std::int64_t, const float*, std::span<const LinearPart>, void*, Stream,
+            const DeviceProperties&) {
   unsupported();
 }
-std::int64_t linear_max_rows(const LayerFormat&, DType) { unsupported(); }
-std::int64_t linear_workspace_bytes(std::int64_t, DType, std::span<const LinearPart>) { unsupported(); }
+std::int64_t linear_max_rows(DType) { unsupported(); }
+std::int64_t linear_workspace_bytes(std::int64_t, DType, std::span<const LinearPart>, const DeviceProperties&) {
+  unsupported();
+}
 
 }  // namespace higgs::cuda

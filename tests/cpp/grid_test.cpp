@@ -51,9 +51,9 @@ double exact_t2(const Grid& g) {
 }
 
 TEST(Grid, EveryPromisedGridExists) {
-  const std::set<std::string_view> promised = {"p1_n4",    "p1_n8",    "p1_n16",   "p1_n32",  "p1_n64",  "p1_n256",
-                                               "p2_n16",   "p2_n32",   "p2_n64",   "p2_n128", "p2_n256", "p2_n512",
-                                               "p2_n1024", "p2_n2048", "p2_n4096", "p4_n256", "ch8"};
+  const std::set<std::string_view> promised = {
+      "p1_n4",   "p1_n8",   "p1_n16",   "p1_n32",   "p1_n64",   "p1_n256", "p2_n16", "p2_n32",  "p2_n64", "p2_n128",
+      "p2_n256", "p2_n512", "p2_n1024", "p2_n2048", "p2_n4096", "p4_n16",  "p4_n64", "p4_n256", "ch8"};
   std::set<std::string_view> names;
   for (const Grid& g : grids()) EXPECT_TRUE(names.insert(g.name).second) << g.name << " twice";
   for (const std::string_view name : promised) EXPECT_TRUE(names.contains(name)) << name;
@@ -222,10 +222,12 @@ TEST(Grid, ForBitsIsTheBestOfThatRate) {
       EXPECT_TRUE(g.rate() != rate || best.t2 <= g.t2) << rate << " " << g.name;
   }
   EXPECT_EQ(grid_for_bits(4).name, "p2_n256");
+  EXPECT_EQ(grid_for_bits(1).name, "p4_n16");
+  EXPECT_EQ(grid_for_bits(1.5).name, "p4_n64");
   EXPECT_EQ(grid_for_bits(2).name, "p4_n256");
   EXPECT_EQ(grid_for_bits(8).name, "p1_n256");
   for (const double bits : {0.0, -1.0, 3.1, 16.0, std::numeric_limits<double>::quiet_NaN()}) {
-    expect_error(ErrorCode::invalid_argument, {"bits", "2, 2.5, 3"}, [&] { (void)grid_for_bits(bits); });
+    expect_error(ErrorCode::invalid_argument, {"bits", "1, 1.5, 2, 2.5, 3"}, [&] { (void)grid_for_bits(bits); });
   }
   expect_error(ErrorCode::invalid_argument, {"3.1"}, [] { (void)grid_for_bits(3.1); });
 }

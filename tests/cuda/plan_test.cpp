@@ -83,7 +83,7 @@ TEST(Plan, EveryInstanceIsReachable) {
     const FieldShape s = field_shape(grid);
     seen.insert({s.bits, s.weights, s.shift});
   }
-  EXPECT_EQ(seen.size(), 15u);
+  EXPECT_EQ(seen.size(), 17u);
 }
 
 TEST(Plan, MatricesThatShareXGetClustersInProportion) {
@@ -108,49 +108,76 @@ TEST(Plan, FullSlicesInOneScaleGroupUseTheRegularInstance) {
   EXPECT_FALSE(plan({1, DType::f16, {&f, 1}}, kDevices[3]).regular);
 }
 
+void expect_valid(const GemmPlan& p, const LayerFormat& f, std::int64_t m, const DeviceProperties& d) {
+  if (p.kernel == GemmKernel::wgmma) {
+    EXPECT_TRUE(has_wgmma(d));
+    EXPECT_LE(p.tokens, gemm_max_tokens(p.field, p.regular));
+  } else {
+    EXPECT_TRUE(p.tokens == 32 || p.tokens == 64) << "no such instance";
+    EXPECT_EQ(p.rows, kMmaRows);
+    EXPECT_EQ(p.cluster_size, 1);
+    EXPECT_LE(kMmaSharedBytes, d.shared_bytes_per_block);
+  }
+  EXPECT_GE(p.padded_m, m);
+  EXPECT_EQ(p.padded_m % p.tokens, 0);
+  EXPECT_LE(p.ctas(), d.multiprocessors);
+  EXPECT_GE(std::int64_t{p.row_blocks[0]} * p.rows * p.cluster_size, f.n);
+  EXPECT_EQ(p.tiles, p.row_blocks[0] * (p.padded_m / p.tokens));
+  // Whole tiles go round by round; the others slice by slice, and no cluster gets two slices more than another.
+  EXPECT_EQ((p.tiles - p.split_tiles) % p.clusters, 0);
+  EXPECT_EQ(p.slices_per_cluster() * p.clusters + p.longer_clusters(), p.split_tiles * p.slices);
+  EXPECT_LT(p.longer_clusters(), p.clusters);
+  EXPECT_EQ(p.x_bytes % 16, 0);
+  EXPECT_EQ(p.partial_bytes % 16, 0);
+}
+
 TEST(Plan, GemmSharesOutAllSlices) {
-  const DeviceProperties& d = kDevices[3];
-  for (const Grid& grid : grids()) {
-    if (!supports_grid(grid)) continue;
-    for (const std::int64_t k : {64, 192, 576, 4096, 11008, 64 * 1001}) {
-      for (const std::int64_t n : {0, 1, 17, 576, 4096, 128256}) {
-        for (const std::int64_t m : {1, 17, 32, 64, 65, 128, 200, 256, 300, 4096}) {
-          const LayerFormat f = format(grid, n, k);
-          const GemmPlan p = plan_gemm({m, DType::bf16, {&f, 1}}, d);
-          SCOPED_TRACE(std::string(grid.name) + " " + std::to_string(m) + " x " + std::to_string(n) + " x " +
-                       std::to_string(k) + ": " + p.to_string());
-          EXPECT_LE(p.tokens, gemm_max_tokens(p.field, p.regular));
-          EXPECT_GE(p.padded_m, m);
-          EXPECT_EQ(p.padded_m % p.tokens, 0);
-          EXPECT_LE(p.ctas(), d.multiprocessors);
-          EXPECT_GE(std::int64_t{p.row_blocks[0]} * p.rows * p.cluster_size, n);
-          EXPECT_EQ(p.tiles, p.row_blocks[0] * (p.padded_m / p.tokens));
-          // Whole tiles go round by round; the others slice by slice, and no cluster gets two slices more than another.
-          EXPECT_EQ((p.tiles - p.split_tiles) % p.clusters, 0);
-          EXPECT_EQ(p.slices_per_cluster() * p.clusters + p.longer_clusters(), p.split_tiles * p.slices);
-          EXPECT_LT(p.longer_clusters(), p.clusters);
-          EXPECT_EQ(p.x_bytes % 16, 0);
-          EXPECT_EQ(p.partial_bytes % 16, 0);
+  for (const DeviceProperties& d : kDevices) {
+    for (const Grid& grid : grids()) {
+      if (!supports_grid(grid) || (grid.trellis != nullptr && !has_wgmma(d))) continue;
+      for (const std::int64_t k : {64, 192, 576, 4096, 11008, 64 * 1001}) {
+        for (const std::int64_t n : {0, 1, 17, 576, 4096, 128256}) {
+          for (const std::int64_t m : {1, 17, 32, 64, 65, 128, 200, 256, 300, 4096}) {
+            const LayerFormat f = format(grid, n, k);
+            const GemmPlan p = plan_gemm({m, DType::bf16, {&f, 1}}, d);
+            SCOPED_TRACE(d.name + " " + std::string(grid.name) + " " + std::to_string(m) + " x " + std::to_string(n) +
+                         " x " + std::to_string(k) + ": " + p.to_string());
+            expect_valid(p, f, m, d);
+          }
         }
       }
     }
   }
 }
 
-TEST(Plan, GemmNeedsItsArchitecture) {
-  const LayerFormat f = format(find_grid("p2_n256"), 4096, 4096);
+TEST(Plan, GemmKernelByArchitecture) {
+  const auto kernel = [](std::int64_t m, std::int64_t n, const DeviceProperties& d) {
+    const LayerFormat f = format(find_grid("p2_n256"), n, 4096);
+    return plan_gemm({m, DType::f16, {&f, 1}}, d).kernel;
+  };
   for (const DeviceProperties& d : kDevices) {
-    if (supports_gemm(d)) {
-      EXPECT_EQ(plan_gemm({64, DType::f16, {&f, 1}}, d).tokens, 64);
-      continue;
-    }
-    try {
-      (void)plan_gemm({64, DType::f16, {&f, 1}}, d);
-      FAIL() << "accepted on " << d.name;
-    } catch (const Error& e) {
-      EXPECT_EQ(e.code(), ErrorCode::unsupported);
-      EXPECT_NE(std::string(e.what()).find(d.name), std::string::npos) << e.what();
-    }
+    const bool hopper = d.sm() == 90;
+    EXPECT_EQ(kernel(64, 4096, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
+    EXPECT_EQ(kernel(16, 4096, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
+    EXPECT_EQ(kernel(32, 28672, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
+    EXPECT_EQ(kernel(32, 1024, d), hopper ? GemmKernel::wgmma : GemmKernel::mma) << d.name;
+    EXPECT_EQ(kernel(32, 4096, d), GemmKernel::mma) << d.name;  // 16 tiles x 8 slices for 132 multiprocessors
+  }
+}
+
+TEST(Plan, GemmTakesBlocksWithAnOddFactor) {
+  const LayerFormat f{&find_grid("p2_n256"), 64, 576, 576, 576, 0};
+  for (const DeviceProperties& d : kDevices) expect_valid(plan_gemm({3, DType::f16, {&f, 1}}, d), f, 3, d);
+}
+
+TEST(Plan, GemmNeedsSharedMemory) {
+  const LayerFormat f = format(find_grid("p2_n256"), 4096, 4096);
+  try {
+    (void)plan_gemm({64, DType::f16, {&f, 1}}, device(7, 5, 40, 64));
+    FAIL() << "accepted";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ErrorCode::unsupported);
+    EXPECT_NE(std::string(e.what()).find("sm_75 has 65536 bytes"), std::string::npos) << e.what();
   }
 }
 

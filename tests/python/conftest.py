@@ -94,6 +94,14 @@ def run_python(code: str, *args: object, **kwargs) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
+def torchrun(*words: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``torchrun WORDS`` with two ranks."""
+    code = "import runpy, sys; sys.argv[0] = 'torchrun'; runpy.run_module('torch.distributed.run', run_name='__main__')"
+    child = run_python(code, "--standalone", "--nproc-per-node", 2, *words)
+    out, err = child.communicate(timeout=200)
+    return child.returncode, out, err
+
+
 def load(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory, by the safetensors library."""
     return {name: t for file in sorted(path.glob("*.safetensors")) for name, t in load_file(file).items()}

@@ -65,7 +65,7 @@ def test_groups():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(0, 10), min_size=7, max_size=21), st.floats(2.3, 8.5), st.booleans())
+@given(st.lists(st.floats(0, 10), min_size=7, max_size=21), st.floats(1.3, 8.5), st.booleans())
 def test_budget_and_ties_hold(alphas, bits, untie):
     sensitivities = model(*alphas)
     plan = plan_allocation(sensitivities, bits=bits, untie=untie)
@@ -123,8 +123,8 @@ def test_other_budgets():
 
 
 def test_budgets_out_of_reach_name_the_range():
-    with pytest.raises(ValueError, match=r"1.5000 bits a weight .* this menu allows 2.\d{4} to 8.\d{4} bits a weight"):
-        plan_allocation(model(*[0.1] * 7), bits=1.5)
+    with pytest.raises(ValueError, match=r"1.1000 bits a weight .* this menu allows 1.\d{4} to 8.\d{4} bits a weight"):
+        plan_allocation(model(*[0.1] * 7), bits=1.1)
     for bad in (0.0, -3.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="use a positive number"):
             plan_allocation(model(0.1), bits=bad)
@@ -160,6 +160,21 @@ def test_low_rate_correction_meets_published_perplexities():
     for t2, published in ((0.00775, 6.015), (0.0212, 7.110)):  # 0.0212: of 90 points
         linear, low_rate = (5.607 * math.exp(total * x) for x in (t2, corrected(t2)))
         assert abs(low_rate - published) < 0.5 * abs(linear - published)
+
+
+def test_grids_below_two_bits_are_for_budgets_that_need_them():
+    sensitivities = model(*[0.01 * 3**i for i in range(7)])
+    usual = [g for g in grid_menu() if g.rate >= 2]
+    low = {g.name for g in grid_menu()} - {g.name for g in usual}
+    least = plan_allocation(sensitivities, bits=8, menu=grid_menu(["p4_n256"])).bits
+    for bits in (least, 2.5, 4):
+        plan = plan_allocation(sensitivities, bits=bits)
+        assert plan == plan_allocation(sensitivities, bits=bits, menu=usual) and plan.objective == "linear"
+    plan = plan_allocation(sensitivities, bits=least - 0.01)
+    assert set(plan.grids.values()) & low and plan.objective == "corrected"
+    assert plan == plan_allocation(sensitivities, bits=least - 0.01, menu=grid_menu(), low_rate=True)
+    fixed = plan_allocation(sensitivities, bits=4, fixed={"o_proj": "p4_n16"})
+    assert fixed.grids["layers.0.self_attn.o_proj"] == "p4_n16"
 
 
 def test_menu():
@@ -210,7 +225,7 @@ def test_plan_command(tmp_path):
     text = run("plan", LLAMA, "--bits", 3.25).stdout
     assert "model.layers.1.mlp.down_proj" in text and "(the optimum)" in text and "perplexity 6.2" in text
     refused = run("plan", LLAMA, "--bits", 1)
-    assert refused.exit_code == 1 and "this menu allows 2.01" in refused.stderr
+    assert refused.exit_code == 1 and "this menu allows 1.01" in refused.stderr
     assert "form REGEX=GRID" in run("plan", LLAMA, "--bits", 3, "--fix", "x").stderr
     assert "no sensitivities file" in run("plan", tmp_path / "none.json", "--bits", 3).stderr
     table = tmp_path / "latencies.jsonl"

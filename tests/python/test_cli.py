@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import higgs
 import higgs.checkpoint
 import pytest
 import torch
-from conftest import DATA, make_checkpoint, run_python
+from conftest import DATA, load, make_checkpoint, run_python, write_checkpoint
 from higgs import UnsupportedError, demo
 from higgs.cli.app import app
 from higgs.cli.output import LineProgress, to_json
@@ -108,14 +109,14 @@ def test_options_reach_the_checkpoint(checkpoint, tmp_path):
     }  # fmt: skip
 
 
-def test_scales_default_to_random_tokens(checkpoint, tmp_path, fake_energies):
+def test_scales_default_to_sampled_text(checkpoint, tmp_path, fake_energies):
     report = run_json("quantize", checkpoint, "-o", tmp_path / "out", "--seed", 3, "--scale-tokens", 1024)
-    assert fake_energies == [("random", 1024, 3)]
+    assert fake_energies == [("self", 1024, 3)]
     scaled = {x["layer"].rsplit(".", 1)[1] for x in report["layers"] if x["column_scale"]}
     assert scaled == {"q_proj", "o_proj", "up_proj", "down_proj"}
     assert any("for want of input energies" in note for note in report["notes"])
     card = (tmp_path / "out/README.md").read_text()
-    assert "--seed 3 --scales random --scale-tokens 1024 --scale-exponent 0.25" in card
+    assert "--seed 3 --scales self --scale-tokens 1024 --scale-exponent 0.25" in card
     run_json("quantize", checkpoint, "-o", tmp_path / "out", "--seed", 3, "--scale-tokens", 1024)
     assert len(fake_energies) == 1  # complete: no forward pass
 
@@ -130,7 +131,9 @@ def test_scales_from_a_text_and_from_a_file(checkpoint, tmp_path, fake_energies)
     saved = tmp_path / "e.safetensors"
     made = run_json("energies", checkpoint, "-o", saved, "--tokens", 512)
     assert made == {"output": str(saved), "layers": 8, "inputs": 8, "source": "random"}
-    assert fake_energies[1] == ("random", 512, 0)
+    assert fake_energies[1] == ("self", 512, 0)
+    run_json("energies", checkpoint, "-o", saved, "--text", "random")
+    assert fake_energies.pop() == ("random", 8192, 0)
     run_json("quantize", checkpoint, "-o", tmp_path / "b", "--scales", saved)
     assert len(fake_energies) == 2
     assert "--scales e.safetensors --scale-exponent" in (tmp_path / "b/README.md").read_text()
@@ -148,6 +151,17 @@ def test_model_that_cannot_be_run(checkpoint, tmp_path, monkeypatch):
     assert result.exit_code == 1 and result.stderr.endswith("error: it has no tokenizer\n")
 
 
+def test_nan_in_a_weight_is_named_with_the_default_scales(tmp_path):
+    """The model that is run for them gives NaN, and must not stop in the middle."""
+    tensors = load(make_checkpoint(tmp_path / "good"))
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = float("nan")
+    config = json.loads((tmp_path / "good/config.json").read_text())
+    source = write_checkpoint(tmp_path / "source", tensors, config)
+    result = run("quantize", source, "-o", tmp_path / "out")
+    message = r"tensor model.layers.1.self_attn.v_proj.weight: weight \[3, 5\] is nan"
+    assert result.exit_code == 1 and re.search(message, result.stderr)
+
+
 def test_strict(tmp_path):
     source = make_checkpoint(tmp_path / "source", intermediate=172)
     assert len(run_json("quantize", source, "-o", tmp_path / "a", "--scales", "none")["skipped"]) == 2
@@ -159,7 +173,7 @@ def test_strict(tmp_path):
     ("words", "message"),
     [
         (["--grid", "p3_n7"], "p3_n7"),
-        (["--bits", "1.3"], "1.3 bits a weight are less than the lowest rate of the menu, 2"),
+        (["--bits", "0.9"], "0.9 bits a weight are less than the lowest rate of the menu, 1"),
         (["--bits", "4", "--grid", "p2_n256"], "both given"),
         (["--block", "96"], "block"),
         (["--seed", "-1"], "seed -1"),

@@ -8,10 +8,12 @@ from pathlib import Path
 import higgs
 import pytest
 import torch
-from conftest import DATA, make_checkpoint
+from conftest import DATA, make_checkpoint, torchrun
 from higgs import _core, evaluate
+from higgs.checkpoint.measure import MeasureOptions, measure_checkpoint
 from higgs.cli.app import app
 from higgs.linear import HiggsLinear
+from higgs.sensitivity import Sensitivities
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -123,6 +125,32 @@ def test_checkpoint_quantized_on_the_device(tmp_path: Path) -> None:
         quantize_checkpoint(source, tmp_path / device, bits=4, device=device)
     weights = [(tmp_path / device / "model.safetensors").read_bytes() for device in ("cpu", "cuda")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("fisher", 2e-2), ("noise", 2e-3)])  # labels may differ
+def test_sensitivities_measured_on_the_device(tmp_path: Path, method: str, tolerance: float) -> None:
+    source = make_checkpoint(tmp_path / "source", dtype=torch.float32)
+    options = MeasureOptions(method=method, text="random", tokens=2048, context=64, levels=(0.01, 0.04), lm_head=True)
+    cpu, cuda = (measure_checkpoint(source, tmp_path / d, options, device=d).alphas for d in ("cpu", "cuda"))
+    assert len(cuda) == 15 and cuda == pytest.approx(cpu, rel=tolerance)
+
+
+def test_sensitivities_from_text_sampled_on_the_device(stories260k: Path, tmp_path: Path) -> None:
+    options = MeasureOptions(tokens=1024, context=64, scales="self")
+    cpu, cuda = (measure_checkpoint(stories260k, tmp_path / d, options, device=d).alphas for d in ("cpu", "cuda"))
+    assert sum(cuda.values()) == pytest.approx(sum(cpu.values()), rel=0.3)  # other samples
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+@pytest.mark.parametrize("method", ["fisher", "noise"])
+def test_ranks_measure_on_devices_of_their_own(tmp_path: Path, method: str) -> None:
+    source = make_checkpoint(tmp_path / "source", dtype=torch.float32)
+    options = MeasureOptions(method=method, text="random", tokens=8192, context=64, levels=(0.01,))
+    one = measure_checkpoint(source, tmp_path / "one.json", options, device="cuda")
+    words = ["measure", source, "-o", tmp_path / "two.json", "--method", method, "--text", "random", "--tokens", 8192]
+    code, _, err = torchrun("-m", "higgs.cli", *words, "--context", 64, "--levels", "0.01", "--device", "cuda")
+    assert code == 0, err
+    assert Sensitivities.load(tmp_path / "two.json").alphas == pytest.approx(one.alphas, rel=1e-5)
 
 
 def test_commands(stories260k: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA, load, make_checkpoint, random_energies, run_python
+from conftest import DATA, load, make_checkpoint, random_energies, torchrun
 from higgs import UnsupportedError, evaluate, jobs
 from higgs.checkpoint import Checkpoint, inspect_checkpoint
 from higgs.checkpoint.layers import build_meta_model
@@ -226,14 +226,59 @@ def test_two_ranks_agree_with_one(tmp_path, method):
     words = ["measure", source, "--method", method, "--text", "random", "--tokens", 2048, "--context", 64]
     words += ["--levels", "0.01"]
     run_json(*words, "-o", tmp_path / "one.json")
-    code = "import runpy, sys; sys.argv[0] = 'torchrun'; runpy.run_module('torch.distributed.run', run_name='__main__')"
-    launch = ["--standalone", "--nproc-per-node", 2, "-m", "higgs.cli", *words, "-o", tmp_path / "two.json", "--json"]
-    child = run_python(code, *launch)
-    out, err = child.communicate(timeout=200)
-    assert child.returncode == 0, err
+    code, out, err = torchrun("-m", "higgs.cli", *words, "-o", tmp_path / "two.json", "--json")
+    assert code == 0, err
     assert json.loads(out)["method"] == method  # printed once
     one, two = Sensitivities.load(tmp_path / "one.json"), Sensitivities.load(tmp_path / "two.json")
     assert two.alphas == pytest.approx(one.alphas, rel=1e-3)
+
+
+# `higgs` that logs the jobs that ranks begin. With LOG.kill there, rank 1 kills itself in its third job, which rank 0
+# waits for after two of its own.
+LOGGED = """
+import os, pathlib, signal, sys, time
+from higgs import cli, jobs, measure
+log, rank, begun, original = pathlib.Path(sys.argv.pop(1)), jobs.rank(), [], measure.Noise.run
+def run(self, job):
+    begun.append(job)
+    with log.open("a") as f:
+        f.write(job + "\\n")
+    if len(begun) == 3 and pathlib.Path(f"{log}.kill").exists():
+        if rank == 1:
+            pathlib.Path(f"{log}.killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not pathlib.Path(f"{log}.killed").exists():
+            time.sleep(0.01)
+    return original(self, job)
+measure.Noise.run = run
+cli.main()
+"""
+
+
+def test_killing_a_rank_loses_at_most_the_jobs_at_hand(tmp_path, one_thread):
+    """torchrun ends the other rank too when one dies. Ranks have one thread each: the same bits as this process."""
+    source, log = make_checkpoint(tmp_path / "source", layers=1), tmp_path / "log"
+    (tmp_path / "logged.py").write_text(LOGGED)
+    words = ["measure", source, "--method", "noise", "--text", "random", "--tokens", 512, "--context", 64]
+    words += ["--levels", "0.01,0.02,0.03,0.04"]
+
+    def measure() -> tuple[int, str, list[str]]:
+        """Exit code, messages, jobs begun by both ranks."""
+        log.write_text("")
+        code, _, err = torchrun(tmp_path / "logged.py", log, *words, "-o", tmp_path / "two.json")
+        return code, err, log.read_text().splitlines()
+
+    (tmp_path / "log.kill").touch()
+    code, err, begun = measure()
+    finished = jobs.finished_jobs(tmp_path / "two.json.work")
+    assert code != 0 and "SIGKILL" in err and not (tmp_path / "two.json").exists()
+    assert len(begun) == len(set(begun)) >= 5 and len(begun) - 2 <= len(finished) < len(begun)  # one a rank is lost
+    (tmp_path / "log.kill").unlink()
+    code, err, again = measure()
+    assert code == 0, err
+    assert len(again) == len(set(again)) == 28 - len(finished) and not set(again) & set(finished)
+    run_json(*words, "-o", tmp_path / "one.json")
+    assert Sensitivities.load(tmp_path / "two.json").alphas == Sensitivities.load(tmp_path / "one.json").alphas
 
 
 def test_text_and_loss(stories260k, tmp_path):
@@ -251,6 +296,15 @@ def test_options_are_checked(tmp_path):
     with pytest.raises(ValueError, match="needs method 'noise' and a text"):
         MeasureOptions(objective="loss")
     assert "separated by commas" in run("measure", tmp_path, "-o", tmp_path / "x", "--levels", "a").stderr
+
+
+def test_every_rank_needs_a_device_of_its_own(checkpoint, tmp_path, monkeypatch):
+    count = torch.cuda.device_count()
+    monkeypatch.setenv("LOCAL_RANK", str(count))
+    refused = run("measure", checkpoint, "-o", tmp_path / "s.json", "--device", "cuda")
+    assert refused.exit_code == 1 and f"by process {count} of this machine: torch finds {count}" in refused.stderr
+    with pytest.raises(ValueError, match="'cuda:1' is not supported; use cpu or cuda"):
+        measure_checkpoint(checkpoint, tmp_path / "s.json", device="cuda:1")
 
 
 def bytes_of(out, names) -> int:
@@ -296,12 +350,12 @@ def test_any_float_is_a_budget(tmp_path):
     ).save(tmp_path / "s.json")
     energies = random_energies(source)
     energies.save(tmp_path / "e.safetensors")
-    for bits in (2.51, 3.0, 3.25, 4.7777, 6.1, 8.0):
+    for bits in (1.5, 2.51, 3.0, 3.25, 4.7777, 6.1, 8.0):
         words = ["--bits", bits, "--sensitivities", tmp_path / "s.json", "--scales", tmp_path / "e.safetensors"]
         out = tmp_path / str(bits)
         check_mixed(run_json("quantize", source, "-o", out, *words), out, bits)
-    refused = run("quantize", source, "-o", tmp_path / "x", *words[2:], "--bits", 2.1)
-    assert refused.exit_code == 1 and "this menu allows 2.2" in refused.stderr
+    refused = run("quantize", source, "-o", tmp_path / "x", *words[2:], "--bits", 1.1)
+    assert refused.exit_code == 1 and "this menu allows 1.2" in refused.stderr
 
 
 def test_mixed_checkpoint_runs_in_transformers(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import higgs
 import pytest
@@ -49,7 +51,7 @@ IDS = torch.arange(40)[None] * 5 % 256
 def test_save_and_load_gives_the_same_bits(family: str, dtype: torch.dtype, request, tmp_path: Path) -> None:
     request.getfixturevalue(family).save_pretrained(tmp_path / "original")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=dtype)
-    report = higgs.quantize_(model, bits=4)
+    report = higgs.quantize_(model, bits=4, scales="random")
     assert len(report.layers) == 14 and not report.skipped
     assert isinstance(model.lm_head, nn.Linear)
     logits = model(IDS).logits
@@ -64,7 +66,7 @@ def test_save_and_load_gives_the_same_bits(family: str, dtype: torch.dtype, requ
 
 def test_quantized_model_is_near_the_original_and_dequantizes(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     original = llama(IDS).logits
-    higgs.quantize_(llama, grid="p1_n256")
+    higgs.quantize_(llama, grid="p1_n256", scales="random")
     quantized = llama(IDS).logits
     assert (quantized - original).norm() < 0.02 * original.norm()
     llama.dequantize()
@@ -114,7 +116,7 @@ def test_nan_names_the_layer_and_changes_nothing(llama: LlamaForCausalLM) -> Non
 
 
 def test_cast_keeps_the_format(llama: LlamaForCausalLM) -> None:
-    higgs.quantize_(llama, bits=4)
+    higgs.quantize_(llama, bits=4, scales="random")
     llama.to(torch.bfloat16)
     layer = llama.model.layers[0].self_attn.q_proj
     assert layer.scales.dtype == layer.column_scale.dtype == torch.float16 and layer.indices.dtype == torch.uint8
@@ -123,7 +125,7 @@ def test_cast_keeps_the_format(llama: LlamaForCausalLM) -> None:
 
 def test_layers_offloaded_to_disk(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    higgs.quantize_(llama, bits=4)
+    higgs.quantize_(llama, bits=4, scales="random")
     llama.save_pretrained(tmp_path / "quantized")
     place = dict.fromkeys(("model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb", "model.layers.0"), "cpu")
     offloaded = AutoModelForCausalLM.from_pretrained(
@@ -251,6 +253,35 @@ class TestEnergies:
         first = energies.self_tokens(llama, 64, 16, seed=3)
         assert first.shape == (4, 16) and torch.equal(first, energies.self_tokens(llama, 64, 16, seed=3))
         assert not torch.equal(first, energies.self_tokens(llama, 64, 16, seed=4))
+
+    def test_sampled_text_is_the_default(self, llama: LlamaForCausalLM) -> None:
+        """higgs.quantize_(model, bits=3) == higgs.quantize_(model, bits=3, scales="self")."""
+        scales = []
+        for options in ({}, {"scales": "self"}, {"scales": "random"}):
+            model = copy.deepcopy(llama)
+            higgs.quantize_(model, bits=3, **options)
+            scales.append(model.model.layers[0].mlp.down_proj.column_scale)
+        assert torch.equal(scales[0], scales[1]) and not torch.equal(scales[0], scales[2])
+
+    def test_text_is_sampled_without_a_cache_too(self, llama: LlamaForCausalLM) -> None:
+        expected = energies.self_tokens(llama, 64, 16, seed=3)
+
+        class Uncached(nn.Module):
+            """Recurrent models have another kind of cache."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.model, self.config = llama, llama.config
+
+            def forward(self, ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+                return SimpleNamespace(logits=self.model(ids, use_cache=False).logits)
+
+        assert torch.equal(energies.self_tokens(Uncached(), 64, 16, seed=3), expected)
+
+    def test_a_model_of_nan_gives_tokens_and_nan(self, llama: LlamaForCausalLM) -> None:
+        llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+        gathered = energies.own_energies(llama, "self", tokens=512)
+        assert gathered.energies["model.layers.1.mlp.down_proj"].isnan().any()
 
 
 class TestEvaluate:

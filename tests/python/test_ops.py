@@ -132,7 +132,7 @@ def test_errors_name_the_value_and_what_is_allowed() -> None:
         higgs.layer_format(4, 128, "p2_n256", group=100)
     with pytest.raises(ValueError, match=r"seed -1 .* 0 to 2\*\*63 - 1"):
         higgs.layer_format(4, 128, "p2_n256", seed=-1)
-    with pytest.raises(ValueError, match="no grid of 3.7 bits; use one of 2, 2.5"):
+    with pytest.raises(ValueError, match="no grid of 3.7 bits; use one of 1, 1.5, 2, 2.5"):
         higgs.grid_for_bits(3.7)
     with pytest.raises(ValueError, match="x has 64 features, the layer has in_features = 128"):
         _ops.linear(torch.randn(1, 64), indices, scales, None, None, *call)

@@ -194,7 +194,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         HiggsQuantConfig(allocation={"lm_head": "p9"})
     with pytest.raises(ValueError, match="7"):
         HiggsQuantConfig(bits=7)
-    with pytest.raises(ValueError, match="scales 'text' is not supported; use 'none', 'random' or 'self'"):
+    with pytest.raises(ValueError, match="scales 'text' is not supported; use 'none', 'self' or 'random'"):
         HiggsQuantConfig(bits=4, scales="text")
     with pytest.raises(ValueError, match="'model.layers.9.x', which is no Linear layer"):
         load(path, quantization_config=HiggsQuantConfig(allocation={"model.layers.9.x": "p2_n64"}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .. import _core, energies, jobs
+from ..devices import rank_device
 from ..energies import Energies, own_energies, pooled_column_scales, self_tokens, weight_energy
 from ..measure import LEVELS, Fisher, Method, Noise, find_targets
 from ..progress import NullProgress, Progress
@@ -36,7 +36,7 @@ class MeasureOptions:
     context: int = 256
     objective: str = "kl"
     levels: tuple[float, ...] = LEVELS
-    scales: str = "random"
+    scales: str = "self"
     scale_exponent: float = 0.25
     lm_head: bool = False
     seed: int = 0
@@ -65,8 +65,9 @@ def measure_checkpoint(
 
     Finished jobs are kept in ``OUT.work`` until all are done: after an interruption the same call continues; with other
     settings it raises ValueError, unless ``force``. Under ``torchrun`` every rank calls this and shares the jobs.
+    ``device``: "cpu" or "cuda", see :func:`~higgs.devices.rank_device`.
 
-    Raises ValueError for illegal options, UnsupportedError for a model without layers to quantize.
+    Raises ValueError for illegal options, UnsupportedError for a model without layers to quantize, or no such device.
     """
     options, out = options or MeasureOptions(), Path(out)
     settings = _settings(Checkpoint(source), options)
@@ -84,9 +85,7 @@ def _measure(
     from ..evaluate import load_model
 
     work, team = Path(f"{out}.work"), jobs.Team()
-    model = load_model(source)
-    if device != "cpu":
-        model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    model = load_model(source, device=rank_device(device))
     team.first_rank_first(lambda: _prepare(work, model, source, options, settings, force, progress))
     used = Energies.load(work / "energies.safetensors") if (work / "energies.safetensors").exists() else None
     token_ids = load_file(work / "tokens.safetensors")["token_ids"]

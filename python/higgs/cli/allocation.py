@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 Patterns = Optional[list[str]]  # noqa: UP045
 Menu = Annotated[
-    MaybeText, typer.Option(metavar="GRID,GRID,...", help="Grids to choose from (default: all vector grids).")
+    MaybeText,
+    typer.Option(metavar="GRID,GRID,...", help="Grids to choose from (default: all vector grids, below 2 bits only if needed)."),
 ]
 Untie = Annotated[bool, typer.Option("--untie", help="Let q/k/v and gate/up of one layer have different grids.")]
 LowRate = Annotated[
@@ -85,9 +86,12 @@ def plan(
         if t2_from_file and not known.measured_t2:
             raise ValueError(f"{sensitivities} has no measured_t2")
         table = None if latencies is None else latency_costs(_json_lines(latencies), m)
+        chosen = None
+        if menu is not None or t2_from_file:
+            chosen = grid_menu(split_menu(menu), known.measured_t2 if t2_from_file else None)
         found = plan_allocation(
             known, bits=bits, size=size, latency_us=latency_us, latencies=table,
-            menu=grid_menu(split_menu(menu), known.measured_t2 if t2_from_file else None),
+            menu=chosen,
             untie=untie, fixed=split_fixed(fix), skip=skip or (), low_rate=low_rate,
             index_bits_only=index_bits,
         )  # fmt: skip
@@ -129,8 +133,8 @@ def measure(
         str, typer.Option(metavar="T2,T2,...", help="noise: relative squared errors.")
     ] = "0.01,0.02,0.04",
     scales: Annotated[
-        str, typer.Option(metavar="random|self|none|FILE", help="Column scales of the checkpoint to be.")
-    ] = "random",
+        str, typer.Option(metavar="self|random|none|FILE", help="Column scales of the checkpoint to be.")
+    ] = "self",
     scale_exponent: Annotated[float, typer.Option(help="Exponent of the column scales, 0 to 0.5.")] = 0.25,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Measure the output head too.")] = False,
     seed: Annotated[int, typer.Option(help="Of tokens, noise and labels.")] = 0,
@@ -264,8 +268,8 @@ def allocation_choice(
     known = None if sensitivities is None else Sensitivities.load(sensitivities)
     if sensitivities is not None:
         words += ["--sensitivities", _named(sensitivities)]
-    chosen, fixed = grid_menu(split_menu(menu)), split_fixed(fix)
-    lowest = float(min(g.rate for g in chosen))
+    chosen, fixed = None if menu is None else grid_menu(split_menu(menu)), split_fixed(fix)
+    lowest = float(min(g.rate for g in chosen or grid_menu()))
     if bits < lowest:  # before anything is measured
         raise ValueError(
             f"{bits:g} bits a weight are less than the lowest rate of the menu, {lowest:g}, without scales"

@@ -70,12 +70,12 @@ def quantize(
     lm_head_grid: Annotated[MaybeText, typer.Option(help="Quantize the output head too, on this grid.")] = None,
     block: Annotated[MaybeInt, typer.Option(help="Hadamard block (default: largest that divides k).")] = None,
     group: Annotated[MaybeInt, typer.Option(help="Columns that share a scale (default: at least 512).")] = None,
-    seed: Annotated[int, typer.Option(help="Key of the random signs, and of random tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="Key of the random signs, and of sampled or random tokens.")] = 0,
     scales: Annotated[
         MaybeText,
         typer.Option(
-            metavar="random|self|none|FILE",
-            help="Column scales: random tokens, text the model samples, none, a text, or saved energies.",
+            metavar="self|random|none|FILE",
+            help="Column scales: text the model samples, random tokens, none, a text, or saved energies.",
         ),
     ] = None,
     scale_exponent: Annotated[float, typer.Option(help="Exponent of the column scales, 0 to 0.5.")] = 0.25,
@@ -95,8 +95,8 @@ def quantize(
     _local_model(model)
     started = time.perf_counter()
     with working(json_output) as progress:
-        energies, label = _energy_choice(model, scales or "random", scale_tokens, seed, device, progress)
-        layout = {"scales": scales or "random", "scale_exponent": scale_exponent, "seed": seed, "block": block,
+        energies, label = _energy_choice(model, scales or "self", scale_tokens, seed, device, progress)
+        layout = {"scales": scales or "self", "scale_exponent": scale_exponent, "seed": seed, "block": block,
                   "group": group}  # fmt: skip
         mixed = allocation.allocation_choice(
             model, bits, grid, plan, sensitivities, menu, untie, low_rate, fix, lm_head, layout, progress
@@ -146,21 +146,24 @@ def _energy_choice(model: Path, scales: str, tokens: int, seed: int, device: str
 def energies(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="File to write (.safetensors).")],
-    text: Annotated[MaybePath, typer.Option(help="Text to run instead of random tokens.")] = None,
+    text: Annotated[
+        str, typer.Option(metavar="self|random|FILE", help="Tokens: sampled from the model, random, or of a text.")
+    ] = "self",
     tokens: Annotated[int, typer.Option(help="Tokens to run.")] = 8192,
-    seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampled or random tokens.")] = 0,
     device: Device = "auto",
     json_output: Json = False,
 ) -> None:
     """Gather the input energies of MODEL's layers, for `higgs quantize --scales FILE`."""
     from ..energies import energies_for
 
-    source = "random" if text is None else str(_text_file(text))
+    if text not in ("self", "random"):
+        _text_file(Path(text))
     with working(json_output) as progress:
         _quiet_transformers()
-        gathered = energies_for(_local_model(model), source, tokens=tokens, seed=seed, device=device, progress=progress)
+        gathered = energies_for(_local_model(model), text, tokens=tokens, seed=seed, device=device, progress=progress)
         if gathered is None:
-            raise ValueError(f"no energies for {source!r}")
+            raise ValueError(f"no energies for {text!r}")
         gathered.save(out)
     counts = {"layers": len(gathered.energies), "inputs": len(gathered.shared), "source": gathered.source}
     _emit(

@@ -37,7 +37,7 @@ class HiggsQuantConfig(QuantizationConfigMixin):
     ``bits``, ``grid`` and ``allocation``, and ``scales``, ``skip``, ``block``, ``group``, ``seed`` and ``strict`` as in
     :func:`higgs.quantize_`, whose result on the loaded model this is, bit for bit. With ``scales`` "none", the default
     here, every weight is quantized as it is read, so that memory holds one unquantized layer at a time. Column scales
-    ("random" or "self": better, above all for small models) come from running the model, which is loaded whole first.
+    ("self" or "random": better, above all for small models) come from running the model, which is loaded whole first.
 
     In a checkpoint: ``layers``, ``format_version`` and ``quant_method`` (FORMAT.md). They win over the above.
 
@@ -71,7 +71,7 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         if isinstance(skip, str):
             raise TypeError(f"skip is {skip!r}; use a list of regular expressions")
         if scales not in ("none", "random", "self"):
-            raise ValueError(f"scales {scales!r} is not supported; use 'none', 'random' or 'self'")
+            raise ValueError(f"scales {scales!r} is not supported; use 'none', 'self' or 'random'")
         self.scales = scales
         self.plan: dict[str, Any] = {
             "bits": bits, "grid": grid, "allocation": None if allocation is None else dict(allocation),

@@ -51,20 +51,20 @@ void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std
 void repack(const PackedView& packed, std::byte* tiled, Stream stream);
 void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scales, Stream stream);
 
-// y[m, n] = x[m, k] @ W^T (+ bias) for m <= linear_max_rows; x is multiplied by d and rotated. fp32 accumulation in a
-// fixed order: the same input gives the same bits, and rows do not influence each other. Up to kMaxParts matrices that
+// y[m, n] = x[m, k] @ W^T (+ bias), m <= kMaxLinearRows; x is multiplied by d and rotated. fp32 accumulation in a fixed
+// order: the same input gives the same bits, and rows do not influence each other. Up to kMaxParts matrices that
 // share x (same k, block, group) go in one call; those with the same decoder go in one launch.
 //
-// Up to kMaxDecodeRows rows one kernel does all. With bf16 the rotated x and the grid points are rounded to bf16 (about
-// sqrt(2) times the rounding error of a bf16 matmul on dequantized weights); with fp16, x * d is rounded to fp16 and
-// rotated in two steps: |x * d| must stay below about 32000.
+// Up to kMaxDecodeRows rows (half as many on large layers) one kernel does all. With bf16 the rotated x and the grid
+// points are rounded to bf16 (about sqrt(2) times the rounding error of a bf16 matmul on dequantized weights); with
+// fp16, x * d is rounded to fp16 and rotated in two steps: |x * d| must stay below about 32000.
 //
 // Weights and d are read while the kernel launched before may still run, if that one lets its dependents start early:
 // they must not be results of such a kernel.
 //
-// More rows, and blocks with an odd factor, take two kernels: x rotated as by `rotate`, then a GEMM. Both on sm_90
-// only; elsewhere rotate x (VectorKind::input), dequantize_rotated into a [n, k] buffer of x's dtype, and multiply by
-// any GEMM. Rounding scale * point to the dtype is what makes that differ.
+// More rows, and blocks with an odd factor, take two kernels: x rotated as by `rotate`, then a GEMM. Beyond
+// linear_max_rows it is faster to rotate x (VectorKind::input), dequantize_rotated into a [n, k] buffer of x's dtype,
+// and multiply by any GEMM. Rounding scale * point to the dtype is what makes that differ.
 inline constexpr std::int64_t kMaxLinearRows = 1 << 20;
 struct LinearPart {
   TiledView weights;
@@ -72,11 +72,14 @@ struct LinearPart {
   void* y = nullptr;           // [m, n]
 };
 // d: fp32[k] from rotation_vector(VectorKind::input). workspace: linear_workspace_bytes(...) bytes, or null if 0.
+// device: what the launches are planned for; another one than the current (an older one) only to test or time its
+// kernels.
 void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
-            void* workspace, Stream stream);
-[[nodiscard]] std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts);
+            void* workspace, Stream stream, const DeviceProperties& device = current_device());
+[[nodiscard]] std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts,
+                                                  const DeviceProperties& device = current_device());
 
-// The largest m that `linear` takes for matrices of this format on the current device; 0: none.
-[[nodiscard]] std::int64_t linear_max_rows(const LayerFormat& format, DType dtype);
+// Up to how many rows of x `linear` is the fastest way on the current device; 0 for a dtype it does not take.
+[[nodiscard]] std::int64_t linear_max_rows(DType dtype);
 
 }  // namespace higgs::cuda

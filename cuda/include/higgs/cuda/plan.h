@@ -100,10 +100,16 @@ void check_matrices(const LinearProblem& problem);
 // Throws Error(invalid_argument) for m outside 1..16, no or too many matrices, or matrices that cannot share a launch.
 [[nodiscard]] LaunchPlan plan(const LinearProblem& problem, const DeviceProperties& device);
 
-// One launch of the GEMM kernel (gemm_sm90.cuh), for more than kMaxDecodeRows rows of x. A cluster works on tiles of
-// cluster_size * `rows` rows of W by `tokens` rows of x, token tile by token tile. The first `split_tiles` are shared
-// out slice by slice.
+enum class GemmKernel {
+  wgmma,  // gemm_sm90.cuh
+  mma     // gemm_mma.cuh, on every architecture
+};
+
+// One launch of a GEMM kernel, for more than kMaxDecodeRows rows of x. A cluster works on tiles of cluster_size *
+// `rows` rows of W by `tokens` rows of x, token tile by token tile. The first `split_tiles` are shared out slice by
+// slice.
 struct GemmPlan {
+  GemmKernel kernel = GemmKernel::wgmma;
   FieldShape field;
   DType dtype = DType::f16;
   bool regular = false;  // as in LaunchPlan
@@ -126,11 +132,21 @@ struct GemmPlan {
   [[nodiscard]] std::string to_string() const;
 };
 
-// Whether `device` runs the GEMM kernel: sm_90 so far.
-[[nodiscard]] bool supports_gemm(const DeviceProperties& device);
+// Where there is no wgmma kernel: the rows of x from which on decoding all of W first takes less time. Estimated from
+// the rates of the units, not measured.
+inline constexpr int kMaxMmaRows = 512;
 
-// Rows of W in a tile of `tokens` rows of x.
-[[nodiscard]] constexpr int gemm_rows(int tokens) { return tokens <= 64 ? 192 : 128; }
+// The mma kernel: rows of W in a tile, and the most shared memory it takes: the table and two units of x.
+inline constexpr int kMmaRows = 256;
+inline constexpr int kMmaSharedBytes = 96 * 1024;
+
+// Rows of W in a tile of the wgmma kernel by `tokens` rows of x. Four warpgroups hide more latency than three, but
+// leave registers for half a slice of words and narrow tiles only.
+[[nodiscard]] constexpr int gemm_rows(int tokens, const FieldShape& field) {
+  const int loads = (field.max_units() * field.unit_words() + 3) / 4;
+  if (tokens <= 32 && loads % 2 == 0 && field.weights > 1) return 256;
+  return tokens <= 64 ? 192 : 128;
+}
 
 // CTAs that share the copies of x: where x is what the L2 delivers most of.
 [[nodiscard]] constexpr int gemm_cluster_size(int tokens) { return tokens == 256 ? 2 : 1; }
@@ -142,7 +158,10 @@ struct GemmPlan {
   return regular && ((loads <= 5 && !field.trellis()) || (loads % 2 == 0 && units % 2 == 0)) ? 256 : 128;
 }
 
-// As plan; Error(unsupported) where supports_gemm() is false.
+// Whether `device` runs the wgmma kernel, for most problems the faster one: sm_90.
+[[nodiscard]] bool has_wgmma(const DeviceProperties& device);
+
+// As plan, for m >= 1 and any block. Error(unsupported) where shared memory is too small.
 [[nodiscard]] GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device);
 
 }  // namespace higgs::cuda

@@ -1,0 +1,124 @@
+// What the GEMM kernels share in how they read W: the places of its parts, the scales, the table.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "decode.cuh"
+#include "gemm_schedule.cuh"
+#include "ptx.cuh"
+
+namespace higgs::cuda {
+
+// On sm_90 the table begins at this address of the shared window, so that the upper half of a look-up address is a
+// constant that the decoders' byte permutation puts in: no addition. Dynamic shared memory begins at kSharedBase: 1 KB
+// is the system's.
+inline constexpr int kTableAddress = 0x10000;
+inline constexpr int kSharedBase = 1024;
+inline constexpr float kLeastScale = 0x1p-60f;
+
+// Where a matrix keeps its parts, and how a slice's words come.
+template <typename Decoder_, typename T_>
+struct GemmWeights {
+  using Decoder = Decoder_;
+  using T = T_;
+  static constexpr FieldShape kShape = Decoder_::kShape;
+  static constexpr int kTableSize = (kShape.entries() * kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
+                                    kTiledAlignment;  // in the tiled buffer: fp16, then bf16, then the scales
+  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableSize;
+  static constexpr int kScalesOffset = 2 * kTableSize + kShape.byte_tables_bytes();
+  static constexpr int kJoined = kShape.joined_units();  // units of the layout that make one of the decoder
+  static constexpr int kUnits = kShape.max_units() / kJoined;
+  static constexpr int kUnitWords = kShape.unit_words() * kJoined;
+  static constexpr int kUnitBlocks = 2 * kJoined;  // k blocks of a unit
+  static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;  // of 16 bytes, per slice and row tile
+};
+
+// Multiplies the accumulators of a row tile: rows g and g + 8.
+template <int Registers>
+__device__ __forceinline__ void scale_rows(float* acc, float2 by) {
+#pragma unroll
+  for (int i = 0; i < Registers; ++i) acc[i] *= (i & 2) == 0 ? by.x : by.y;
+}
+
+// The scales of a warp's row tiles along k; a lane needs those of rows g and g + 8. Accumulators hold sums of plain
+// grid points in units of the scale of the group: a change of group rescales them.
+template <int Tiles>
+class RowScales {
+ public:
+  int boundary = 0;  // k block where the next group begins
+
+  __device__ __forceinline__ RowScales(const GemmParams& p, const uint8_t* scales, int row_tile, int row_tiles,
+                                       int block, int lane)
+      : boundary((block / p.group_blocks + 1) * p.group_blocks), left_(p.scale_groups - 1 - block / p.group_blocks) {
+    const int first = min(row_tile, row_tiles - 1);
+    at_ = reinterpret_cast<const uint16_t*>(scales) +
+          (static_cast<long long>(first) * p.scale_groups + block / p.group_blocks) * kTileRows + lane / 4;
+    to_second_ = first + 1 < row_tiles ? p.scale_groups * kTileRows : 0;
+    load_next();
+    take();
+  }
+  // Enters the next group.
+  template <int Registers>
+  __device__ __forceinline__ void next_group(const GemmParams& p, float (&acc)[Registers]) {
+    float2 before[Tiles];
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) before[i] = now_[i];
+    take();
+    boundary += p.group_blocks;
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) {
+      scale_rows<Registers / Tiles>(acc + i * (Registers / Tiles),
+                                    {__fdividef(before[i].x, now_[i].x), __fdividef(before[i].y, now_[i].y)});
+    }
+  }
+  template <int Registers>
+  __device__ __forceinline__ void finish(float (&acc)[Registers]) const {
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) {
+      scale_rows<Registers / Tiles>(acc + i * (Registers / Tiles),
+                                    {greatest_[i].x == 0 ? 0.0f : now_[i].x, greatest_[i].y == 0 ? 0.0f : now_[i].y});
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ float load(const uint16_t* p) { return __half2float(__ushort_as_half(__ldg(p))); }
+  __device__ __forceinline__ void load_next() {
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) next_[i] = {load(at_ + i * to_second_), load(at_ + i * to_second_ + 8)};
+    at_ += kTileRows;
+  }
+  __device__ __forceinline__ void take() {
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) {
+      greatest_[i] = {fmaxf(greatest_[i].x, next_[i].x), fmaxf(greatest_[i].y, next_[i].y)};
+      now_[i] = {fmaxf(next_[i].x, kLeastScale), fmaxf(next_[i].y, kLeastScale)};
+    }
+    if (--left_ >= 0) load_next();
+  }
+
+  const uint16_t* at_;  // of the next scale group
+  int to_second_;       // values to the second row tile
+  int left_;            // groups after this one
+  float2 now_[Tiles] = {};
+  float2 greatest_[Tiles] = {};
+  float2 next_[Tiles] = {};
+};
+
+// Calls body(integral_constant<int, 0>) .. body(integral_constant<int, Count - 1>) while it returns true.
+template <int Count, typename Body>
+__device__ __forceinline__ void unrolled(const Body& body) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    (body(std::integral_constant<int, kIndex>{}) && ...);
+  }(std::make_integer_sequence<int, Count>{});
+}
+
+// The table of another matrix, by all `Threads` threads that decode. `id`: a named barrier of theirs.
+template <typename Config, int Threads>
+__device__ __forceinline__ void change_table(const GemmPart& part, uint8_t* table, int id) {
+  named_barrier(id, Threads);  // nobody reads the table before
+  TableFill<typename Config::Decoder>(part.data + Config::kTableOffset, threadIdx.x, Threads).store(table);
+  named_barrier(id, Threads);
+}
+
+}  // namespace higgs::cuda

@@ -1,0 +1,165 @@
+// Rotated x in the layout of the GEMM kernel's B operand, see pack_x.h.
+#include "pack_x.h"
+
+#include "launch.h"
+#include "numeric.cuh"
+#include "ptx.cuh"
+#include "rotate_x.cuh"
+#include "transform.cuh"
+
+namespace higgs::cuda {
+namespace {
+
+// Where column c of 64 goes in a row of packed x: the k order of decode.cuh within 16 columns.
+__device__ __forceinline__ int packed_slot(int c) {
+  const int t = c % 16 / 4;
+  return c / 16 * 16 + c % 4 / 2 * 8 + 2 * t + c % 2;
+}
+
+__device__ __forceinline__ void clear_flags(const PackParams& p) {
+  if (blockIdx.x != 0) return;
+  for (int i = threadIdx.x; i < p.flag_count; i += blockDim.x) p.flags[i] = 0;
+}
+
+// --- few rows and blocks of a power of two: a CTA per chunk of a row, 16 values a thread
+//
+// A launch starts with a cold instruction cache, at about 10 cycles an instruction: the passes of two strides each are
+// one short loop, where a warp per chunk takes 900 instructions in a row. The butterflies and their order are those of
+// fwht.cuh. 2048 registers a CTA: two fit into what GemmConfig leaves free.
+
+constexpr int kThreads = 64;
+constexpr int kQuads = kChunk / 4 / kThreads;  // a thread's, kThreads apart
+
+__device__ __forceinline__ float& padded(float* values, int i) { return values[i + i / 32]; }
+
+// Two strides: pairs (0, 1) and (2, 3), then (0, 2) and (1, 3).
+__device__ __forceinline__ void two_strides(float (&v)[4], bool second) {
+  const float a[4] = {__fadd_rn(v[0], v[1]), __fsub_rn(v[0], v[1]), __fadd_rn(v[2], v[3]), __fsub_rn(v[2], v[3])};
+  v[0] = second ? __fadd_rn(a[0], a[2]) : a[0];
+  v[1] = second ? __fadd_rn(a[1], a[3]) : a[1];
+  v[2] = second ? __fsub_rn(a[0], a[2]) : a[2];
+  v[3] = second ? __fsub_rn(a[1], a[3]) : a[3];
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
+    pack_ctas_kernel(const __grid_constant__ PackParams p, float norm) {
+  __shared__ float values[kChunk + kChunk / 32];
+  launch_dependents();
+  const int chunks = (p.k + kChunk - 1) / kChunk;
+  const int row = blockIdx.x / chunks;
+  const int chunk = (blockIdx.x - row * chunks) * kChunk;
+  const int count = p.k - chunk;
+  float4 d[kQuads] = {};
+  uint2 raw[kQuads] = {};
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int column = 4 * (threadIdx.x + q * kThreads);
+    if (column < count) d[q] = *reinterpret_cast<const float4*>(p.d + chunk + column);
+  }
+  wait_for_primary();
+  clear_flags(p);
+  const T* from = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k + chunk;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int column = 4 * (threadIdx.x + q * kThreads);
+    if (column < count) raw[q] = *reinterpret_cast<const uint2*>(from + column);
+  }
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const T* x = reinterpret_cast<const T*>(&raw[q]);
+    float v[4] = {__fmul_rn(d[q].x, to_float(x[0])), __fmul_rn(d[q].y, to_float(x[1])),
+                  __fmul_rn(d[q].z, to_float(x[2])), __fmul_rn(d[q].w, to_float(x[3]))};
+    two_strides(v, true);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) padded(values, 4 * (threadIdx.x + q * kThreads) + i) = v[i];
+  }
+#pragma unroll 1
+  for (int log = 2; 1 << log < p.block; log += 2) {
+    __syncthreads();
+#pragma unroll 2
+    for (int q = 0; q < kQuads; ++q) {
+      const int quad = threadIdx.x + q * kThreads;
+      const int first = (quad >> log << (log + 2)) + (quad & ((1 << log) - 1));
+      float v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = padded(values, first + (i << log));
+      two_strides(v, 2 << log < p.block);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) padded(values, first + (i << log)) = v[i];
+    }
+  }
+  __syncthreads();
+  auto* const out = static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(chunk / 64) * p.padded_m + row) * 128;
+#pragma unroll 2
+  for (int q = 0; q < kQuads; ++q) {
+    const int quad = threadIdx.x + q * kThreads;
+    if (4 * quad >= count) break;
+    // Slots 4 quad .. + 3 hold columns 4 t + 2 h, + 1, and those of the next t (packed_slot).
+    const int first = quad / 4 * 16 + quad % 2 * 8 + quad / 2 % 2 * 2;
+    const auto scaled = [&](int i) { return __fmul_rn(padded(values, first + i), norm); };
+    const int piece = quad / 2;  // of 16 bytes; 8 pieces are a row of 64 columns
+    *reinterpret_cast<uint2*>(out + static_cast<int64_t>(piece / 8) * p.padded_m * 128 + (piece % 8 ^ row % 8) * 16 +
+                              quad % 2 * 8) = {pack2<T>(scaled(0), scaled(1)), pack2<T>(scaled(4), scaled(5))};
+  }
+}
+
+// --- many rows, and blocks with an odd factor: a warp per chunk
+
+constexpr int kWarps = 8;
+
+template <typename T>
+__global__ void __launch_bounds__(kWarps* kLanes)
+    pack_warps_kernel(const __grid_constant__ PackParams p, const __grid_constant__ BlockTransform transform) {
+  extern __shared__ __align__(16) float scratch[];
+  launch_dependents();
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int chunks = static_cast<int>(chunks_of(transform, p.k));
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + warp;
+  const int64_t row = item / chunks;
+  const int chunk = static_cast<int>(item - row * chunks) * transform.columns;
+  const int count = min(p.k - chunk, transform.columns);
+  wait_for_primary();
+  clear_flags(p);
+  if (row >= p.m) return;
+  float v[32];
+  float* own = scratch + warp * kChunkScratch;
+  load_chunk(static_cast<const T*>(p.x) + row * p.k + chunk, p.d + chunk, count, own, lane, v);
+  warp_transform(v, transform, own, lane);
+  T* slots = reinterpret_cast<T*>(own);
+  const int slot = packed_slot(lane);
+#pragma unroll
+  for (int j = 0; j < 32; ++j) slots[j * 32 + slot] = from_float<T>(v[j]);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int piece = lane + 32 * i;  // of 16 bytes; 8 pieces are a row of 64 columns
+    const int swizzled = piece % 8 ^ static_cast<int>(row % 8);
+    if (piece * 8 < count) {
+      uint4* to = static_cast<uint4*>(p.out) + (static_cast<int64_t>(chunk / 64 + piece / 8) * p.padded_m + row) * 8;
+      to[swizzled] = reinterpret_cast<const uint4*>(slots)[piece];
+    }
+  }
+}
+
+}  // namespace
+
+void pack_x(const PackParams& params, DType dtype, Stream stream) {
+  const BlockTransform transform = block_transform(params.block);
+  const std::int64_t items = params.m * chunks_of(transform, params.k);
+  const int multiprocessors = current_device().multiprocessors;
+  if (items <= 2 * multiprocessors && transform.runs == 1) {  // all wait for x beside the kernel before
+    const LaunchShape shape{static_cast<int>(items), kThreads};
+    const float norm = hadamard_norm(params.block);
+    return dtype == DType::f16 ? launch_dependent<pack_ctas_kernel<__half>>(shape, stream, params, norm)
+                               : launch_dependent<pack_ctas_kernel<__nv_bfloat16>>(shape, stream, params, norm);
+  }
+  const int warps = items < 8 * multiprocessors ? 1 : kWarps;  // few items: on as many multiprocessors as possible
+  const LaunchShape shape{static_cast<int>((items + warps - 1) / warps), warps * kLanes,
+                          warps * kChunkScratch * static_cast<int>(sizeof(float))};
+  dtype == DType::f16 ? launch_dependent<pack_warps_kernel<__half>>(shape, stream, params, transform)
+                      : launch_dependent<pack_warps_kernel<__nv_bfloat16>>(shape, stream, params, transform);
+}
+
+}  // namespace higgs::cuda
