@@ -81,7 +81,7 @@ void step(const Trellis& t, const float* x, std::size_t stride, const float* con
 struct Search {
   const Trellis& t;
   const float* points;
-  int steps;  // of a run
+  int steps;                     // of a run
   int rows = steps / 2 * 3 + 2;  // of costs, per run
   std::vector<float> costs{std::vector<float>(static_cast<std::size_t>(kRuns) * rows * t.states)};
 

@@ -255,7 +255,8 @@ template <class Isa>
 void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y) {
   switch (decoder_key(*w.format.grid)) {
 #define HIGGS_CASE(B, P) \
-  case (B) * 8 + (P): return dot_rows<Isa, ChunkDecoder<typename Isa::template Decoder<B, P>, B>, Chunks<P>, B, P>(w, x, begin, end, y);
+  case (B) * 8 + (P):    \
+    return dot_rows<Isa, ChunkDecoder<typename Isa::template Decoder<B, P>, B>, Chunks<P>, B, P>(w, x, begin, end, y);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
 #define HIGGS_CASE(B, P) \
@@ -270,10 +271,10 @@ template <class Isa>
 void dot_tile_any(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end,
                   float* scratch, float* y, std::int64_t y_stride) {
   switch (decoder_key(*w.format.grid)) {
-#define HIGGS_CASE(B, P)                                                                                         \
-  case (B) * 8 + (P):                                                                                            \
-    return dot_tile<Isa, ChunkDecoder<typename Isa::template Decoder<B, P>, B>, Chunks<P>, B, P>(w, x, m, begin, end, scratch, y, \
-                                                                                y_stride);
+#define HIGGS_CASE(B, P)                                                                          \
+  case (B) * 8 + (P):                                                                             \
+    return dot_tile<Isa, ChunkDecoder<typename Isa::template Decoder<B, P>, B>, Chunks<P>, B, P>( \
+        w, x, m, begin, end, scratch, y, y_stride);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
 #define HIGGS_CASE(B, P)    \

@@ -116,7 +116,7 @@ class Quantizer {
     constexpr int kRows = detail::kTrellisRuns;
     std::vector<double> energies[kRows];
     std::vector<std::uint16_t> rms[kRows];
-    std::vector<float> u[kRows];       // values for the search, then the points found
+    std::vector<float> u[kRows];  // values for the search, then the points found
     for (int r = 0; r < kRows; ++r) {
       u[r].resize(static_cast<std::size_t>(format_.k));
       for (std::int64_t g = 0; g < format_.row_groups(); ++g) {

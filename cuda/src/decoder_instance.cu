@@ -141,7 +141,7 @@ void dequantize_rotated(const TiledLayer& layer, const uint8_t* tiled, void* out
 #define HIGGS_CONCAT(a, b) HIGGS_CONCAT_(a, b)
 
 extern const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME);
-const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape,  gemv,        gemm,
-                                                         repack<D>,  unrepack<D>, dequantize_rotated};
+const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape, gemv,        gemm,
+                                                        repack<D>, unrepack<D>, dequantize_rotated};
 
 }  // namespace higgs::cuda

@@ -6,9 +6,9 @@
 #include "higgs/cuda/ops.h"
 #include "launch.h"
 #include "numeric.cuh"
+#include "transform.cuh"
 #include "trellis_run.cuh"
 #include "trellis_table.h"
-#include "transform.cuh"
 
 namespace higgs::cuda {
 namespace {

@@ -29,7 +29,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
 
   // 16-byte loads a warp keeps in flight: all of a slice, or half where accumulators or warps take most registers
   static constexpr bool kHalf =
-      (N_ == 256 || kWarpgroups == 4 || (N_ == 64 && Weights::kShape.trellis() && Weights::kLoads == 8)) &&
+      (N_ == 256 || kWarpgroups == 4 || (N_ <= 64 && Weights::kShape.trellis() && Weights::kLoads == 8)) &&
       Weights::kLoads % 2 == 0;
   static constexpr int kWindow = Weights::kLoads / (kHalf ? 2 : 1);
 

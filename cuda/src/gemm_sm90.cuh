@@ -239,7 +239,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {
       multiply_slice<Config>(p, weights, scales, stages, offset, slice * p.units_per_slice * 2,
-                             (slice == p.slices - 1 ? p.last_units : p.units_per_slice) / Config::kJoined, holding, acc);
+                             (slice == p.slices - 1 ? p.last_units : p.units_per_slice) / Config::kJoined, holding,
+                             acc);
     }
     wgmma_wait<0>();
     stages.release_previous(lane);

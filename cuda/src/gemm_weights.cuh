@@ -30,7 +30,7 @@ struct GemmWeights {
   static constexpr int kJoined = kShape.joined_units();  // units of the layout that make one of the decoder
   static constexpr int kUnits = kShape.max_units() / kJoined;
   static constexpr int kUnitWords = kShape.unit_words() * kJoined;
-  static constexpr int kUnitBlocks = 2 * kJoined;  // k blocks of a unit
+  static constexpr int kUnitBlocks = 2 * kJoined;               // k blocks of a unit
   static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;  // of 16 bytes, per slice and row tile
 };
 

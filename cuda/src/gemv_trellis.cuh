@@ -7,8 +7,8 @@
 //
 // x fragments stay in registers: of two units of 256 columns per warp, or one where m > 8.
 //
-// Template values: Decoder = TrellisDecoder of instances.h; T = __half, __nv_bfloat16; Operand; Tokens = 4 (bytes), 8 or
-// 16 (halves); Regular: every slice is full, inside one scale group and one chunk. Not regular: halves, 16.
+// Template values: Decoder = TrellisDecoder of instances.h; T = __half, __nv_bfloat16; Operand; Tokens = 4 (bytes), 8
+// or 16 (halves); Regular: every slice is full, inside one scale group and one chunk. Not regular: halves, 16.
 #pragma once
 
 #include "gemv.cuh"
@@ -26,9 +26,9 @@ struct TrellisConfig {
   static constexpr int kTokenTiles = Tokens <= 8 ? 1 : 2;  // of 8 columns of the MMA
   static constexpr bool kRegular = Regular_;
   static constexpr int kUnits = trellis_slice_units(Tokens, Regular_);
-  static constexpr int kPieces = kBits / 2;  // 16-byte pieces of a unit's words; 8 bytes more if kBits is odd
+  static constexpr int kPieces = kBits / 2;            // 16-byte pieces of a unit's words; 8 bytes more if kBits is odd
   static constexpr bool kLate = kBytes && kBits == 8;  // words are the windows: replaced as they have been used
-  static constexpr bool kPermuteHere = kBits > 4;  // fewer bits leave registers for both pieces of all steps
+  static constexpr bool kPermuteHere = kBits > 4;      // fewer bits leave registers for both pieces of all steps
   static constexpr int kRows = kTileRows;
   static constexpr int kPartialStride = kRows + 4;
   static constexpr int kTables = 2 * kShape.entries() * kShape.entry_bytes();  // bytes before the byte tables
@@ -124,8 +124,8 @@ struct ByteProducts {
   }
   __device__ __forceinline__ void load(const GemvParams& p, const uint8_t* xs, const TrellisRole& role, int u) {
     // Rows beyond m: the sums of any other row do.
-    const uint8_t* from = xs + min(role.lane / 4, 2 * p.m - 1) * plane_bytes(p.chunks) + role.lane % 4 * 16 +
-                          role.first_column + u * 256;
+    const uint8_t* from =
+        xs + min(role.lane / 4, 2 * p.m - 1) * plane_bytes(p.chunks) + role.lane % 4 * 16 + role.first_column + u * 256;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint4 v = *reinterpret_cast<const uint4*>(from + j * 64);
@@ -135,7 +135,7 @@ struct ByteProducts {
       x[u][4 * j + 3] = v.w;
     }
   }
-  __device__ __forceinline__ void begin(const RunWindows<Config::kBits> (&/*rows*/)[2], const uint8_t* /*table*/,
+  __device__ __forceinline__ void begin(const RunWindows<Config::kBits> (& /*rows*/)[2], const uint8_t* /*table*/,
                                         uint32_t /*offset*/) {}
   __device__ __forceinline__ void step(const RunWindows<Config::kBits> (&rows)[2], int u, int i, int j,
                                        const uint8_t* table, uint32_t offset) {

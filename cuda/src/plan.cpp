@@ -143,8 +143,8 @@ double cost(const LaunchPlan& p, const DeviceProperties& device) {
 double best_of_kind(LaunchPlan& p, const LinearProblem& problem, const TiledFormat& t, int launches,
                     const DeviceProperties& device) {
   const LayerFormat& format = problem.matrices[0];
-  const int slice = p.field.trellis() ? std::min(t.units_per_slice, 2 * trellis_slice_units(p.rows, p.regular))
-                                      : t.units_per_slice;
+  const int slice =
+      p.field.trellis() ? std::min(t.units_per_slice, 2 * trellis_slice_units(p.rows, p.regular)) : t.units_per_slice;
   const std::int64_t step = p.paired ? iteration_units(p.field, true) : slice;
   const std::int64_t most = p.paired ? std::gcd(format.k, format.group) / kUnitColumns : slice;
   std::vector<std::int64_t> blocks;

@@ -1,4 +1,5 @@
-// What the quantizers of all grids do with a row: one block per row, the row rotated in shared memory, scales per group.
+// What the quantizers of all grids do with a row: one block per row, the row rotated in shared memory, scales per
+// group.
 #pragma once
 
 #include "numeric.cuh"
@@ -37,7 +38,8 @@ __device__ void rotate_row(const QuantizeLayer& layer, const BlockTransform& tra
                            float* scratch) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  for (int chunk = warp * transform.columns; chunk < layer.k; chunk += static_cast<int>(blockDim.x) / 32 * transform.columns) {
+  for (int chunk = warp * transform.columns; chunk < layer.k;
+       chunk += static_cast<int>(blockDim.x) / 32 * transform.columns) {
     const int count = min(layer.k - chunk, transform.columns);
     const int column = chunk + lane * 32;
     float v[32] = {};

@@ -193,7 +193,7 @@ struct SearchTwo {
 
   alignas(16) int entry[2][16 * kRow];  // [n2][n1][n0]: 16 (least cost of a path to the state + of lo of the step) + n0
   alignas(16) int slope[kPieces];       // 128 lo of piece n0 | n1 << 4
-  uint2 back[kMaxSteps][kPieces];  // [step][n2 | n3 << 4]: nibble n1 is n0 of the best path to state n1 n2 n3
+  uint2 back[kMaxSteps][kPieces];       // [step][n2 | n3 << 4]: nibble n1 is n0 of the best path to state n1 n2 n3
   int start;
   uint8_t nibble[kMaxSteps];  // n0 of the state before each step
 
@@ -315,8 +315,8 @@ __device__ void encode_run(const QuantizeLayer& layer, const GroupState* groups,
 
 template <typename T, int Bits>
 __global__ void __launch_bounds__(SearchOf<Bits>::kThreads)
-    quantize_trellis_kernel(const __grid_constant__ TrellisTable table, const __grid_constant__ BlockTransform transform,
-                            const QuantizeLayer layer, const T* w) {
+    quantize_trellis_kernel(const __grid_constant__ TrellisTable table,
+                            const __grid_constant__ BlockTransform transform, const QuantizeLayer layer, const T* w) {
   extern __shared__ __align__(32) uint8_t dynamic[];
   auto& shared = *reinterpret_cast<Shared<Bits>*>(dynamic);
   auto* groups = reinterpret_cast<GroupState*>(dynamic + sizeof(Shared<Bits>));
@@ -350,8 +350,8 @@ __global__ void __launch_bounds__(SearchOf<Bits>::kThreads)
 template <typename T, int Bits>
 void launch(const TrellisTable& table, int block, const QuantizeLayer& layer, std::int64_t n, const void* w,
             Stream stream) {
-  const int shared = static_cast<int>(sizeof(Shared<Bits>)) + layer.row_groups * static_cast<int>(sizeof(GroupState)) +
-                     layer.k * 4;
+  const int shared =
+      static_cast<int>(sizeof(Shared<Bits>)) + layer.row_groups * static_cast<int>(sizeof(GroupState)) + layer.k * 4;
   const int limit = current_device().shared_bytes_per_block;
   if (shared > limit) {
     throw Error(ErrorCode::unsupported, "quantize: a row of k = " + std::to_string(layer.k) + " needs " +

@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(512, 1)
     for (int j = 0; j < kWords; ++j) w[j] = weights[word_place(p, slice_word(kShape, p.unit, j))];
     Decoder decoder(w);
     const uint32_t offset = Decoder::lane_offset(p.lane);
-    const int64_t column =
-        (p.slice * layer.tiled.units_per_slice + p.unit * kJoined) * kUnitColumns + p.lane % 4 * 4;
+    const int64_t column = (p.slice * layer.tiled.units_per_slice + p.unit * kJoined) * kUnitColumns + p.lane % 4 * 4;
 #pragma unroll
     for (int s = 0; s < kSteps * kJoined; ++s) {
       uint32_t a[4];

@@ -64,8 +64,9 @@ __global__ void unrepack_trellis_kernel(const TiledLayer layer, const uint32_t* 
   const int64_t row = thread / 4 / groups;
   const int per_slice = layer.tiled.units_per_slice / 2;
   const UnitPlace p = unit_place(
-      layer.tiled, (((row / kTileRows) * layer.tiled.slices + group / per_slice) * per_slice + group % per_slice) * kLanes +
-                       row % 8 * 4 + t);
+      layer.tiled,
+      (((row / kTileRows) * layer.tiled.slices + group / per_slice) * per_slice + group % per_slice) * kLanes +
+          row % 8 * 4 + t);
   uint32_t words[Bits];
 #pragma unroll
   for (int i = 0; i < Bits; ++i) {
@@ -79,7 +80,8 @@ __global__ void unrepack_trellis_kernel(const TiledLayer layer, const uint32_t* 
       const int position = (8 * i + b + 8 * run.count - kShape.shift * Bits) % (8 * run.count);
       const int s = position / (2 * Bits);
       const int in_step = position % (2 * Bits);
-      const RestPlace place = in_step < 8 ? RestPlace{s % 4 - kRunWords, in_step} : rest_place<Bits>(s % 4, in_step - 8);
+      const RestPlace place =
+          in_step < 8 ? RestPlace{s % 4 - kRunWords, in_step} : rest_place<Bits>(s % 4, in_step - 8);
       byte |= (words[kRunWords + place.word] >> (s / 4 * 8 + place.bit) & 1u) << b;
     }
     out[i] = static_cast<uint8_t>(byte);

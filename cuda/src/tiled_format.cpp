@@ -38,9 +38,10 @@ FieldShape find_shape(const Grid& grid) noexcept {
 FieldShape field_shape(const Grid& grid) {
   const FieldShape shape = find_shape(grid);
   if (shape.bits > 0) return shape;
-  throw Error(ErrorCode::unsupported, "grid " + std::string(grid.name) +
-                                          " has no CUDA decoder; p = 1 supports 2-6 and 8 index bits, p = 2 supports "
-                                          "2-12, p = 4 supports 4, 6 and 8, of trellis grids a2_b4 to a2_b8 are supported");
+  throw Error(ErrorCode::unsupported,
+              "grid " + std::string(grid.name) +
+                  " has no CUDA decoder; p = 1 supports 2-6 and 8 index bits, p = 2 supports "
+                  "2-12, p = 4 supports 4, 6 and 8, of trellis grids a2_b4 to a2_b8 are supported");
 }
 
 bool supports_grid(const Grid& grid) noexcept { return find_shape(grid).bits > 0; }

@@ -48,9 +48,12 @@ __host__ __device__ constexpr RestPlace rest_place(int i, int b) {
 // Bits of v's bytes [from, from + count) to [to, ..), the others undefined.
 template <int From, int To>
 __device__ __forceinline__ uint32_t move_bits(uint32_t v) {
-  if constexpr (From == To) return v;
-  else if constexpr (From > To) return v >> (From - To);
-  else return v << (To - From);
+  if constexpr (From == To)
+    return v;
+  else if constexpr (From > To)
+    return v >> (From - To);
+  else
+    return v << (To - From);
 }
 
 // Windows of one row of a unit, from its words: four even words, then the rest.
@@ -79,8 +82,8 @@ struct RunWindows {
     if constexpr (Bits == 8) {
       return word(4 + i);
     } else {
-      constexpr uint32_t kLow = bytes_of(0xff >> Bits);           // 8 - Bits bits
-      constexpr uint32_t kHigh = bytes_of(0xff << Bits & 0xff);   // 8 - Bits bits
+      constexpr uint32_t kLow = bytes_of(0xff >> Bits);          // 8 - Bits bits
+      constexpr uint32_t kHigh = bytes_of(0xff << Bits & 0xff);  // 8 - Bits bits
       const uint32_t ends = select(kLow, even[i] >> Bits, after << Bits);
       if constexpr (Bits == 4) {
         return ends;
@@ -138,7 +141,8 @@ struct TrellisDecoder {
   uint32_t before[kShape.shift][2];  // T2 of the last windows, the oldest first
 
   __device__ __forceinline__ explicit TrellisDecoder(const uint32_t (&w)[2 * Bits])
-      : rows{RunWindows<Bits>([&](int i) { return w[2 * i]; }), RunWindows<Bits>([&](int i) { return w[2 * i + 1]; })} {}
+      : rows{RunWindows<Bits>([&](int i) { return w[2 * i]; }), RunWindows<Bits>([&](int i) { return w[2 * i + 1]; })} {
+  }
   static __device__ __forceinline__ uint32_t lane_offset(int lane) { return lane * 8; }
 
   template <typename Table>

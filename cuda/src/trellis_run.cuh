@@ -1,5 +1,5 @@
-// Runs of a trellis grid in the stored layout (FORMAT.md, "Trellis grids"): a row is cut into groups of 256 columns, the
-// last one may be shorter; run t of a group is its columns c with (c / 4) % 4 == t.
+// Runs of a trellis grid in the stored layout (FORMAT.md, "Trellis grids"): a row is cut into groups of 256 columns,
+// the last one may be shorter; run t of a group is its columns c with (c / 4) % 4 == t.
 #pragma once
 
 #include <cstdint>

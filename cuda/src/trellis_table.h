@@ -12,8 +12,8 @@ namespace higgs::cuda {
 
 inline constexpr float kTrellisStep = 1.0f / 32;  // entries are signed bytes times this
 
-// Entry w: hi[w] of both weights, then lo[w], in bytes; T1 and T2 of trellis.cuh. That counts steps from where the first
-// window of the run is a hi: its window i is window i + shift of FORMAT.md.
+// Entry w: hi[w] of both weights, then lo[w], in bytes; T1 and T2 of trellis.cuh. That counts steps from where the
+// first window of the run is a hi: its window i is window i + shift of FORMAT.md.
 struct TrellisTable {
   static constexpr int kCapacity = 512;  // as if it had fp16 values, see GridPoints
   int bits = 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -51,9 +52,7 @@ def test_stored_bytes_are_the_stream_of_the_format(name: str) -> None:
     counts = [columns // 4 // grid.p * grid.index_bits for columns in (256, 256, 256, 64) for _ in range(4)]
     ends = np.cumsum([0, *counts])
     for i in range(3):
-        runs = [
-            windows(stream[i, a:b], grid.index_bits, grid.window_bits) for a, b in zip(ends, ends[1:], strict=False)
-        ]
+        runs = [windows(stream[i, a:b], grid.index_bits, grid.window_bits) for a, b in itertools.pairwise(ends)]
         rotated = float(scales[i, 0]) * points[np.concatenate(runs)].reshape(-1)
         restored = layer.dequantize()[i]
         # the transform is orthonormal: it keeps norms

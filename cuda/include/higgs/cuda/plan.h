@@ -144,7 +144,7 @@ inline constexpr int kMmaSharedBytes = 96 * 1024;
 // leave registers for half a slice of words and narrow tiles only.
 [[nodiscard]] constexpr int gemm_rows(int tokens, const FieldShape& field) {
   const int loads = (field.max_units() * field.unit_words() + 3) / 4;
-  if (tokens <= 32 && loads % 2 == 0 && field.weights > 1) return 256;
+  if (tokens <= (field.trellis() ? 16 : 32) && loads % 2 == 0 && field.weights > 1) return 256;
   return tokens <= 64 ? 192 : 128;
 }
 
