@@ -117,13 +117,10 @@ struct Sums {
   }
 };
 
-double sum_of_squares(const float* values, std::int64_t count) {
+double sum_of_products(const float* a, const float* b, std::int64_t count) {
   Sums sums;
   for (std::int64_t i = 0; i < count; i += 16) {
-    for (int j = 0; j < 16; ++j) {
-      const double v = values[i + j];
-      sums.part[j] = __builtin_fma(v, v, sums.part[j]);
-    }
+    for (int j = 0; j < 16; ++j) sums.part[j] = __builtin_fma(double{a[i + j]}, double{b[i + j]}, sums.part[j]);
   }
   return sums.total();
 }

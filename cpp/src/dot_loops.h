@@ -4,7 +4,9 @@
 // - Vec, a vector of kLanes floats, with load, store, zero, fma (a * b + c) and sum (lanes added in halves);
 // - f16(bits), fp16 bits -> float;
 // - Decoder<B, P> with chunk(bytes, valid, sink): decodes 64 indices, of which the first `valid` are in the row (the
-//   rest may be anything, x is zero there), and calls sink(offset, Vec) for 64 * P floats in decode order.
+//   rest may be anything, x is zero there), and calls sink(offset, Vec) for 64 * P floats in decode order;
+// - TrellisDecoder<B, P> with chunk(bytes, steps, sink) for a run of a trellis grid, such as WindowDecoder with
+// - look_up<P>(points, halves, windows): kLanes / P points, given both as floats and as fp16 bits.
 //
 // The sums run in the same order in dot_rows and dot_tile: one chain of fma per (row of w, row of x, scale group), in
 // decode order, lanes added up per group, groups in order. So a row of y has the same bits in any batch.
@@ -12,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "kernels.h"
@@ -19,48 +22,138 @@
 namespace higgs::detail {
 namespace {
 
+// How the indices of a scale group are cut into what a decoder takes at once: count(i, left) indices from index i of
+// the row on, where `left` are left in the scale group, which fill cols(count) floats in decode order. Vector grids:
+// chunks, the last one padded.
+template <int P>
+struct Chunks {
+  explicit Chunks(const LayerFormat&) {}
+  [[nodiscard]] static std::int64_t count(std::int64_t, std::int64_t left) { return left < kChunk ? left : kChunk; }
+  [[nodiscard]] static std::int64_t cols(std::int64_t) { return kChunk * P; }
+};
+
+// Decodes a run, in its order, by the table of all windows.
+template <class Isa, int B, int P>
+struct WindowDecoder {
+  static constexpr int kSteps = Isa::kLanes / P;
+  const float* points;
+  const std::uint16_t* halves;
+  std::uint32_t mask;
+
+  explicit WindowDecoder(const PackedView& w)
+      : points(w.format.grid->points.data()),
+        halves(trellis_halves(*w.format.grid)),
+        mask(static_cast<std::uint32_t>(w.format.grid->n_points) - 1) {}
+
+  template <typename Sink>
+  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+    constexpr int kWrapped = 4;  // bytes: a window and the bits before it in its first byte
+    std::uint8_t stream[(kRunGroup / 4 / P + kSteps) * B / 8 + kWrapped] = {};  // with the first bytes again at the end
+    const int length = valid * B / 8;
+    std::memcpy(stream, bytes, static_cast<std::size_t>(length));
+    for (int i = 0; i < kWrapped; ++i) stream[length + i] = bytes[i % length];
+    for (int t = 0; t < valid; t += kSteps) {
+      std::uint32_t windows[kSteps];
+      for (int i = 0; i < kSteps; ++i) {
+        std::uint32_t word;
+        std::memcpy(&word, stream + (t + i) * B / 8, sizeof word);
+        windows[i] = word >> ((t + i) * B % 8) & mask;
+      }
+      sink(t * P, Isa::template look_up<P>(points, halves, windows));
+    }
+  }
+};
+
+// Decodes run groups of a trellis grid: four runs into column order.
+template <class Isa, int B, int P>
+struct GroupDecoder {
+  typename Isa::template TrellisDecoder<B, P> decoder;
+  std::int64_t k;
+
+  explicit GroupDecoder(const PackedView& w) : decoder(w), k(w.format.k) {}
+
+  // `valid` indices' worth of columns from those of index `index` on, which lie in one run group.
+  template <typename Sink>
+  void chunk(const std::uint8_t* row, std::int64_t index, int valid, const Sink& sink) const {
+    const std::int64_t group = index * P / kRunGroup * kRunGroup;
+    const int columns = static_cast<int>(std::min<std::int64_t>(kRunGroup, k - group)) / 4;  // of a run
+    const std::uint8_t* run = row + group / P * B / 8;
+    float out[kRunGroup];
+    for (int t = 0; t < 4; ++t, run += columns / P * B / 8) {
+      float values[kRunGroup / 4 + 32];  // decoders finish what they take at once
+      decoder.chunk(run, columns / P, [&](int offset, typename Isa::Vec v) { Isa::store(values + offset, v); });
+      for (int i = 0; i < columns; i += 4) std::memcpy(out + 4 * i + 4 * t, values + i, 4 * sizeof(float));
+    }
+    const auto first = static_cast<int>(index * P - group);
+    for (int c = 0; c < valid * P; c += Isa::kLanes) sink(c, Isa::load(out + first + c));
+  }
+};
+
+// Trellis grids: what a scale group and a run group have in common. i: index within the row.
+template <int P>
+struct Runs {
+  explicit Runs(const LayerFormat&) {}
+  [[nodiscard]] static std::int64_t count(std::int64_t i, std::int64_t left) {
+    return std::min(left, (kRunGroup - i * P % kRunGroup) / P);
+  }
+  [[nodiscard]] static std::int64_t cols(std::int64_t indices) { return indices * P; }
+};
+
+// A decoder of vector grids.
+template <class Decoder, int B>
+struct ChunkDecoder {
+  Decoder decoder;
+  explicit ChunkDecoder(const PackedView& w) : decoder(w) {}
+  template <typename Sink>
+  void chunk(const std::uint8_t* row, std::int64_t index, int valid, const Sink& sink) const {
+    decoder.chunk(row + index * B / 8, valid, sink);
+  }
+};
+
 // Where the bytes of a scale group lie, for a decoder of B-bit indices.
 template <int B, int P>
 struct GroupBytes {
   const PackedView& w;
   DecodeGeometry geometry = decode_geometry(w.format);
   std::int64_t row_bytes = w.format.row_bytes();
-  std::int64_t full_bytes = w.format.group / P * B / 8;
   std::int64_t full_indices = w.format.group / P;
   std::int64_t last_indices = (w.format.k - (geometry.groups - 1) * w.format.group) / P;
 
-  [[nodiscard]] const std::uint8_t* bytes(std::int64_t row, std::int64_t g) const {
-    return w.indices + row * row_bytes + g * full_bytes;
-  }
+  [[nodiscard]] const std::uint8_t* row(std::int64_t i) const { return w.indices + i * row_bytes; }
+  [[nodiscard]] std::int64_t first(std::int64_t g) const { return g * full_indices; }
   [[nodiscard]] std::int64_t indices(std::int64_t g) const {
     return g + 1 == geometry.groups ? last_indices : full_indices;
   }
   [[nodiscard]] std::int64_t x_offset(std::int64_t g) const { return g * geometry.group_chunks * kChunk * P; }
 };
 
-template <class Isa, int B, int P>
+template <class Isa, class Decoder, class Cut, int B, int P>
 void dot_rows(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y) {
   using Vec = typename Isa::Vec;
   const GroupBytes<B, P> layout{w};
-  const typename Isa::template Decoder<B, P> decoder(w);
+  const Decoder decoder(w);
+  const Cut cut(w.format);
   const std::int64_t groups = layout.geometry.groups;
   for (std::int64_t i = begin; i < end; i += 2) {  // two rows at a time: two independent chains of fma
     const std::int64_t pair[2] = {i, std::min(i + 1, end - 1)};
     float total[2] = {0, 0};
     for (std::int64_t g = 0; g < groups; ++g) {
-      const std::uint8_t* bytes[2] = {layout.bytes(pair[0], g), layout.bytes(pair[1], g)};
+      const std::uint8_t* bytes[2] = {layout.row(pair[0]), layout.row(pair[1])};
+      const std::int64_t first = layout.first(g);
       const std::int64_t count = layout.indices(g);
       const float* xg = x + layout.x_offset(g);
       Vec acc0 = Isa::zero();
       Vec acc1 = Isa::zero();
-      for (std::int64_t c = 0; c < count; c += kChunk, xg += kChunk * P) {
-        const int valid = static_cast<int>(std::min<std::int64_t>(kChunk, count - c));
-        __builtin_prefetch(bytes[0] + c * B / 8 + 2 * layout.row_bytes);  // the next pair of rows
-        __builtin_prefetch(bytes[1] + c * B / 8 + 2 * layout.row_bytes);
-        decoder.chunk(bytes[0] + c * B / 8, valid,
+      for (std::int64_t c = 0; c < count;) {
+        const int valid = static_cast<int>(cut.count(first + c, count - c));
+        __builtin_prefetch(bytes[0] + (first + c) * B / 8 + 2 * layout.row_bytes);  // the next pair of rows
+        __builtin_prefetch(bytes[1] + (first + c) * B / 8 + 2 * layout.row_bytes);
+        decoder.chunk(bytes[0], first + c, valid,
                       [&](int offset, Vec v) { acc0 = Isa::fma(v, Isa::load(xg + offset), acc0); });
-        decoder.chunk(bytes[1] + c * B / 8, valid,
+        decoder.chunk(bytes[1], first + c, valid,
                       [&](int offset, Vec v) { acc1 = Isa::fma(v, Isa::load(xg + offset), acc1); });
+        c += valid;
+        xg += cut.cols(valid);
       }
       total[0] += Isa::f16(w.scales[pair[0] * groups + g]) * Isa::sum(acc0);
       total[1] += Isa::f16(w.scales[pair[1] * groups + g]) * Isa::sum(acc1);
@@ -92,27 +185,32 @@ inline void micro(const float* weights, std::int64_t weights_stride, const float
   }
 }
 
-template <class Isa, int B, int P>
+template <class Isa, class Decoder, class Cut, int B, int P>
 void dot_tile(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end, float* scratch,
               float* y, std::int64_t y_stride) {
   using Vec = typename Isa::Vec;
   constexpr int kRows = Isa::kMicroRows;
   constexpr int kTokens = Isa::kMicroTokens;
   const GroupBytes<B, P> layout{w};
-  const typename Isa::template Decoder<B, P> decoder(w);
+  const Decoder decoder(w);
+  const Cut cut(w.format);
   const std::int64_t groups = layout.geometry.groups;
   const std::int64_t x_stride = layout.geometry.arranged_cols;
   const std::int64_t stride = layout.geometry.group_chunks * kChunk * P;
   for (std::int64_t i = 0; i < m; ++i) std::fill_n(y + i * y_stride, end - begin, 0.0f);
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t count = layout.indices(g);
-    const std::int64_t cols = (count + kChunk - 1) / kChunk * kChunk * P;
+    std::int64_t cols = 0;
     float scales[kTileRows];
     for (std::int64_t i = begin; i < end; ++i) {
       float* row = scratch + (i - begin) * stride;
-      for (std::int64_t c = 0; c < count; c += kChunk, row += kChunk * P) {
-        const int valid = static_cast<int>(std::min<std::int64_t>(kChunk, count - c));
-        decoder.chunk(layout.bytes(i, g) + c * B / 8, valid, [&](int offset, Vec v) { Isa::store(row + offset, v); });
+      cols = 0;
+      for (std::int64_t c = 0; c < count;) {
+        const int valid = static_cast<int>(cut.count(layout.first(g) + c, count - c));
+        decoder.chunk(layout.row(i), layout.first(g) + c, valid,
+                      [&](int offset, Vec v) { Isa::store(row + cols + offset, v); });
+        c += valid;
+        cols += cut.cols(valid);
       }
       scales[i - begin] = Isa::f16(w.scales[i * groups + g]);
     }
@@ -148,12 +246,22 @@ void dot_tile(const PackedView& w, const float* x, std::int64_t m, std::int64_t 
   X(5, 1)                         \
   X(6, 1) X(8, 1) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(11, 2) X(12, 2) X(4, 4) X(6, 4) X(8, 4)
 
+// The same for trellis grids.
+#define HIGGS_FOR_EACH_TRELLIS_DECODER(X) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(6, 4) X(8, 4)
+
+inline int decoder_key(const Grid& grid) { return (grid.trellis != nullptr ? 256 : 0) + grid.index_bits * 8 + grid.p; }
+
 template <class Isa>
 void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y) {
-  switch (w.format.grid->index_bits * 8 + w.format.grid->p) {
+  switch (decoder_key(*w.format.grid)) {
 #define HIGGS_CASE(B, P) \
-  case (B) * 8 + (P): return dot_rows<Isa, B, P>(w, x, begin, end, y);
+  case (B) * 8 + (P):    \
+    return dot_rows<Isa, ChunkDecoder<typename Isa::template Decoder<B, P>, B>, Chunks<P>, B, P>(w, x, begin, end, y);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
+#undef HIGGS_CASE
+#define HIGGS_CASE(B, P) \
+  case 256 + (B) * 8 + (P): return dot_rows<Isa, GroupDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, begin, end, y);
+    HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);
   }
@@ -162,10 +270,17 @@ void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::
 template <class Isa>
 void dot_tile_any(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end,
                   float* scratch, float* y, std::int64_t y_stride) {
-  switch (w.format.grid->index_bits * 8 + w.format.grid->p) {
-#define HIGGS_CASE(B, P) \
-  case (B) * 8 + (P): return dot_tile<Isa, B, P>(w, x, m, begin, end, scratch, y, y_stride);
+  switch (decoder_key(*w.format.grid)) {
+#define HIGGS_CASE(B, P)                                                                          \
+  case (B) * 8 + (P):                                                                             \
+    return dot_tile<Isa, ChunkDecoder<typename Isa::template Decoder<B, P>, B>, Chunks<P>, B, P>( \
+        w, x, m, begin, end, scratch, y, y_stride);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
+#undef HIGGS_CASE
+#define HIGGS_CASE(B, P)    \
+  case 256 + (B) * 8 + (P): \
+    return dot_tile<Isa, GroupDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, m, begin, end, scratch, y, y_stride);
+    HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);
   }

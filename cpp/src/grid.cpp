@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdio>
+#include <list>
 #include <string>
 #include <vector>
 
@@ -18,21 +19,60 @@ std::string format_rate(double rate) {
   return text;
 }
 
+void add_vector_grids(std::vector<Grid>& list) {
+  for (int i = 0; i < detail::kGridDataCount; ++i) {
+    const detail::GridData& d = detail::kGridData[i];
+    const int bits = std::countr_zero(static_cast<unsigned>(d.n_points));
+    const std::span points{d.points, static_cast<std::size_t>(d.n_points) * static_cast<std::size_t>(d.p)};
+    list.push_back({d.name, d.p, d.n_points, bits, bits, d.t2, points});
+  }
+}
+
+std::vector<float> trellis_points(const Trellis& t, int p, int window_bits) {
+  std::vector<float> points;
+  points.reserve((std::size_t{1} << window_bits) * p);
+  for (std::uint32_t window = 0; window >> window_bits == 0; ++window) {
+    const std::uint32_t hash = window * t.multiplier;
+    constexpr int kSignBit[] = {15, 31, 14, 30};
+    for (int c = 0; c < p; ++c) {
+      if (t.kind == Trellis::Kind::additive) {
+        const float lo = t.table[(window & 255) * 2 * p + c];
+        points.push_back(lo + t.table[(window >> (window_bits - 8)) * 2 * p + p + c]);
+      } else {
+        const float magnitude = t.table[(hash >> 16) % static_cast<std::uint32_t>(t.rows) * p + c];
+        points.push_back((hash >> kSignBit[c] & 1) != 0 ? -magnitude : magnitude);
+      }
+    }
+  }
+  return points;
+}
+
+// Grids with the same table differ in index_bits alone, so they share their points.
+void add_trellis_grids(std::vector<Grid>& list) {
+  struct Expanded {
+    Trellis trellis;
+    std::vector<float> points;
+  };
+  static std::list<Expanded> tables;
+  for (int i = 0; i < detail::kTrellisDataCount; ++i) {
+    const detail::TrellisData& d = detail::kTrellisData[i];
+    if (tables.empty() || tables.back().trellis.table.data() != d.table) {
+      const int columns = d.kind == Trellis::Kind::additive ? 2 * d.p : d.p;
+      const Trellis t{d.kind, d.multiplier, d.rows, {d.table, static_cast<std::size_t>(d.rows * columns)}};
+      tables.push_back({t, trellis_points(t, d.p, d.window_bits)});
+    }
+    const Expanded& e = tables.back();
+    list.push_back({d.name, d.p, 1 << d.window_bits, d.index_bits, d.window_bits, d.t2, e.points, &e.trellis});
+  }
+}
+
 }  // namespace
 
 std::span<const Grid> grids() {
   static const std::vector<Grid> all = [] {
     std::vector<Grid> list;
-    for (int i = 0; i < detail::kGridDataCount; ++i) {
-      const detail::GridData& d = detail::kGridData[i];
-      const auto n = static_cast<unsigned>(d.n_points);
-      list.push_back({d.name,
-                      d.p,
-                      d.n_points,
-                      std::countr_zero(n),
-                      d.t2,
-                      {d.points, static_cast<std::size_t>(d.n_points) * static_cast<std::size_t>(d.p)}});
-    }
+    add_vector_grids(list);
+    add_trellis_grids(list);
     return list;
   }();
   return all;
@@ -51,6 +91,7 @@ const Grid& grid_for_bits(double bits) {
   const Grid* best = nullptr;
   std::vector<double> rates;
   for (const Grid& g : grids()) {
+    if (g.trellis != nullptr) continue;
     rates.push_back(g.rate());
     if (g.rate() == bits && (best == nullptr || g.t2 < best->t2)) best = &g;
   }

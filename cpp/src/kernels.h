@@ -7,13 +7,14 @@
 #include "higgs/isa.h"
 #include "higgs/packed_format.h"
 #include "nearest.h"
+#include "trellis.h"
 
 namespace higgs::detail {
 
 // Columns are handled in chunks of 64 indices = 64 * p columns, the last chunk of a scale group padded. Inside a chunk
 // x and decoded weights are in "decode order", the one in which look-ups yield them: column order where a look-up
 // fetches a whole point, component-major (index i, component c at c * 64 + i) where one instruction looks up many
-// indices in the table of one component.
+// indices in the table of one component. Trellis grids are handled by runs, in column order.
 inline constexpr int kChunk = 64;
 
 struct DecodeGeometry {
@@ -36,8 +37,13 @@ struct Kernels {
   void (*nearest)(const NearestTable& table, const float* values, std::int64_t count, float inverse_scale,
                   std::uint16_t* indices, double* vg, double* gg);
 
-  // sum v^2 in the summation order of FORMAT.md. count is a multiple of 64.
-  double (*sum_squares)(const float* values, std::int64_t count);
+  // sum a b in the summation order of FORMAT.md. count is a multiple of 64.
+  double (*sum_products)(const float* a, const float* b, std::int64_t count);
+
+  // Finds the streams of kTrellisRuns runs of `columns` values at once (FORMAT.md, "Trellis grids"): their indices
+  // [columns / p] and points [columns]. costs is scratch of trellis_costs() floats.
+  void (*encode_runs)(const TrellisTable& table, const float* const* values, int columns, float* costs,
+                      std::uint16_t* const* indices, float* const* points);
 
   // y[i] = sum over groups of scale * (sum over the group of x * point), rows [begin, end) of w, one row of x in decode
   // order.

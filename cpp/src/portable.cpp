@@ -2,6 +2,7 @@
 #include "block_loops.h"
 #include "dot_loops.h"
 #include "higgs/numeric.h"
+#include "trellis_loops.h"
 
 namespace higgs::detail {
 namespace {
@@ -22,6 +23,16 @@ struct Portable {
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static float f16(std::uint16_t bits) { return f16_to_f32(bits); }
+
+  template <int B, int P>
+  using TrellisDecoder = WindowDecoder<Portable, B, P>;
+
+  template <int P>
+  static Vec look_up(const float* points, const std::uint16_t*, const std::uint32_t* windows) {
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = points[windows[i / P] * P + i % P];
+    return v;
+  }
 
   template <int B, int P>
   struct Decoder {
@@ -47,7 +58,7 @@ struct Portable {
 
 }  // namespace
 
-const Kernels kPortableKernels = {
-    0, transform_blocks, nearest_group, sum_of_squares, dot_rows_any<Portable>, dot_tile_any<Portable>};
+const Kernels kPortableKernels = {0,           transform_blocks,       nearest_group,         sum_of_products,
+                                  encode_runs, dot_rows_any<Portable>, dot_tile_any<Portable>};
 
 }  // namespace higgs::detail

@@ -1,7 +1,10 @@
 #include "higgs/quantize.h"
 
+#include <algorithm>
 #include <cmath>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -16,6 +19,7 @@ namespace {
 
 using detail::Kernels;
 constexpr std::int64_t kRowsPerTask = 8;
+static_assert(kRowsPerTask % detail::kTrellisRuns == 0);
 
 void check_finite(const std::byte* row, DType dtype, std::int64_t i, std::int64_t k) {
   for (std::int64_t j = 0; j < k; ++j) {
@@ -32,19 +36,25 @@ struct GroupResult {
   double error;
 };
 
-// FORMAT.md, "From weights to bytes", steps 2 to 4 for one scale group.
-GroupResult quantize_group(const Kernels& kernels, const detail::NearestTable& table, const float* v,
-                           std::int64_t count, double energy, std::uint16_t* indices) {
-  const std::uint16_t rms = f32_to_f16(static_cast<float>(std::sqrt(energy / static_cast<double>(count))));
-  const float scale = f16_to_f32(rms);
-  if (!std::isfinite(scale)) {
-    throw Error(ErrorCode::invalid_argument, "a scale of " +
-                                                 std::to_string(std::sqrt(energy / static_cast<double>(count))) +
-                                                 " does not fit in fp16 (at most 65504)");
+// FORMAT.md, "From weights to bytes", step 2 for one scale group.
+std::uint16_t rms_scale(double energy, std::int64_t count) {
+  const double rms = std::sqrt(energy / static_cast<double>(count));
+  const std::uint16_t scale = f32_to_f16(static_cast<float>(rms));
+  if (!std::isfinite(f16_to_f32(scale))) {
+    throw Error(ErrorCode::invalid_argument,
+                "a scale of " + std::to_string(rms) + " does not fit in fp16 (at most 65504)");
   }
-  double vg = 0;
-  double gg = 0;
-  kernels.nearest(table, v, count, scale > 0.0f ? 1.0f / scale : 0.0f, indices, &vg, &gg);
+  return scale;
+}
+
+float inverse(std::uint16_t scale) {
+  const float s = f16_to_f32(scale);
+  return s > 0.0f ? 1.0f / s : 0.0f;
+}
+
+// Step 4, with the sums of v g and g g over the group.
+GroupResult refit_scale(double energy, std::uint16_t rms, double vg, double gg) {
+  const float scale = f16_to_f32(rms);
   const auto error = [&](double s) { return energy - 2 * s * vg + s * s * gg; };
   const std::uint16_t refit = f32_to_f16(static_cast<float>(vg / gg));
   const float refit_scale = f16_to_f32(refit);
@@ -62,6 +72,151 @@ void check_packed(const PackedView& packed, MatrixView out) {
   }
 }
 
+// One row that is being quantized.
+struct RowInProgress {
+  std::int64_t number = 0;
+  std::vector<float> v;  // rotated
+  std::vector<std::uint16_t> indices;
+  std::uint16_t* scales = nullptr;  // out
+  double error = 0;
+  double energy = 0;
+};
+
+class Quantizer {
+ public:
+  Quantizer(ConstMatrixView w, const LayerFormat& format, std::vector<float> factor)
+      : w_(w), format_(format), factor_(std::move(factor)) {}
+
+  // Step 1.
+  void rotate(RowInProgress& row) const {
+    row.v.resize(static_cast<std::size_t>(format_.k));
+    row.indices.resize(static_cast<std::size_t>(format_.row_indices()));
+    detail::load_scaled(w_.row(row.number), w_.dtype, format_.k, factor_.data(), row.v.data());
+    kernels_.fwht(row.v.data(), format_.k / format_.block, format_.block);
+  }
+
+  // Steps 2 to 4 with a vector grid.
+  void round(RowInProgress& row) const {
+    const detail::NearestTable& table = detail::nearest_table(*format_.grid);
+    for (std::int64_t g = 0; g < format_.row_groups(); ++g) {
+      const std::int64_t first = g * format_.group;
+      const std::int64_t count = format_.group_end(g) - first;
+      const double group_energy = energy(row, first, count);
+      const std::uint16_t rms = rms_scale(group_energy, count);
+      double vg = 0;
+      double gg = 0;
+      kernels_.nearest(table, row.v.data() + first, count, inverse(rms), row.indices.data() + first / format_.grid->p,
+                       &vg, &gg);
+      store(row, g, group_energy, refit_scale(group_energy, rms, vg, gg));
+    }
+  }
+
+  // Steps 2 to 4 with a trellis grid, for kTrellisRuns rows at once (the same row may stand in for a missing one).
+  void encode(RowInProgress* const* rows) const {
+    constexpr int kRows = detail::kTrellisRuns;
+    std::vector<double> energies[kRows];
+    std::vector<std::uint16_t> rms[kRows];
+    std::vector<float> u[kRows];  // values for the search, then the points found
+    for (int r = 0; r < kRows; ++r) {
+      u[r].resize(static_cast<std::size_t>(format_.k));
+      for (std::int64_t g = 0; g < format_.row_groups(); ++g) {
+        const std::int64_t first = g * format_.group;
+        const std::int64_t count = format_.group_end(g) - first;
+        energies[r].push_back(energy(*rows[r], first, count));
+        rms[r].push_back(rms_scale(energies[r].back(), count));
+        normalize(rows[r]->v.data() + first, count, inverse(rms[r].back()), u[r].data() + first);
+      }
+    }
+    for (std::int64_t first = 0; first < format_.k; first += kRunGroup) {
+      for (int t = 0; t < 4; ++t) encode_runs(rows, first + 4 * t, u);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      if (r > 0 && rows[r] == rows[r - 1]) continue;
+      for (std::int64_t g = 0; g < format_.row_groups(); ++g) {
+        const std::int64_t first = g * format_.group;
+        const std::int64_t count = format_.group_end(g) - first;
+        const double vg = kernels_.sum_products(rows[r]->v.data() + first, u[r].data() + first, count);
+        const double gg = kernels_.sum_products(u[r].data() + first, u[r].data() + first, count);
+        store(*rows[r], g, energies[r][g], refit_scale(energies[r][g], rms[r][g], vg, gg));
+      }
+    }
+  }
+
+ private:
+  // What the search sees of `count` values. Values for an additive grid are multiples of 1/256, and its entries are of
+  // 1/32: no cost is rounded, so the search gives the same stream in any order of evaluation.
+  void normalize(const float* v, std::int64_t count, float by, float* u) const {
+    constexpr float kStep = 1.0f / 256;
+    constexpr float kMost = 1444;
+    const bool rounds = format_.grid->trellis->kind == Trellis::Kind::additive;
+    for (std::int64_t i = 0; i < count; ++i) {
+      u[i] = v[i] * by;
+      if (rounds) u[i] = std::nearbyint(std::clamp(u[i] / kStep, -kMost, kMost)) * kStep;
+    }
+  }
+  // The runs of all rows that have column `first` as their first.
+  void encode_runs(RowInProgress* const* rows, std::int64_t first, std::vector<float>* u) const {
+    constexpr int kRows = detail::kTrellisRuns;
+    constexpr std::int64_t kMost = kRunGroup / 4;
+    const detail::TrellisTable& table = detail::trellis_table(*format_.grid);
+    const int p = format_.grid->p;
+    const StreamPlace place = stream_place(format_.k, p, first);
+    const int columns = place.steps * p;
+    thread_local std::vector<float> costs;
+    costs.resize(static_cast<std::size_t>(detail::trellis_costs(table, kMost)));
+    float values[kRows][kMost];
+    float points[kRows][kMost];
+    const float* values_at[kRows];
+    float* points_at[kRows];
+    std::uint16_t* indices_at[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < columns; ++i) values[r][i] = u[r][first + i / 4 * 16 + i % 4];
+      values_at[r] = values[r];
+      points_at[r] = points[r];
+      indices_at[r] = rows[r]->indices.data() + place.first;
+    }
+    kernels_.encode_runs(table, values_at, columns, costs.data(), indices_at, points_at);
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < columns; ++i) u[r][first + i / 4 * 16 + i % 4] = points[r][i];
+    }
+  }
+  [[nodiscard]] double energy(const RowInProgress& row, std::int64_t first, std::int64_t count) const {
+    const double sum = kernels_.sum_products(row.v.data() + first, row.v.data() + first, count);
+    if (!std::isfinite(sum)) check_finite(w_.row(row.number), w_.dtype, row.number, format_.k);
+    return sum;
+  }
+  static void store(RowInProgress& row, std::int64_t g, double energy, const GroupResult& r) {
+    row.scales[g] = r.scale;
+    row.error += r.error;
+    row.energy += energy;
+  }
+
+  const Kernels& kernels_ = detail::kernels();
+  ConstMatrixView w_;
+  const LayerFormat& format_;
+  std::vector<float> factor_;  // sign * column scale
+};
+
+// Which point every p columns of a row take.
+void unpack_points(const LayerFormat& f, const std::uint8_t* bytes, std::span<std::uint16_t> indices,
+                   std::vector<std::uint32_t>& points) {
+  const Grid& grid = *f.grid;
+  unpack({bytes, static_cast<std::size_t>(f.row_bytes())}, grid.index_bits, indices);
+  if (grid.trellis == nullptr) {
+    std::copy(indices.begin(), indices.end(), points.begin());
+    return;
+  }
+  for (std::int64_t j = 0; j < f.k; j += grid.p) {
+    const StreamPlace place = stream_place(f.k, grid.p, j);
+    std::uint32_t window = 0;
+    for (int i = 0; i * grid.index_bits < grid.window_bits; ++i) {
+      const std::uint16_t index = indices[place.first + (place.step + i) % place.steps];
+      window |= static_cast<std::uint32_t>(index) << (i * grid.index_bits);
+    }
+    points[j / grid.p] = window & (static_cast<std::uint32_t>(grid.n_points) - 1);
+  }
+}
+
 // Calls use(row number, the k values scale * point) for every row.
 template <typename Use>
 void for_each_rotated_row(const PackedView& packed, const Use& use) {
@@ -69,14 +224,14 @@ void for_each_rotated_row(const PackedView& packed, const Use& use) {
   const int p = f.grid->p;
   parallel_for(f.n, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
     std::vector<std::uint16_t> indices(static_cast<std::size_t>(f.row_indices()));
+    std::vector<std::uint32_t> points(indices.size());
     std::vector<float> row(static_cast<std::size_t>(f.k));
     for (std::int64_t i = begin; i < end; ++i) {
-      const auto bytes = static_cast<std::size_t>(f.row_bytes());
-      unpack({packed.indices + i * f.row_bytes(), bytes}, f.grid->index_bits, indices);
+      unpack_points(f, packed.indices + i * f.row_bytes(), indices, points);
       for (std::int64_t g = 0; g < f.row_groups(); ++g) {
         const float scale = f16_to_f32(packed.scales[i * f.row_groups() + g]);
         for (std::int64_t j = g * f.group; j < f.group_end(g); ++j) {
-          row[j] = scale * f.grid->points[static_cast<std::size_t>(indices[j / p]) * p + j % p];
+          row[j] = scale * f.grid->points[static_cast<std::size_t>(points[j / p]) * p + j % p];
         }
       }
       use(i, row);
@@ -97,29 +252,29 @@ QuantizeResult quantize(ConstMatrixView w, const LayerFormat& format, const std:
   std::vector<float> factor(static_cast<std::size_t>(format.k));
   for (std::int64_t j = 0; j < format.k; ++j) factor[j] = sign_of(format.seed, j) * (s.empty() ? 1.0f : s[j]);
 
-  const detail::NearestTable& table = detail::nearest_table(*format.grid);
-  const Kernels& kernels = detail::kernels();
+  const Quantizer quantizer(w, format, std::move(factor));
   std::vector<double> row_error(static_cast<std::size_t>(format.n));
   std::vector<double> row_energy(static_cast<std::size_t>(format.n));
   const auto quantize_rows = [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> v(static_cast<std::size_t>(format.k));
-    std::vector<std::uint16_t> row_indices(static_cast<std::size_t>(format.row_indices()));
-    for (std::int64_t i = begin; i < end; ++i) {
-      detail::load_scaled(w.row(i), w.dtype, format.k, factor.data(), v.data());
-      kernels.fwht(v.data(), format.k / format.block, format.block);
-      for (std::int64_t g = 0; g < format.row_groups(); ++g) {
-        const std::int64_t first = g * format.group;
-        const std::int64_t count = format.group_end(g) - first;
-        const double energy = kernels.sum_squares(v.data() + first, count);
-        if (!std::isfinite(energy)) check_finite(w.row(i), w.dtype, i, format.k);
-        const GroupResult r = quantize_group(kernels, table, v.data() + first, count, energy,
-                                             row_indices.data() + first / format.grid->p);
-        scales[i * format.row_groups() + g] = r.scale;
-        row_error[i] += r.error;
-        row_energy[i] += energy;
+    constexpr std::int64_t kRows = detail::kTrellisRuns;
+    for (std::int64_t i = begin; i < end; i += kRows) {
+      RowInProgress rows[kRows];
+      RowInProgress* at[kRows];
+      const std::int64_t count = std::min(kRows, end - i);
+      for (std::int64_t r = 0; r < kRows; ++r) at[r] = &rows[std::min(r, count - 1)];
+      for (std::int64_t r = 0; r < count; ++r) {
+        rows[r].number = i + r;
+        rows[r].scales = scales + (i + r) * format.row_groups();
+        quantizer.rotate(rows[r]);
+        if (format.grid->trellis == nullptr) quantizer.round(rows[r]);
       }
-      pack(row_indices, format.grid->index_bits,
-           {indices + i * format.row_bytes(), static_cast<std::size_t>(format.row_bytes())});
+      if (format.grid->trellis != nullptr) quantizer.encode(at);
+      for (std::int64_t r = 0; r < count; ++r) {
+        row_error[i + r] = rows[r].error;
+        row_energy[i + r] = rows[r].energy;
+        pack(rows[r].indices, format.grid->index_bits,
+             {indices + (i + r) * format.row_bytes(), static_cast<std::size_t>(format.row_bytes())});
+      }
     }
   };
   try {

@@ -1,5 +1,6 @@
 #include "higgs/reference.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <numbers>
@@ -31,13 +32,14 @@ std::vector<double> dequantize(const PackedView& packed) {
   for (std::int64_t i = 0; i < f.n; ++i) {
     const std::uint8_t* bytes = packed.indices + i * f.row_bytes();
     for (std::int64_t j = 0; j < f.k; ++j) {
-      int index = 0;
-      for (int b = 0; b < bits; ++b) {
-        const std::int64_t at = j / p * bits + b;
-        index |= (bytes[at / 8] >> (at % 8) & 1) << b;
+      std::size_t point = 0;
+      const StreamPlace place = f.grid->trellis != nullptr ? stream_place(f.k, p, j) : StreamPlace{j / p, 1, 0};
+      for (int b = 0; b < f.grid->window_bits; ++b) {
+        const std::int64_t at = place.first * bits + (place.step * bits + b) % (place.steps * bits);
+        point |= static_cast<std::size_t>(bytes[at / 8] >> (at % 8) & 1) << b;
       }
       const double scale = f16_to_f32(packed.scales[i * f.row_groups() + j / f.group]);
-      r[j] = scale * f.grid->points[static_cast<std::size_t>(index) * p + j % p];
+      r[j] = scale * f.grid->points[point * p + j % p];
     }
     for (std::int64_t j = 0; j < f.k; ++j) {
       const std::int64_t first = j / f.block * f.block;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "higgs/error.h"
+#include "higgs/grid.h"
 
 namespace higgs::cuda {
 

@@ -22,6 +22,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "higgs/cuda/tiled_format.h"
 
@@ -59,17 +60,32 @@ __host__ __device__ constexpr int bit_position(FieldShape s, int f, int b) {
   }
 }
 
+// Where word i of a lane's unit u is among the words of its slice: one after another, but of units with an odd number
+// of 8-byte halves the last halves share a 16-byte piece between the two units of a slice.
+__host__ __device__ constexpr int slice_word(FieldShape s, int u, int i) {
+  const int words = s.unit_words() * s.joined_units();
+  if (!s.trellis() || words % 4 == 0) return u * words + i;
+  return i < words - 2 ? u * (words + 2) + i : words - 2 + 2 * u + i - (words - 2);
+}
+
 // --- decoders -------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+// (a & mask) | (b & ~mask)
+__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t v;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(v) : "r"(a), "r"(mask), "r"(b));
+  return v;
+}
 
-// A table that is addressed from the start of the shared window: `offset` holds its address.
+// A table of T that is addressed from the start of the shared window: `offset` holds its address.
+template <typename T>
 struct SharedWindow {};
 
 __device__ __forceinline__ uint32_t look_up(const uint8_t* table, uint32_t at) {
   return *reinterpret_cast<const uint32_t*>(table + at);
 }
-__device__ __forceinline__ uint32_t look_up(SharedWindow, uint32_t at) {
+template <typename T>
+__device__ __forceinline__ uint32_t look_up(SharedWindow<T>, uint32_t at) {
   uint32_t v;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at));
   return v;
@@ -219,14 +235,16 @@ struct SingleDecoder {
 };
 
 // Copies the table of a matrix (entries in field order) into shared memory, replicated for the lanes. Two steps, so
-// that the first load is under way early. A task is half the copies of an entry (or all, if they are 16 bytes); of an
-// 8-byte entry, the copies of one half.
+// that the first load is under way early. A task is half the copies of an entry (or all, if they are 16 bytes); of
+// QuadDecoder's 8-byte entry, the copies of one half.
 template <typename Decoder>
 class TableFill {
   static constexpr int kEntryBytes = Decoder::kShape.entry_bytes();
   static constexpr int kPieces = Decoder::kCopies * kEntryBytes / 16;  // 16-byte stores that make one entry's copies
   static constexpr int kSplit = kPieces > 1 ? 2 : 1;
   static constexpr int kTasks = Decoder::kTableEntries * kSplit;
+  static constexpr bool kWhole = Decoder::kShape.trellis() && kEntryBytes == 8;  // 8-byte entries stay together
+  using Entry = std::conditional_t<kWhole, uint2, uint32_t>;
 
  public:
   // Thread `thread` of `threads`; a negative one has nothing to do.
@@ -244,25 +262,27 @@ class TableFill {
   }
 
  private:
-  __device__ __forceinline__ uint32_t load(int task) const {
-    const int half = kEntryBytes == 8 ? task % 2 * 4 : 0;
+  __device__ __forceinline__ Entry load(int task) const {
+    const int half = kEntryBytes == 8 && !kWhole ? task % 2 * 4 : 0;
     return __ldg(
-        reinterpret_cast<const uint32_t*>(table_ + task / kSplit % Decoder::kShape.entries() * kEntryBytes + half));
+        reinterpret_cast<const Entry*>(table_ + task / kSplit % Decoder::kShape.entries() * kEntryBytes + half));
   }
+  static __device__ __forceinline__ uint4 repeat(uint32_t e) { return make_uint4(e, e, e, e); }
+  static __device__ __forceinline__ uint4 repeat(uint2 e) { return make_uint4(e.x, e.y, e.x, e.y); }
   // Neighbouring threads start at different pieces: 8 threads cover all banks.
-  static __device__ __forceinline__ void store_task(uint8_t* shared, int task, uint32_t e) {
+  static __device__ __forceinline__ void store_task(uint8_t* shared, int task, Entry e) {
     constexpr int kEach = kPieces / kSplit;
     uint8_t* to = shared + (task / kSplit << Decoder::kStrideLog) + task % kSplit * kEach * 16;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      *reinterpret_cast<uint4*>(to + (i + (kEach == 8 ? task : task / kSplit)) % kEach * 16) = make_uint4(e, e, e, e);
+      *reinterpret_cast<uint4*>(to + (i + (kEach == 8 ? task : task / kSplit)) % kEach * 16) = repeat(e);
     }
   }
 
   const uint8_t* table_;
   int task_;
   int threads_;
-  uint32_t entry_ = 0;
+  Entry entry_ = {};
 };
 
 }  // namespace higgs::cuda

@@ -3,8 +3,10 @@
 #include "gemm_mma.cuh"
 #include "gemm_sm90.cuh"
 #include "gemv.cuh"
+#include "gemv_trellis.cuh"
 #include "launch.h"
 #include "repack.cuh"
+#include "repack_trellis.cuh"
 
 namespace higgs::cuda {
 namespace {
@@ -18,6 +20,20 @@ void launch_gemm(const GemmParams& params, const GemmPlan& plan, Stream stream) 
                                         stream, params);
 }
 
+template <typename Config>
+void launch_trellis(const GemvParams& params, const LaunchPlan& plan, Stream stream) {
+  launch_dependent<gemv_trellis_kernel<Config>>({plan.ctas(), plan.threads(), plan.shared_bytes, plan.cluster}, stream,
+                                                params);
+}
+
+template <typename T>
+void gemv_trellis(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
+  if (!plan.regular) return launch_trellis<TrellisConfig<D, T, 16, false>>(params, plan, stream);
+  if (plan.rows > 8) return launch_trellis<TrellisConfig<D, T, 16, true>>(params, plan, stream);
+  if (plan.rows > 4) return launch_trellis<TrellisConfig<D, T, 8, true>>(params, plan, stream);
+  launch_trellis<TrellisConfig<D, T, 4, true>>(params, plan, stream);
+}
+
 template <typename T, int TokenTiles, Loop kLoop>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
   launch_dependent<gemv_kernel<GemvConfig<D, T, TokenTiles, kLoop>>>(
@@ -26,7 +42,9 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
 
 template <typename T>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
-  if (plan.paired) {
+  if constexpr (D::kShape.trellis()) {
+    gemv_trellis<T>(plan, params, stream);
+  } else if (plan.paired) {
     plan.token_tiles == 1 ? gemv<T, 1, Loop::paired>(plan, params, stream)
                           : gemv<T, 2, Loop::paired>(plan, params, stream);
   } else if (plan.regular) {
@@ -64,8 +82,10 @@ void gemm_mma(const GemmPlan& plan, const GemmParams& params, Stream stream) {
 
 template <typename T>
 void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
-  if (plan.kernel == GemmKernel::mma) {
-    return plan.tokens == 32 ? gemm_mma<T, 32>(plan, params, stream) : gemm_mma<T, 64>(plan, params, stream);
+  if constexpr (!D::kShape.trellis()) {
+    if (plan.kernel == GemmKernel::mma) {
+      return plan.tokens == 32 ? gemm_mma<T, 32>(plan, params, stream) : gemm_mma<T, 64>(plan, params, stream);
+    }
   }
   plan.regular ? gemm<T, true>(plan, params, stream) : gemm<T, false>(plan, params, stream);
 }
@@ -77,15 +97,29 @@ void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
 constexpr int kThreads = 128;
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
+template <typename Decoder>
 void repack(const TiledLayer& layer, const uint8_t* indices, uint8_t* weights, Stream stream) {
-  repack_kernel<D><<<blocks_for(unit_threads(layer.tiled)), kThreads, 0, to_stream(stream)>>>(
-      layer, indices, reinterpret_cast<uint32_t*>(weights));
+  const unsigned blocks = blocks_for(unit_threads(layer.tiled));
+  auto* words = reinterpret_cast<uint32_t*>(weights);
+  if constexpr (Decoder::kShape.trellis()) {
+    repack_trellis_kernel<Decoder::kShape.bits><<<blocks, kThreads, 0, to_stream(stream)>>>(layer, indices, words);
+  } else {
+    repack_kernel<Decoder><<<blocks, kThreads, 0, to_stream(stream)>>>(layer, indices, words);
+  }
   check(cudaGetLastError(), "repack");
 }
 
+template <typename Decoder>
 void unrepack(const TiledLayer& layer, const uint8_t* weights, uint8_t* indices, Stream stream) {
-  unrepack_kernel<D><<<blocks_for(layer.n * (layer.k / kColumnAlignment)), kThreads, 0, to_stream(stream)>>>(
-      layer, reinterpret_cast<const uint32_t*>(weights), indices);
+  const auto* words = reinterpret_cast<const uint32_t*>(weights);
+  if constexpr (Decoder::kShape.trellis()) {
+    const int64_t runs = layer.n * ((layer.k + kRunGroup - 1) / kRunGroup) * 4;
+    unrepack_trellis_kernel<Decoder::kShape.bits>
+        <<<blocks_for(runs), kThreads, 0, to_stream(stream)>>>(layer, words, indices);
+  } else {
+    const int64_t threads = layer.n * (layer.k / kColumnAlignment);
+    unrepack_kernel<Decoder><<<blocks_for(threads), kThreads, 0, to_stream(stream)>>>(layer, words, indices);
+  }
   check(cudaGetLastError(), "unrepack");
 }
 
@@ -107,6 +141,7 @@ void dequantize_rotated(const TiledLayer& layer, const uint8_t* tiled, void* out
 #define HIGGS_CONCAT(a, b) HIGGS_CONCAT_(a, b)
 
 extern const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME);
-const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape, gemv, gemm, repack, unrepack, dequantize_rotated};
+const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape, gemv,        gemm,
+                                                        repack<D>, unrepack<D>, dequantize_rotated};
 
 }  // namespace higgs::cuda

@@ -7,6 +7,8 @@
 #include "launch.h"
 #include "numeric.cuh"
 #include "transform.cuh"
+#include "trellis_run.cuh"
+#include "trellis_table.h"
 
 namespace higgs::cuda {
 namespace {
@@ -25,6 +27,32 @@ struct StoredLayer {
   uint64_t seed;
 };
 
+// The values of a grid in shared memory and what a stored row says about a column, without its scale.
+template <int Capacity>
+__device__ __forceinline__ void fill_table(const GridPoints<Capacity>& points, uint16_t* table) {
+  for (int i = threadIdx.x; i < points.p << points.index_bits; i += blockDim.x) table[i] = points.values[i];
+}
+template <int Capacity>
+__device__ __forceinline__ float stored_value(const GridPoints<Capacity>& points, const uint16_t* table,
+                                              const StoredLayer& layer, const uint8_t* bytes, int64_t column) {
+  const int64_t index = column / points.p;  // one read of an index per value: cheap next to the rest
+  const uint32_t which = read_bits(bytes, layer.row_bytes, index * points.index_bits, points.index_bits);
+  return __half2float(__ushort_as_half(table[which * points.p + column % points.p]));
+}
+__device__ __forceinline__ void fill_table(const TrellisTable& trellis, uint16_t* table) {
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) reinterpret_cast<uint32_t*>(table)[i] = trellis.entries[i];
+}
+__device__ __forceinline__ float stored_value(const TrellisTable& trellis, const uint16_t* table,
+                                              const StoredLayer& layer, const uint8_t* bytes, int64_t column) {
+  const int in_group = static_cast<int>(column % kRunGroup);
+  const StoredRun run(bytes, layer.k, column / kRunGroup, in_group / 4 % 4, trellis.bits);
+  const int step = in_group / 16 * 2 + in_group % 4 / 2;
+  const auto* entries = reinterpret_cast<const int8_t*>(table) + in_group % 2;
+  const int lo = entries[run.window(step * trellis.bits) * 4 + 2];
+  const int hi = entries[run.window((step + trellis.shift) * trellis.bits) * 4];
+  return static_cast<float>(lo + hi) * kTrellisStep;
+}
+
 template <typename Points, typename T, bool Unrotate>
 __global__ void __launch_bounds__(kWarps * 32)
     dequantize_kernel(const __grid_constant__ Points points, const __grid_constant__ BlockTransform transform,
@@ -34,7 +62,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   auto* scratch = reinterpret_cast<float*>(shared + Points::kCapacity * 2);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  for (int i = threadIdx.x; i < points.p << points.index_bits; i += blockDim.x) table[i] = points.values[i];
+  fill_table(points, table);
   __syncthreads();
 
   const int64_t chunks = chunks_of(transform, layer.k);
@@ -49,15 +77,8 @@ __global__ void __launch_bounds__(kWarps * 32)
       const uint8_t* bytes = layer.indices + row * layer.row_bytes;
       const uint16_t scale_bits = layer.scales[row * layer.row_groups + column / layer.group];
       const float scale = __half2float(__ushort_as_half(scale_bits));
-      const auto value = [&](uint32_t index, int c) {
-        return __fmul_rn(scale, __half2float(__ushort_as_half(table[index * points.p + c])));
-      };
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {  // one read of an index per value: cheap next to the rest
-        const int64_t index = (column + i) / points.p;
-        const uint32_t which = read_bits(bytes, layer.row_bytes, index * points.index_bits, points.index_bits);
-        v[i] = value(which, i % points.p);
-      }
+      for (int i = 0; i < 32; ++i) v[i] = __fmul_rn(scale, stored_value(points, table, layer, bytes, column + i));
     }
     if constexpr (Unrotate) {
       warp_transform(v, transform, scratch + warp * kChunkScratch, lane);
@@ -97,7 +118,7 @@ void launch_dequantize(const char* op, const PackedView& packed, void* out, DTyp
   const BlockTransform transform = block_transform(Unrotate ? f.block : kMaxBlock);
   const std::int64_t items = f.n * chunks_of(transform, f.k);
   const auto blocks = static_cast<unsigned>(std::min<std::int64_t>((items + kWarps - 1) / kWarps, 1 << 16));
-  with_points(*f.grid, [&](const auto& points) {
+  const auto launch = [&](const auto& points) {
     using Points = std::decay_t<decltype(points)>;
     constexpr int kShared = Points::kCapacity * 2 + (Unrotate ? kWarps * kChunkScratch * 4 : 0);
     static_assert(kShared <= 48 * 1024);
@@ -105,7 +126,12 @@ void launch_dequantize(const char* op, const PackedView& packed, void* out, DTyp
       dequantize_kernel<Points, T, Unrotate>
           <<<blocks, kWarps * 32, kShared, to_stream(stream)>>>(points, transform, layer, static_cast<T*>(out));
     });
-  });
+  };
+  if (f.grid->trellis != nullptr) {
+    launch(make_trellis_table(*f.grid));
+  } else {
+    with_points(*f.grid, launch);
+  }
   check(cudaGetLastError(), op);
 }
 

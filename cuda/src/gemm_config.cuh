@@ -28,7 +28,9 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kRegisters = N_ / 2;          // of the accumulators, per thread
 
   // 16-byte loads a warp keeps in flight: all of a slice, or half where accumulators or warps take most registers
-  static constexpr bool kHalf = (N_ == 256 || kWarpgroups == 4) && Weights::kLoads % 2 == 0;
+  static constexpr bool kHalf =
+      (N_ == 256 || kWarpgroups == 4 || (N_ <= 64 && Weights::kShape.trellis() && Weights::kLoads == 8)) &&
+      Weights::kLoads % 2 == 0;
   static constexpr int kWindow = Weights::kLoads / (kHalf ? 2 : 1);
 
   static constexpr int kStageBytes = N_ * kBlockColumns * 2;  // one k block of x

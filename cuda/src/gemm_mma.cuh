@@ -47,7 +47,8 @@ struct StepFragments {
 #pragma unroll
       for (int i = 0; i < Config::kUnitWords; ++i) w[i] = weights.word(tile, first_word + i);
 #if __CUDA_ARCH__ == 900
-      typename Config::Decoder(w).fragment(step, SharedWindow{}, shared_address(table) + offset, a[tile]);
+      typename Config::Decoder(w).fragment(step, SharedWindow<typename Config::T>{}, shared_address(table) + offset,
+                                           a[tile]);
 #else
       typename Config::Decoder(w).fragment(step, table, offset, a[tile]);
 #endif

@@ -49,7 +49,9 @@ class WeightStream {
     current_loads_ = next_loads_;
     step(p);
   }
-  __device__ __forceinline__ uint32_t word(int i) const {
+  // Word i of unit u.
+  __device__ __forceinline__ uint32_t word(int u, int word_of_unit) const {
+    const int i = slice_word(Config::kShape, u, word_of_unit);
     const uint4& v = q_[i / 4 % Config::kWindow];
     return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
   }
@@ -89,7 +91,7 @@ class WeightStream {
       next_ += p.slice_bytes;
     }
     const int units = slice_ == p.slices - 1 ? p.last_units : p.units_per_slice;
-    next_loads_ = (units * Config::kUnitWords + 3) / 4;
+    next_loads_ = (units * Config::kShape.unit_words() + 3) / 4;
   }
 
   uint4 q_[Config::kWindow];
@@ -158,13 +160,13 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   }
 }
 
-// One slice: `units` units of 128 columns from k block `block` on.
+// One slice: `units` units from k block `block` on.
 template <typename Config>
 __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream<Config>& weights, RowScales<1>& scales,
                                                Stages<Config>& stages, uint32_t offset, int block, int units,
                                                bool& holding, float (&acc)[Config::kRegisters]) {
   constexpr int kWords = Config::kUnitWords;
-  uint32_t a[2][kBlockSteps][4];
+  uint32_t a[2][kBlockSteps][4];  // of a block and the one before
   const auto new_group = [&] {
     wgmma_wait<0>();
     scales.next_group(p, acc);
@@ -179,14 +181,17 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     }
     uint32_t w[kWords];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) w[i] = weights.word(u * kWords + i);
-    const typename Config::Decoder decoder(w);
+    for (int i = 0; i < kWords; ++i) w[i] = weights.word(u, i);
+    typename Config::Decoder decoder(w);
     weights.template advance<u * kWords / 4, u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4>();
-    unrolled<2>([&](auto half) {
-      constexpr int h = decltype(half)::value;
-      if (!Config::kRegular && h == 1 && block >= p.k_blocks) return false;
+    unrolled<Config::kUnitBlocks>([&](auto block_of_unit) {
+      constexpr int b_of_u = decltype(block_of_unit)::value;
+      constexpr int h = b_of_u % 2;
+      if (!Config::kRegular && b_of_u > 0 && block >= p.k_blocks) return false;
 #pragma unroll
-      for (int s = 0; s < kBlockSteps; ++s) decoder.fragment(h * kBlockSteps + s, SharedWindow{}, offset, a[h][s]);
+      for (int s = 0; s < kBlockSteps; ++s) {
+        decoder.fragment(b_of_u * kBlockSteps + s, SharedWindow<typename Config::T>{}, offset, a[h][s]);
+      }
       barrier_wait(stages.full + stages.index, stages.phase);
       if (!Config::kRegular && block == scales.boundary) new_group();
       const uint64_t b = tile_descriptor(shared_address(stages.stage()));
@@ -234,7 +239,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {
       multiply_slice<Config>(p, weights, scales, stages, offset, slice * p.units_per_slice * 2,
-                             slice == p.slices - 1 ? p.last_units : p.units_per_slice, holding, acc);
+                             (slice == p.slices - 1 ? p.last_units : p.units_per_slice) / Config::kJoined, holding,
+                             acc);
     }
     wgmma_wait<0>();
     stages.release_previous(lane);

@@ -26,9 +26,11 @@ struct GemmWeights {
   static constexpr int kTableSize = (kShape.entries() * kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
                                     kTiledAlignment;  // in the tiled buffer: fp16, then bf16, then the scales
   static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableSize;
-  static constexpr int kScalesOffset = 2 * kTableSize;
-  static constexpr int kUnits = kShape.max_units();
-  static constexpr int kUnitWords = kShape.unit_words();
+  static constexpr int kScalesOffset = 2 * kTableSize + kShape.byte_tables_bytes();
+  static constexpr int kJoined = kShape.joined_units();  // units of the layout that make one of the decoder
+  static constexpr int kUnits = kShape.max_units() / kJoined;
+  static constexpr int kUnitWords = kShape.unit_words() * kJoined;
+  static constexpr int kUnitBlocks = 2 * kJoined;               // k blocks of a unit
   static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;  // of 16 bytes, per slice and row tile
 };
 

@@ -208,6 +208,13 @@ struct RotateRole {
   // Waits for x. One copy of the code: a launch starts with cold instruction caches, every instruction before the main
   // loop counts.
   __device__ __forceinline__ void run(const GemvParams& p, T* xs, int lane) const {
+    run(p, lane, [&](const uint2(&raw)[8], const float4(&d)[8], int r, int c) {
+      rotation.rotate(raw, d, xs + r * xs_stride(p.chunks) + c * kChunk, lane);
+    });
+  }
+  // finish(raw, d, row, chunk) rotates and stores.
+  template <typename Finish>
+  __device__ __forceinline__ void run(const GemvParams& p, int lane, const Finish& finish) const {
     int c = chunk;
     int r = row;
 #pragma unroll 1
@@ -219,7 +226,7 @@ struct RotateRole {
       wait_for_primary();
       uint2 raw[8];
       rotation.load_x(static_cast<const T*>(p.x) + static_cast<long long>(r) * p.k + column, count, lane, raw);
-      rotation.rotate(raw, d, xs + r * xs_stride(p.chunks) + c * kChunk, lane);
+      finish(raw, d, r, c);
       r += row_step;
       if (r >= p.m) {
         r = row;

@@ -45,9 +45,10 @@ struct GemvParams {
   std::uint8_t batch = 0;
   std::uint8_t iterations = 0;  // of the main loop per row block
   std::uint8_t rotate_warps = 0;
-  std::uint8_t chunks = 0;     // of x in shared memory, at most
-  bool add_partial = false;    // not the first k launch
-  bool store_partial = false;  // not the last k launch
+  std::uint8_t chunks = 0;        // of x in shared memory, at most
+  std::uint8_t layout_units = 0;  // trellis: units of 256 columns of a slice of the layout
+  bool add_partial = false;       // not the first k launch
+  bool store_partial = false;     // not the last k launch
   GemvPart parts[kMaxParts];
 };
 

@@ -15,4 +15,9 @@
   X(pair10, PairDecoder<10>, "p2_n1024, p1_n32")     \
   X(pair11, PairDecoder<11>, "p2_n2048")             \
   X(pair12, PairDecoder<12>, "p2_n4096, p1_n64")     \
-  X(single8, SingleDecoder, "p1_n256, ch8")
+  X(single8, SingleDecoder, "p1_n256, ch8")          \
+  X(trellis4, TrellisDecoder<4>, "a2_b4")            \
+  X(trellis5, TrellisDecoder<5>, "a2_b5")            \
+  X(trellis6, TrellisDecoder<6>, "a2_b6")            \
+  X(trellis7, TrellisDecoder<7>, "a2_b7")            \
+  X(trellis8, TrellisDecoder<8>, "a2_b8")

@@ -10,6 +10,7 @@
 #include "higgs/cuda/plan.h"
 #include "launch.h"
 #include "pack_x.h"
+#include "trellis_table.h"
 
 namespace higgs::cuda {
 
@@ -78,7 +79,8 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.tile_bytes = static_cast<int>(t.tile_bytes);
   p.inbox_floats = plan.inbox_floats;
   p.row_groups_of_scales = static_cast<std::uint16_t>(t.row_groups);
-  p.norm = remaining_norm(f.block);
+  p.norm = remaining_norm(f.block) * (t.field.trellis() ? kTrellisStep : 1.0f);
+  p.layout_units = static_cast<std::uint8_t>(tiled_format(f).units_per_slice / 2);
   p.iterations = static_cast<std::uint8_t>(plan.paired ? t.units_per_slice / iteration_units(t.field, true) : 1);
   p.slices = static_cast<std::uint16_t>(t.slices);
   p.block = static_cast<std::uint16_t>(f.block);
@@ -118,7 +120,11 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
 bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts, const DeviceProperties& device) {
   constexpr std::int64_t kLarge = std::int64_t{1} << 26;  // weights
   const LayerFormat& f = parts[0].weights.format;
-  if (m > kMaxDecodeRows || !supports_block(f.block)) return true;
+  const bool is_trellis =
+      std::ranges::any_of(parts, [](const LinearPart& p) { return p.weights.format.grid->trellis != nullptr; });
+  if (!supports_block(f.block)) return true;
+  if (is_trellis && !has_wgmma(device)) return false;  // the decode kernel, for some rows at a time
+  if (m > kMaxDecodeRows) return true;
   std::int64_t rows = 0;
   for (const LinearPart& part : parts) rows += part.weights.format.n;
   return m > kMaxDecodeRows / 2 && rows * f.k > kLarge && has_wgmma(device);
@@ -204,7 +210,7 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
 void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
                 void* workspace, Stream stream, const DeviceProperties& device) {
   for (const auto& group : launch_groups(parts)) {
-    const LaunchPlan full = plan_group(plan, m, dtype, group, device);
+    const LaunchPlan full = plan_group(plan, std::min<std::int64_t>(m, kMaxDecodeRows), dtype, group, device);
     if (full.k_launches > 1) check_pointer("linear", "workspace", workspace);
     const DecoderOps& ops = decoder_ops(full.field);
     for (std::int64_t row = 0; row < m; row += full.rows) {
@@ -239,7 +245,7 @@ std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const
     return sizes.bytes();
   }
   for (const auto& group : launch_groups(parts)) {
-    const LaunchPlan launch = plan_group(plan, m, dtype, group, device);
+    const LaunchPlan launch = plan_group(plan, std::min<std::int64_t>(m, kMaxDecodeRows), dtype, group, device);
     if (launch.k_launches == 1) continue;
     std::int64_t rows = 0;
     for (const LinearPart& part : group) rows += part.weights.format.n;

@@ -40,16 +40,25 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
   return static_cast<int>(chunks);
 }
 
+// Rotated x in shared memory and what it needs beside it. A trellis kernel keeps scales with x (trellis.cuh).
+int x_bytes(const LaunchPlan& p) {
+  const int columns = p.chunks * kChunkColumns;
+  return p.rows * 2 * (p.field.trellis() ? columns + 64 : columns + 32);
+}
+
 SharedUse shared_use(const LaunchPlan& p, int budget) {
   SharedUse use;
   const int rows = kTileRows * block_tiles(p.field, p.paired);             // of a row block
   const int partials = p.slices * p.row_groups * p.rows * (rows + 4) * 4;  // of one round
   const int outputs = p.row_groups * p.rows * rows;
-  const int xs = p.rows * (p.chunks * kChunkColumns + 32) * 2;
+  const int xs = x_bytes(p);
   for (use.batch = std::min(p.rounds, kMaxBatch); use.batch > 0; --use.batch) {
     // A cluster's inbox: a sum of every CTA for the outputs this CTA owns, 4 for each of 32 threads in turn.
     use.inbox_floats = p.cluster == 1 ? 0 : ceil_div(use.batch * outputs, 128 * p.cluster) * 128 * p.cluster;
     use.bytes = 16 + 4 * use.inbox_floats + xs + use.batch * partials;
+    if (p.field.trellis()) {  // partial sums take the place of x
+      use.bytes += ceil_div(p.rows * p.chunks, 4) * 16 - std::min(xs, use.batch * partials);
+    }
     if (use.bytes <= budget) return use;
   }
   return {};
@@ -134,8 +143,10 @@ double cost(const LaunchPlan& p, const DeviceProperties& device) {
 double best_of_kind(LaunchPlan& p, const LinearProblem& problem, const TiledFormat& t, int launches,
                     const DeviceProperties& device) {
   const LayerFormat& format = problem.matrices[0];
-  const std::int64_t step = p.paired ? iteration_units(p.field, true) : t.units_per_slice;
-  const std::int64_t most = p.paired ? std::gcd(format.k, format.group) / kUnitColumns : t.units_per_slice;
+  const int slice =
+      p.field.trellis() ? std::min(t.units_per_slice, 2 * trellis_slice_units(p.rows, p.regular)) : t.units_per_slice;
+  const std::int64_t step = p.paired ? iteration_units(p.field, true) : slice;
+  const std::int64_t most = p.paired ? std::gcd(format.k, format.group) / kUnitColumns : slice;
   std::vector<std::int64_t> blocks;
   for (const LayerFormat& f : problem.matrices) blocks.push_back(row_blocks(p, tiled_format(f)));
   const int max_cluster = device.has_clusters() ? kMaxCluster : 1;
@@ -164,13 +175,13 @@ LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const Tile
   for (p.rows = static_cast<int>(problem.m); p.rows > 0; p.rows /= 2) {
     p.token_tiles = p.rows > 8 ? 2 : 1;
     LaunchPlan held = p;
-    p.paired = p.regular;
+    p.paired = p.regular && !p.field.trellis();
     for (int launches = 1; launches <= t.slices * t.units_per_slice; ++launches) {
       LaunchPlan paired = p;
       const double cost_paired = best_of_kind(paired, problem, t, launches, device);
       LaunchPlan other = held;
       const double cost_held =
-          p.regular && p.token_tiles == 1 && holds_x(p.field) ? best_of_kind(other, problem, t, launches, device) : 0;
+          p.paired && p.token_tiles == 1 && holds_x(p.field) ? best_of_kind(other, problem, t, launches, device) : 0;
       if (cost_held > 0 && (cost_paired == 0 || cost_held < cost_paired)) return other;
       if (cost_paired > 0) return paired;
     }
@@ -184,6 +195,13 @@ LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const Tile
 }  // namespace
 
 TiledFormat warp_slices(const LaunchPlan& plan, TiledFormat t) {
+  if (t.field.trellis()) {
+    const int units = (t.slices - 1) * t.units_per_slice + t.last_units;
+    t.slices = ceil_div(units, plan.units);
+    t.units_per_slice = plan.units;
+    t.last_units = units - (t.slices - 1) * plan.units;
+    return t;
+  }
   if (!plan.regular) return t;  // regular: all slices are full, so their units follow each other in memory
   const int units = t.slices * t.units_per_slice;
   t.slice_bytes = t.slice_bytes * plan.units / t.units_per_slice;

@@ -67,7 +67,11 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
   p.field = t.field;
   p.dtype = problem.dtype;
   p.regular = t.regular(problem.matrices[0]);
-  if (has_wgmma(device) && !one_slice_each(problem, t, device)) {
+  if (p.field.trellis() && !has_wgmma(device)) {
+    throw Error(ErrorCode::unsupported,
+                "linear: the GEMM of trellis grids needs sm_90, not sm_" + std::to_string(device.sm()));
+  }
+  if (p.field.trellis() || (has_wgmma(device) && !one_slice_each(problem, t, device))) {
     set_wgmma_tile(p, problem, device);
   } else {
     set_mma_tile(p, problem.m, device);

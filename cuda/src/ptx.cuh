@@ -39,6 +39,12 @@ __device__ __forceinline__ void load_if(bool valid, const uint2* p, uint2& out) 
       : "memory");
 }
 
+__device__ __forceinline__ uint2 load_streaming(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.global.L1::no_allocate.L2::256B.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+  return v;
+}
+
 // Programmatic dependent launch: let the next kernel start its prologue / wait for the results of the previous one.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

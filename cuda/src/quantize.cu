@@ -10,8 +10,8 @@
 #include "grid_points.h"
 #include "higgs/cuda/ops.h"
 #include "launch.h"
-#include "numeric.cuh"
-#include "transform.cuh"
+#include "quantize_row.cuh"
+#include "quantize_trellis.h"
 
 namespace higgs::cuda {
 namespace {
@@ -21,18 +21,6 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kPointsAtOnce = 256;
 constexpr int kRuns = 4;  // runs of p values per thread and pass over the points
 
-struct QuantizeLayer {
-  const uint16_t* column_scale;
-  uint8_t* indices;
-  uint16_t* scales;
-  double* row_stats;
-  int64_t row_bytes;
-  uint64_t seed;
-  int k;
-  int group;
-  int row_groups;
-};
-
 template <int P>
 struct alignas(P == 1   ? 8
                : P == 2 ? 16
@@ -40,61 +28,6 @@ struct alignas(P == 1   ? 8
   float half_norm;
   float g[P];
 };
-
-struct GroupState {
-  double energy;
-  float scale;    // fp32 of s0
-  float inverse;  // 1 / s0, or 0
-  double error;
-};
-
-// Sum of 16 partial sums in the order of FORMAT.md; lane j of a half-warp holds sum j. Valid in every lane.
-__device__ __forceinline__ double sum_of_parts(double part) {
-#pragma unroll
-  for (int half = 8; half > 0; half /= 2) part = __dadd_rn(part, __shfl_down_sync(~0u, part, half, 16));
-  return __shfl_sync(~0u, part, 0, 16);
-}
-
-template <typename T>
-__device__ void rotate_row(const QuantizeLayer& layer, const BlockTransform& transform, const T* w, float* row,
-                           float* scratch) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  for (int chunk = warp * transform.columns; chunk < layer.k; chunk += kWarps * transform.columns) {
-    const int count = min(layer.k - chunk, transform.columns);
-    const int column = chunk + lane * 32;
-    float v[32] = {};
-    if (lane * 32 < count) {
-      load_values(w + column, v);
-      const uint64_t signs = sign_word(layer.seed, static_cast<uint64_t>(column) / 64) >> (column % 64);
-#pragma unroll
-      for (int j = 0; j < 32; ++j) {
-        const float e = (signs >> j & 1) != 0 ? -1.0f : 1.0f;
-        const float s =
-            layer.column_scale == nullptr ? 1.0f : __half2float(__ushort_as_half(layer.column_scale[column + j]));
-        v[j] = __fmul_rn(__fmul_rn(e, s), v[j]);
-      }
-    }
-    warp_transform(v, transform, scratch + warp * kChunkScratch, lane);
-#pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      if (j * 32 < count) row[chunk + j * 32 + lane] = v[j];
-    }
-  }
-}
-
-// Calls body(group, first column, columns, lane of the half-warp) for every scale group, one half-warp per group; all
-// lanes of a warp stay together so that body may shuffle.
-template <typename Body>
-__device__ __forceinline__ void for_each_group(const QuantizeLayer& layer, const Body& body) {
-  const int half_warp = threadIdx.x / 16;
-  const int rounds = (layer.row_groups + kThreads / 16 - 1) / (kThreads / 16);
-  for (int r = 0; r < rounds; ++r) {
-    const int group = r * (kThreads / 16) + half_warp;
-    const int first = min(group * layer.group, layer.k);
-    body(group, first, min(layer.k - first, layer.group), static_cast<int>(threadIdx.x % 16));
-  }
-}
 
 template <int P, typename Points>
 __device__ __forceinline__ void load_points(const Points& points, int first, ScoredPoint<P>* out) {
@@ -156,34 +89,6 @@ __device__ void find_nearest(const QuantizeLayer& layer, const Points& points, c
   }
 }
 
-// The least-squares scale of every group, its error, and the stored scale.
-template <int P, typename Points, typename Index>
-__device__ void refit_scales(const QuantizeLayer& layer, const Points& points, const float* row, GroupState* groups,
-                             const Index* indices, uint16_t* scales) {
-  for_each_group(layer, [&](int group, int first, int columns, int lane) {
-    double vg_part = 0;
-    double gg_part = 0;
-    for (int i = lane; i < columns; i += 16) {
-      const int index = indices[(first + i) / P];
-      const double g = __half2float(__ushort_as_half(points.values[index * P + (first + i) % P]));
-      vg_part = __fma_rn(static_cast<double>(row[first + i]), g, vg_part);
-      gg_part = __fma_rn(g, g, gg_part);
-    }
-    const double vg = sum_of_parts(vg_part);
-    const double gg = sum_of_parts(gg_part);
-    if (lane != 0 || group >= layer.row_groups) return;
-    GroupState& state = groups[group];
-    const auto error = [&](double s) {
-      return __dadd_rn(__dsub_rn(state.energy, __dmul_rn(__dmul_rn(2, s), vg)), __dmul_rn(__dmul_rn(s, s), gg));
-    };
-    const __half refit = __float2half_rn(__double2float_rn(__ddiv_rn(vg, gg)));
-    const float value = __half2float(refit);
-    const bool better = value > 0.0f && isfinite(value) && error(value) < error(state.scale);
-    state.error = error(better ? value : state.scale);
-    scales[group] = __half_as_ushort(better ? refit : __float2half_rn(state.scale));
-  });
-}
-
 template <typename Index>
 __device__ __forceinline__ void pack_row(int count, int index_bits, const Index* indices, uint8_t* out) {
   for (int i = static_cast<int>(threadIdx.x) * 8; i < count; i += kThreads * 8) {  // 8 indices make index_bits bytes
@@ -213,35 +118,15 @@ __global__ void __launch_bounds__(kThreads)
   rotate_row(layer, transform, w + n_row * layer.k, row, scratch);
   load_points<P>(points, 0, shared_points);
   __syncthreads();
-  for_each_group(layer, [&](int group, int first, int columns, int lane) {
-    double part = 0;
-    for (int i = lane; i < columns; i += 16) {
-      const double v = row[first + i];
-      part = __fma_rn(v, v, part);
-    }
-    const double energy = sum_of_parts(part);
-    if (lane != 0 || group >= layer.row_groups) return;
-    const float rms = __double2float_rn(__dsqrt_rn(__ddiv_rn(energy, static_cast<double>(columns))));
-    const float scale = __half2float(__float2half_rn(rms));
-    groups[group] = {energy, scale, scale > 0.0f ? __frcp_rn(scale) : 0.0f, 0.0};
-  });
+  first_scales(layer, row, groups);
   __syncthreads();
   find_nearest<P>(layer, points, row, groups, shared_points, indices);
   __syncthreads();
-  refit_scales<P>(layer, points, row, groups, indices, layer.scales + n_row * layer.row_groups);
+  refit_scales(layer, row, groups, layer.scales + n_row * layer.row_groups, [&](int column) -> double {
+    return __half2float(__ushort_as_half(points.values[indices[column / P] * P + column % P]));
+  });
   pack_row(layer.k / P, points.index_bits, indices, layer.indices + n_row * layer.row_bytes);
-  if (layer.row_stats == nullptr) return;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double error = 0;
-    double energy = 0;
-    for (int g = 0; g < layer.row_groups; ++g) {
-      error += groups[g].error;
-      energy += groups[g].energy;
-    }
-    layer.row_stats[2 * n_row] = error;
-    layer.row_stats[2 * n_row + 1] = energy;
-  }
+  store_row_stats(layer, groups, n_row);
 }
 
 template <typename T, int P, typename Points>
@@ -284,6 +169,11 @@ void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std
                             static_cast<int>(format.k),
                             static_cast<int>(format.group),
                             static_cast<int>(format.row_groups())};
+  if (format.grid->trellis != nullptr) {
+    quantize_trellis(*format.grid, format.block, layer, format.n, w, w_dtype, stream);
+    check(cudaGetLastError(), "quantize");
+    return;
+  }
   with_points(*format.grid, [&](const auto& points) {
     dispatch(w_dtype, [&]<typename T>() {
       switch (format.grid->p) {

@@ -5,6 +5,7 @@
 #include "higgs/cuda/ops.h"
 #include "launch.h"
 #include "numeric.cuh"
+#include "trellis_table.h"
 
 namespace higgs::cuda {
 namespace {
@@ -21,6 +22,19 @@ __global__ void table_kernel(const __grid_constant__ Points points, FieldShape f
   const __half point = __ushort_as_half(points.values[index * points.p + c % points.p]);
   f16[i] = point;
   bf16[i] = __float2bfloat16_rn(__half2float(point));
+}
+
+// The tables of a trellis: T1, T2 in fp16, in bf16 and in signed bytes, and in bytes T1 + 128, 128 - T2 (trellis.cuh).
+__global__ void trellis_table_kernel(const __grid_constant__ TrellisTable trellis, __half* f16, __nv_bfloat16* bf16,
+                                     uint8_t* bytes) {
+  const int i = static_cast<int>(threadIdx.x);
+  for (int c = 0; c < 4; ++c) {
+    const int value = static_cast<int8_t>(trellis.entries[i] >> (8 * c) & 0xff);
+    f16[4 * i + c] = __float2half_rn(static_cast<float>(value) * kTrellisStep);
+    bf16[4 * i + c] = __float2bfloat16_rn(static_cast<float>(value) * kTrellisStep);
+    bytes[4 * i + c] = static_cast<uint8_t>(value);
+    bytes[1024 + 4 * i + c] = static_cast<uint8_t>(c < 2 ? value + 128 : 128 - value);
+  }
 }
 
 // stored [n, groups] -> tiled [row tile][group][16]
@@ -53,11 +67,17 @@ void repack(const PackedView& packed, std::byte* tiled, Stream stream) {
   const DecoderOps& ops = decoder_ops(layer.tiled.field);
   check_pointer("repack", "tiled", tiled);
   auto* out = reinterpret_cast<std::uint8_t*>(tiled);
-  with_points(*f.grid, [&](const auto& points) {
-    table_kernel<<<blocks_for(layer.tiled.field.entries() * 4), kThreads, 0, to_stream(stream)>>>(
-        points, layer.tiled.field, reinterpret_cast<__half*>(out + layer.tiled.table_f16),
-        reinterpret_cast<__nv_bfloat16*>(out + layer.tiled.table_bf16));
-  });
+  auto* f16 = reinterpret_cast<__half*>(out + layer.tiled.table_f16);
+  auto* bf16 = reinterpret_cast<__nv_bfloat16*>(out + layer.tiled.table_bf16);
+  if (f.grid->trellis != nullptr) {
+    trellis_table_kernel<<<1, 256, 0, to_stream(stream)>>>(make_trellis_table(*f.grid), f16, bf16,
+                                                           out + layer.tiled.table_bytes);
+  } else {
+    with_points(*f.grid, [&](const auto& points) {
+      table_kernel<<<blocks_for(layer.tiled.field.entries() * 4), kThreads, 0, to_stream(stream)>>>(
+          points, layer.tiled.field, f16, bf16);
+    });
+  }
   check(cudaGetLastError(), "repack");
   if (f.n == 0) return;
   check_pointer("repack", "indices", packed.indices);

@@ -1,4 +1,5 @@
-// Stored <-> tiled index words, and tiled -> scale * point, for one decoder.
+// Stored <-> tiled index words, and tiled -> scale * point, for one decoder. Units are those of the decoder: two of the
+// layout for a trellis.
 #pragma once
 
 #include "bits.cuh"
@@ -22,16 +23,17 @@ __device__ __forceinline__ UnitPlace unit_place(const TiledFormat& t, int64_t th
   UnitPlace p;
   p.lane = static_cast<int>(thread % kLanes);
   int64_t rest = thread / kLanes;
-  p.unit = static_cast<int>(rest % t.units_per_slice);
-  rest /= t.units_per_slice;
+  const int joined = t.field.joined_units();
+  p.unit = static_cast<int>(rest % (t.units_per_slice / joined));
+  rest /= t.units_per_slice / joined;
   p.slice = rest % t.slices;
   p.tile = rest / t.slices;
-  p.units = p.slice == t.slices - 1 ? t.last_units : t.units_per_slice;
+  p.units = (p.slice == t.slices - 1 ? t.last_units : t.units_per_slice) / joined;
   p.first_word = (p.tile * t.tile_bytes + p.slice * t.slice_bytes) / 4 + p.lane * 4;
   return p;
 }
 __host__ __device__ inline int64_t unit_threads(const TiledFormat& t) {
-  return t.row_tiles * t.slices * t.units_per_slice * kLanes;
+  return t.row_tiles * t.slices * (t.units_per_slice / t.field.joined_units()) * kLanes;
 }
 // Word i of the lane's slice.
 __device__ __forceinline__ int64_t word_place(const UnitPlace& p, int i) {
@@ -116,12 +118,14 @@ __global__ void unrepack_kernel(const TiledLayer layer, const uint32_t* weights,
   }
 }
 
-// out[n, k] = scale * point. A block fills its table once and walks over units; a warp decodes 16 rows x 128 columns.
+// out[n, k] = scale * point. A block fills its table once and walks over units; a warp decodes 16 rows of one.
 template <typename Decoder, typename T>
 __global__ void __launch_bounds__(512, 1)
     dequantize_tiled_kernel(const TiledLayer layer, const uint8_t* tiled, T* out) {
   extern __shared__ __align__(1024) uint8_t table[];
-  constexpr int kWords = Decoder::kShape.unit_words();
+  constexpr FieldShape kShape = Decoder::kShape;
+  constexpr int kJoined = kShape.joined_units();
+  constexpr int kWords = kShape.unit_words() * kJoined;
   TableFill<Decoder>(tiled + layer.tiled.table_f16, threadIdx.x, blockDim.x).store(table);
   __syncthreads();
   const auto* weights = reinterpret_cast<const uint32_t*>(tiled + layer.tiled.weights);
@@ -133,12 +137,12 @@ __global__ void __launch_bounds__(512, 1)
     if (p.unit >= p.units) continue;
     uint32_t w[kWords];
 #pragma unroll
-    for (int j = 0; j < kWords; ++j) w[j] = weights[word_place(p, p.unit * kWords + j)];
-    const Decoder decoder(w);
+    for (int j = 0; j < kWords; ++j) w[j] = weights[word_place(p, slice_word(kShape, p.unit, j))];
+    Decoder decoder(w);
     const uint32_t offset = Decoder::lane_offset(p.lane);
-    const int64_t column = (p.slice * layer.tiled.units_per_slice + p.unit) * kUnitColumns + p.lane % 4 * 4;
+    const int64_t column = (p.slice * layer.tiled.units_per_slice + p.unit * kJoined) * kUnitColumns + p.lane % 4 * 4;
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
+    for (int s = 0; s < kSteps * kJoined; ++s) {
       uint32_t a[4];
       decoder.fragment(s, table, offset, a);
       const int64_t c = column + s * 16;

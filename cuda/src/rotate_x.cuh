@@ -97,6 +97,17 @@ struct Rotation {
 
   __device__ __forceinline__ void rotate(const uint2 (&raw)[8], const float4 (&d)[8], T* out, int lane) const {
     float y[4][2][4];
+    rotate(raw, d, y);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const auto& part = y[i / 2];
+      const int c = i % 2 * 2;
+      *reinterpret_cast<uint2*>(out + 128 * i + first_place(lane)) = {pack2<T>(part[0][c], part[0][c + 1]),
+                                                                      pack2<T>(part[1][c], part[1][c + 1])};
+    }
+  }
+  // To y[pair][h][2 c + e]: columns 256 pair + 128 c + first_column + 2 h + e.
+  __device__ __forceinline__ void rotate(const uint2 (&raw)[8], const float4 (&d)[8], float (&y)[4][2][4]) const {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       float mid[2][4] = {};
@@ -128,13 +139,6 @@ struct Rotation {
         y[pair][i / 4 % 2][i % 4] = a + b;
         y[pair | stride][i / 4 % 2][i % 4] = a - b;
       }
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const auto& part = y[i / 2];
-      const int c = i % 2 * 2;
-      *reinterpret_cast<uint2*>(out + 128 * i + first_place(lane)) = {pack2<T>(part[0][c], part[0][c + 1]),
-                                                                      pack2<T>(part[1][c], part[1][c + 1])};
     }
   }
 };

@@ -10,6 +10,8 @@ class Grid:
     p: int
     n_points: int
     index_bits: int
+    window_bits: int
+    family: str
     t2: float
     rate: float
     points: list[list[float]]

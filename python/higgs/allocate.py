@@ -116,15 +116,15 @@ class Allocation:
 def grid_menu(
     names: Sequence[str] | None = None, measured: Mapping[str, tuple[float, float]] | None = None
 ) -> list[MenuGrid]:
-    """The grids called ``names`` (default: all of the library), with the library's t2, or with rate and t2 as
-    ``measured`` has them. Raises ValueError for a name that is not there."""
+    """The grids called ``names`` (default: all vector grids of the library), with the library's t2, or with rate and t2
+    as ``measured`` has them. Raises ValueError for a name that is not there."""
     own = {g.name: MenuGrid(g.name, Fraction(g.index_bits, g.p), g.t2) for g in _core.grids()}
     if measured is not None:
         known = {name: MenuGrid(name, Fraction(str(bits)), t2) for name, (bits, t2) in measured.items()}
         names = [name for name in known if name in own] if names is None else names
     else:
         known = own
-        names = list(own) if names is None else names
+        names = [g.name for g in _core.grids() if g.family == "vector"] if names is None else names
     if not names:
         raise ValueError("the menu is empty")
     unknown = [name for name in names if name not in known]

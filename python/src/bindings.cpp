@@ -50,11 +50,13 @@ PYBIND11_MODULE(_core, m) {
   m.attr("with_cuda") = false;
 #endif
 
-  py::class_<higgs::Grid>(m, "Grid", "A grid: n_points points in R^p, MSE-optimal for N(0, I_p).")
+  py::class_<higgs::Grid>(m, "Grid", "A vector grid, MSE-optimal for N(0, I_p), or a trellis grid (grid.h).")
       .def_property_readonly("name", [](const higgs::Grid& g) { return std::string(g.name); })
       .def_readonly("p", &higgs::Grid::p)
       .def_readonly("n_points", &higgs::Grid::n_points)
-      .def_readonly("index_bits", &higgs::Grid::index_bits)
+      .def_readonly("index_bits", &higgs::Grid::index_bits, "bits stored per p weights")
+      .def_readonly("window_bits", &higgs::Grid::window_bits, "bits that choose a point")
+      .def_property_readonly("family", [](const higgs::Grid& g) { return g.trellis == nullptr ? "vector" : "trellis"; })
       .def_readonly("t2", &higgs::Grid::t2, "E ||x - Q(x)||^2 / p for x ~ N(0, I_p)")
       .def_property_readonly("rate", &higgs::Grid::rate, "bits per weight without scales")
       .def_property_readonly("points",

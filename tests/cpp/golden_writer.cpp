@@ -44,6 +44,12 @@ constexpr Case kCases[] = {
     {"p1_n16_wide_block", "p1_n16", 3, 1024, 1024, 1024, 9, false},
     {"p4_n64_ragged", "p4_n64", 4, 448, 64, 256, 12, true},
     {"p4_n16", "p4_n16", 4, 192, 64, 128, 10, false},
+    {"t2_b8", "t2_b8", 4, 512, 512, 512, 10, false},
+    {"t2_b5_odd_block", "t2_b5", 4, 576, 576, 576, 12, true},
+    {"t4_b8_ragged", "t4_b8", 4, 320, 64, 128, 13, false},
+    {"a2_b6", "a2_b6", 4, 192, 192, 192, 14, false},
+    {"a2_b8", "a2_b8", 4, 128, 64, 128, 15, true},
+    {"a2_b4_ragged", "a2_b4", 4, 576, 64, 192, 16, false},
 };
 
 // A value in (-6, 6), roughly normal, from integers alone: the same on every machine.

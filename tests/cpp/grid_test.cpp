@@ -60,14 +60,14 @@ TEST(Grid, EveryPromisedGridExists) {
 }
 
 TEST(Grid, NameCountsAndWidthsAgree) {
-  for (const Grid& g : grids()) {
+  for (const Grid& g : test::grids_of_family(false)) {
     EXPECT_EQ(g.n_points, 1 << g.index_bits) << g.name;
     EXPECT_EQ(g.points.size(), static_cast<std::size_t>(g.n_points * g.p)) << g.name;
     EXPECT_DOUBLE_EQ(g.rate(), static_cast<double>(g.index_bits) / g.p) << g.name;
     EXPECT_GE(g.index_bits, kMinIndexBits) << g.name;
     EXPECT_LE(g.index_bits, kMaxIndexBits) << g.name;
     EXPECT_LE(g.p, kMaxP) << g.name;
-    EXPECT_EQ(&find_grid(g.name), &g);
+    EXPECT_EQ(find_grid(g.name).points.data(), g.points.data());
     if (g.name == "ch8") {
       EXPECT_EQ(g.n_points, 256);
       EXPECT_EQ(g.p, 1);
@@ -78,7 +78,7 @@ TEST(Grid, NameCountsAndWidthsAgree) {
 }
 
 TEST(Grid, PointsAreDistinctHalves) {
-  for (const Grid& g : grids()) {
+  for (const Grid& g : test::grids_of_family(false)) {
     std::set<std::vector<float>> seen;
     for (int i = 0; i < g.n_points; ++i) {
       const float* point = &g.points[static_cast<std::size_t>(i * g.p)];
@@ -151,13 +151,13 @@ void check_moments(const Grid& g, Rng& rng) {
 
 TEST(Grid, VectorGridsHaveTheMomentsOfAnOptimalGrid) {
   Rng rng(17);
-  for (const Grid& g : grids()) {
+  for (const Grid& g : test::grids_of_family(false)) {
     if (g.p > 1 && g.n_points <= 512) check_moments(g, rng);
   }
 }
 
 TEST(Grid, EveryPointIsTheNearestToItself) {
-  for (const Grid& g : grids()) {
+  for (const Grid& g : test::grids_of_family(false)) {
     if (g.n_points > 1024) continue;
     for (int i = 0; i < g.n_points; ++i) {
       ASSERT_EQ(test::spec::nearest(g, &g.points[static_cast<std::size_t>(i * g.p)]), i) << g.name;
@@ -187,7 +187,7 @@ TEST(Grid, MeasuredT2OfGaussianRowsIsWithinThreeSigmaOfTheTable) {
   constexpr std::int64_t kCols = 16384;
   Rng rng(2024);
   const std::vector<float> w = test::gaussian(rng, kRows * kCols, 0.3f);
-  for (const Grid& g : grids()) {
+  for (const Grid& g : test::grids_of_family(false)) {
     double sum = 0;
     double squares = 0;
     for (int i = 0; i < kRows; ++i) {
@@ -214,11 +214,12 @@ TEST(Grid, UnknownNameIsGivenWithTheLegalOnes) {
 
 TEST(Grid, ForBitsIsTheBestOfThatRate) {
   std::set<double> rates;
-  for (const Grid& g : grids()) rates.insert(g.rate());
+  for (const Grid& g : test::grids_of_family(false)) rates.insert(g.rate());
   for (const double rate : rates) {
     const Grid& best = grid_for_bits(rate);
     EXPECT_EQ(best.rate(), rate);
-    for (const Grid& g : grids()) EXPECT_TRUE(g.rate() != rate || best.t2 <= g.t2) << rate << " " << g.name;
+    for (const Grid& g : test::grids_of_family(false))
+      EXPECT_TRUE(g.rate() != rate || best.t2 <= g.t2) << rate << " " << g.name;
   }
   EXPECT_EQ(grid_for_bits(4).name, "p2_n256");
   EXPECT_EQ(grid_for_bits(1).name, "p4_n16");

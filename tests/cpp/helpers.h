@@ -65,6 +65,20 @@ inline std::vector<std::string> grid_names() {
   return names;
 }
 
+inline std::vector<Grid> grids_of_family(bool trellis) {
+  std::vector<Grid> list;
+  for (const Grid& g : grids()) {
+    if ((g.trellis != nullptr) == trellis) list.push_back(g);
+  }
+  return list;
+}
+
+inline std::vector<std::string> names_of_family(bool trellis) {
+  std::vector<std::string> names;
+  for (const Grid& g : grids_of_family(trellis)) names.emplace_back(g.name);
+  return names;
+}
+
 inline std::string grid_name(const testing::TestParamInfo<std::string>& info) { return info.param; }
 
 // block and group 0: the defaults of the format.
@@ -305,6 +319,38 @@ inline int index_at(const std::vector<std::uint8_t>& bytes, std::int64_t row_sta
   return index;
 }
 
+// The point that covers column j: the index there in a vector grid, in a trellis grid the bits of the run from its step
+// on, around the end.
+inline std::size_t point_at(const std::vector<std::uint8_t>& bytes, std::int64_t row_start, const LayerFormat& f,
+                            std::int64_t j) {
+  const int p = f.grid->p;
+  const int bits = f.grid->index_bits;
+  if (f.grid->trellis == nullptr) return static_cast<std::size_t>(index_at(bytes, row_start, j / p, bits));
+  // The columns of the row in the order of the stream, run by run; those of column j's run.
+  std::int64_t before = 0;  // indices of the runs before
+  std::vector<std::int64_t> run;
+  for (std::int64_t group = 0; group < f.k; group += 256) {
+    for (int t = 0; t < 4; ++t) {
+      run.clear();
+      for (std::int64_t c = group; c < std::min(f.k, group + 256); ++c) {
+        if (c / 4 % 4 == t) run.push_back(c);
+      }
+      if (std::find(run.begin(), run.end(), j) != run.end()) group = f.k, t = 4;
+      if (t < 4) before += static_cast<std::int64_t>(run.size()) / p;
+    }
+  }
+  std::vector<int> stream;
+  for (std::int64_t i = 0; i < static_cast<std::int64_t>(run.size()) / p; ++i) {
+    for (int b = 0; b < bits; ++b) stream.push_back(index_at(bytes, row_start, before + i, bits) >> b & 1);
+  }
+  const auto step = (std::find(run.begin(), run.end(), j) - run.begin()) / p;
+  std::size_t window = 0;
+  for (int b = 0; b < f.grid->window_bits; ++b) {
+    window |= static_cast<std::size_t>(stream[static_cast<std::size_t>(step * bits + b) % stream.size()]) << b;
+  }
+  return window;
+}
+
 inline Layer quantize(const Matrix& w, const LayerFormat& f, const std::vector<std::uint16_t>& column_scale) {
   Layer layer(f);
   layer.column_scale = column_scale;
@@ -335,9 +381,10 @@ inline std::vector<float> dequantize(const Layer& layer, bool rotate_back = true
   for (std::int64_t i = 0; i < f.n; ++i) {
     float* row = &out[static_cast<std::size_t>(i * f.k)];
     for (std::int64_t j = 0; j < f.k; ++j) {
-      const int index = index_at(layer.indices, i * f.row_bytes(), j / f.grid->p, f.grid->index_bits);
+      const std::size_t point = point_at(layer.indices, i * f.row_bytes(), f, j);
       const float scale = f16_to_f32(layer.scales[static_cast<std::size_t>(i * f.row_groups() + j / f.group)]);
-      row[j] = scale * f.grid->points[static_cast<std::size_t>(index * f.grid->p + j % f.grid->p)];
+      row[j] =
+          scale * f.grid->points[point * static_cast<std::size_t>(f.grid->p) + static_cast<std::size_t>(j % f.grid->p)];
     }
     if (!rotate_back) continue;
     for (std::int64_t b = 0; b < f.k; b += f.block) transform(row + b, f.block);

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <set>
 #include <string>
 
@@ -29,7 +30,8 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
   const TiledFormat t = warp_slices(p, tiled_format(matrices[0]));
   EXPECT_LE(p.threads(), p.max_threads());
   EXPECT_TRUE(p.regular || !p.paired);
-  EXPECT_TRUE(p.paired || !p.regular || (p.token_tiles == 1 && holds_x(p.field)));
+  EXPECT_TRUE(p.paired || !p.regular || p.field.trellis() || (p.token_tiles == 1 && holds_x(p.field)));
+  EXPECT_FALSE(p.paired && p.field.trellis());
   EXPECT_GE(p.slices, 1);
   EXPECT_GE(p.row_groups, 1);
   EXPECT_LE(p.shared_bytes, d.shared_bytes_per_block);
@@ -58,6 +60,7 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
 TEST(Plan, EverySupportedProblemHasAnInstance) {
   for (const DeviceProperties& d : kDevices) {
     for (const Grid& grid : grids()) {
+      if (!supports_grid(grid)) continue;
       for (const std::int64_t k : {64, 192, 576, 1024, 4096, 5120, 8192, 11008, 14336, 28672, 53248, 64 * 1001}) {
         for (const std::int64_t n : {0, 1, 17, 576, 4096, 28672, 128256}) {
           for (const std::int64_t m : {1, 3, 8, 9, 16}) {
@@ -74,12 +77,13 @@ TEST(Plan, EverySupportedProblemHasAnInstance) {
 }
 
 TEST(Plan, EveryInstanceIsReachable) {
-  std::set<std::pair<int, int>> seen;
+  std::set<std::array<int, 3>> seen;
   for (const Grid& grid : grids()) {
+    if (!supports_grid(grid)) continue;
     const FieldShape s = field_shape(grid);
-    seen.insert({s.bits, s.weights});
+    seen.insert({s.bits, s.weights, s.shift});
   }
-  EXPECT_EQ(seen.size(), 12u);
+  EXPECT_EQ(seen.size(), 17u);
 }
 
 TEST(Plan, MatricesThatShareXGetClustersInProportion) {
@@ -130,6 +134,7 @@ void expect_valid(const GemmPlan& p, const LayerFormat& f, std::int64_t m, const
 TEST(Plan, GemmSharesOutAllSlices) {
   for (const DeviceProperties& d : kDevices) {
     for (const Grid& grid : grids()) {
+      if (!supports_grid(grid) || (grid.trellis != nullptr && !has_wgmma(d))) continue;
       for (const std::int64_t k : {64, 192, 576, 4096, 11008, 64 * 1001}) {
         for (const std::int64_t n : {0, 1, 17, 576, 4096, 128256}) {
           for (const std::int64_t m : {1, 17, 32, 64, 65, 128, 200, 256, 300, 4096}) {

@@ -1,6 +1,8 @@
 // Stored format v1 in code (in prose: cpp/FORMAT.md). All sizes of the format are computed here and nowhere else.
 //
-//   indices  uint8  [n, k / p * index_bits / 8]   bit-packed along k in order, least significant bit first
+//   indices  uint8  [n, k / p * index_bits / 8]   bit-packed along k in order, least significant bit first; of a
+//   trellis
+//                                                 grid: its stream
 //   scales   fp16   [n, ceil(k / group)]          one per scale group
 //   column_scale fp16 [k]                         optional
 #pragma once
@@ -22,6 +24,25 @@ inline constexpr int kMaxP = 4;
 // Every kColumnAlignment columns hold a whole number of index bytes whatever the grid, so that blocks, scale groups and
 // tensor-parallel slices along k start at byte boundaries.
 static_assert(kColumnAlignment / kMaxP * 1 % 8 == 0);
+
+// The stream of a trellis grid is cyclic in runs. A row is cut into groups of kRunGroup columns (the last one may be
+// shorter), a group into four runs: run t has the group's columns c with (c / 4) % 4 == t. Groups follow each other in
+// the stream, and so do the runs of a group.
+inline constexpr int kRunGroup = 256;
+
+struct StreamPlace {
+  std::int64_t first = 0;  // index of the run's first step in the row's stream
+  int steps = 0;           // of the run
+  int step = 0;            // that holds the column
+};
+
+// Where column j of a row of k columns is, p columns a step.
+[[nodiscard]] constexpr StreamPlace stream_place(std::int64_t k, int p, std::int64_t j) noexcept {
+  const std::int64_t group = j / kRunGroup * kRunGroup;
+  const int in_group = static_cast<int>(j - group);
+  const int steps = static_cast<int>(std::min<std::int64_t>(kRunGroup, k - group)) / 4 / p;
+  return {group / p + in_group / 4 % 4 * steps, steps, (in_group / 16 * 4 + in_group % 4) / p};
+}
 
 // How one weight matrix W[n, k] is stored.
 struct LayerFormat {

@@ -17,7 +17,8 @@ struct QuantizeResult {
 // Rotates every row of w (times column_scale), divides each scale group by its scale, rounds every run of p values to
 // the nearest grid point and packs the indices. The scale starts as the root mean square of the group and is then
 // replaced by the least-squares scale for the rounded points (see FORMAT.md). Nearest is exact up to fp32 rounding of
-// the score |g|^2 / 2 - x.g; ties go to the lower index. The result does not depend on the instruction set or threads.
+// the score |g|^2 / 2 - x.g; ties go to the lower index. With a trellis grid the points of a run are those of the best
+// stream that a tail-biting Viterbi search finds. The result does not depend on the instruction set or threads.
 //   w            [n, k] fp32, fp16 or bf16, finite (else Error(invalid_argument) naming the first bad element)
 //   column_scale fp16 [k], positive and finite, or null
 //   indices      out, format.index_bytes() bytes;  scales: out, fp16 [n, format.row_groups()]

@@ -5,6 +5,7 @@
 
 #include "../block_loops.h"
 #include "../dot_loops.h"
+#include "../trellis_loops.h"
 
 namespace higgs::detail {
 namespace {
@@ -25,6 +26,16 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
   static float f16(std::uint16_t bits) { return _cvtsh_ss(bits); }
+
+  template <int B, int P>
+  using TrellisDecoder = WindowDecoder<Avx2, B, P>;
+
+  template <int P>
+  static Vec look_up(const float*, const std::uint16_t* halves, const std::uint32_t* windows) {
+    std::uint16_t row[kLanes];
+    for (int i = 0; i < kLanes / P; ++i) std::memcpy(row + i * P, halves + windows[i] * P, 2 * P);
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+  }
 
   // A point is one fp32 value (P = 1) or P fp16 values (one 32-bit or 64-bit word).
   template <int B, int P>
@@ -116,7 +127,7 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {
-    0, transform_blocks, nearest_group, sum_of_squares, dot_rows_any<Avx2>, dot_tile_any<Avx2>};
+const Kernels kAvx2Kernels = {0,           transform_blocks,   nearest_group,     sum_of_products,
+                              encode_runs, dot_rows_any<Avx2>, dot_tile_any<Avx2>};
 
 }  // namespace higgs::detail

@@ -9,6 +9,7 @@
 
 #include "../block_loops.h"
 #include "../dot_loops.h"
+#include "../trellis_loops.h"
 
 namespace higgs::detail {
 namespace {
@@ -134,6 +135,87 @@ struct WordTableDecoder {  // P = 2, 9 to 12 bits
   }
 };
 
+// Trellis grids of p = 2: 16 windows at once, points from the small table behind all windows, which stays in the
+// first-level cache, where the table of all windows does not.
+template <int B>
+struct PairDecoder {
+  static constexpr int kMaxRows = 1024;
+  alignas(64) std::uint32_t rows[kMaxRows];  // pairs of fp16 values; additive: lo, hi, lo, hi, ...
+  alignas(64) std::uint8_t spread[64];
+  alignas(64) std::uint8_t spread_last[2][64];  // of the last 8 or 16 windows of a run, which go on in its first bytes
+  alignas(64) std::int32_t shift[16];
+  const std::uint8_t* end;  // of the tensor
+  __m512i mask;
+  __m512i multiplier;
+  __m512i row_mask;
+  __m128i hi_shift;
+  bool additive;
+
+  explicit PairDecoder(const PackedView& w) : end(w.indices + w.format.index_bytes()) {
+    const Grid& grid = *w.format.grid;
+    const Trellis& trellis = *grid.trellis;
+    mask = _mm512_set1_epi32(grid.n_points - 1);
+    multiplier = _mm512_set1_epi32(static_cast<int>(trellis.multiplier));
+    row_mask = _mm512_set1_epi32(trellis.rows - 1);
+    hi_shift = _mm_cvtsi32_si128(grid.window_bits - 8);
+    additive = trellis.kind == Trellis::Kind::additive;
+    const float* values = trellis.table.data();
+    for (int i = 0; i < (additive ? 2 : 1) * trellis.rows; ++i) {
+      const std::uint32_t low = _cvtss_sh(values[2 * i], 0);
+      const std::uint32_t high = _cvtss_sh(values[2 * i + 1], 0);
+      rows[i] = low | high << 16;
+    }
+    for (int i = 0; i < 16; ++i) {
+      for (int b = 0; b < 4; ++b) {
+        const int at = i * B / 8 + b;
+        spread[4 * i + b] = static_cast<std::uint8_t>(at);
+        for (int j = 0; j < 2; ++j) {
+          const int bytes = (j + 1) * B;
+          spread_last[j][4 * i + b] = static_cast<std::uint8_t>(at < bytes ? at : 64 + at - bytes);
+        }
+      }
+      shift[i] = i * B % 8;
+    }
+  }
+
+  template <typename Sink>
+  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+    const __m512i first_bytes = load_bytes(bytes, 4, end);
+    for (int t = 0; t < valid; t += 16) {
+      const int left = valid - t;
+      const __m512i raw = load_bytes(bytes + t * B / 8, left <= 16 ? left * B / 8 : 2 * B + 4, end);
+      const __m512i order = _mm512_load_si512(left == 8 ? spread_last[0] : left == 16 ? spread_last[1] : spread);
+      const __m512i words = _mm512_permutex2var_epi8(raw, order, first_bytes);
+      const __m512i window = _mm512_and_si512(_mm512_srlv_epi32(words, _mm512_load_si512(shift)), mask);
+      if (additive) {
+        const __m512i lo = gather(_mm512_slli_epi32(_mm512_and_si512(window, _mm512_set1_epi32(255)), 1), rows);
+        const __m512i hi = gather(_mm512_slli_epi32(_mm512_srl_epi32(window, hi_shift), 1), rows + 1);
+        sink(2 * t, _mm512_add_ps(first(lo), first(hi)));
+        sink(2 * t + 16, _mm512_add_ps(second(lo), second(hi)));
+      } else {
+        const __m512i hash = _mm512_mullo_epi32(window, multiplier);
+        const __m512i magnitudes = gather(_mm512_and_si512(_mm512_srli_epi32(hash, 16), row_mask), rows);
+        const __m512i signs = _mm512_and_si512(hash, _mm512_set1_epi32(static_cast<int>(0x80008000u)));
+        const __m512i pairs = _mm512_xor_si512(magnitudes, signs);
+        sink(2 * t, first(pairs));
+        sink(2 * t + 16, second(pairs));
+      }
+    }
+  }
+
+  static __m512 first(__m512i halves) { return _mm512_cvtph_ps(_mm512_castsi512_si256(halves)); }
+  static __m512 second(__m512i halves) { return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)); }
+
+  // Plain loads: see the top of the file.
+  static __m512i gather(__m512i index, const std::uint32_t* from) {
+    alignas(64) std::uint32_t at[16];
+    _mm512_store_si512(at, index);
+    const auto word = [&](int lane) { return static_cast<int>(from[at[lane]]); };
+    return _mm512_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7), word(8), word(9),
+                             word(10), word(11), word(12), word(13), word(14), word(15));
+  }
+};
+
 struct Avx512 {
   using Vec = __m512;
   static constexpr int kLanes = 16;
@@ -152,13 +234,31 @@ struct Avx512 {
   }
   static float f16(std::uint16_t bits) { return _cvtsh_ss(bits); }
 
+  template <int P>
+  static Vec look_up(const float*, const std::uint16_t* halves, const std::uint32_t* windows) {
+    using Word = std::conditional_t<P == 4, std::int64_t, std::int32_t>;
+    const auto word = [&](int i) {
+      Word w;
+      std::memcpy(&w, halves + windows[i] * P, sizeof w);
+      return w;
+    };
+    if constexpr (P == 4) {
+      return _mm512_cvtph_ps(_mm256_setr_epi64x(word(0), word(1), word(2), word(3)));
+    } else {
+      return _mm512_cvtph_ps(_mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)));
+    }
+  }
+
+  template <int B, int P>
+  using TrellisDecoder = std::conditional_t<P == 2, PairDecoder<B>, WindowDecoder<Avx512, B, P>>;
+
   template <int B, int P>
   using Decoder = std::conditional_t<(B <= 8), ByteTableDecoder<B, P>, WordTableDecoder<B>>;
 };
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {
-    8, transform_blocks, nearest_group, sum_of_squares, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
+const Kernels kAvx512Kernels = {8,           transform_blocks,     nearest_group,       sum_of_products,
+                                encode_runs, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
 
 }  // namespace higgs::detail

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 Patterns = Optional[list[str]]  # noqa: UP045
 Menu = Annotated[
     MaybeText,
-    typer.Option(metavar="GRID,GRID,...", help="Grids to choose from (default: all, below 2 bits only if needed)."),
+    typer.Option(
+        metavar="GRID,GRID,...", help="Grids to choose from (default: all vector grids, below 2 bits only if needed)."
+    ),
 ]
 Untie = Annotated[bool, typer.Option("--untie", help="Let q/k/v and gate/up of one layer have different grids.")]
 LowRate = Annotated[

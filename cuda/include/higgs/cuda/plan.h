@@ -38,6 +38,9 @@ constexpr int held_window(FieldShape s) noexcept {
 }
 constexpr bool holds_x(FieldShape s) noexcept { return 16 * s.max_units() + 4 * held_window(s) <= 80; }
 
+// Units of 256 columns in a warp's slice of a trellis: x for 16 rows takes twice the registers.
+constexpr int trellis_slice_units(int rows, bool regular) noexcept { return regular && rows <= 8 ? 2 : 1; }
+
 struct LinearProblem {
   std::int64_t m = 0;                     // rows of x
   DType dtype = DType::f16;               // of x and y: f16 or bf16
@@ -74,7 +77,7 @@ struct LaunchPlan {
   std::vector<PartPlan> parts;
 
   // Most threads of a CTA, with up to 128 registers each: all of a multiprocessor's where warps hold x fragments.
-  [[nodiscard]] int max_threads() const noexcept { return regular && !paired ? 512 : 256; }
+  [[nodiscard]] int max_threads() const noexcept { return (regular || field.trellis()) && !paired ? 512 : 256; }
   [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
   [[nodiscard]] int ctas() const noexcept {
     return parts.empty() ? 0 : cluster * (parts.back().first_cluster + parts.back().clusters);
@@ -88,7 +91,7 @@ struct LaunchPlan {
 // Throws Error unless one launch can take these matrices and this dtype.
 void check_matrices(const LinearProblem& problem);
 
-// The slices as the warps of a plan see them: plan.units each.
+// The slices as the warps of a plan see them: plan.units each. Of a trellis, slice_bytes is that of the layout.
 [[nodiscard]] TiledFormat warp_slices(const LaunchPlan& plan, TiledFormat tiled);
 
 // Row blocks of a matrix: block_tiles row tiles each, the last one may have fewer.
@@ -141,7 +144,7 @@ inline constexpr int kMmaSharedBytes = 96 * 1024;
 // leave registers for half a slice of words and narrow tiles only.
 [[nodiscard]] constexpr int gemm_rows(int tokens, const FieldShape& field) {
   const int loads = (field.max_units() * field.unit_words() + 3) / 4;
-  if (tokens <= 32 && loads % 2 == 0 && field.weights > 1) return 256;
+  if (tokens <= (field.trellis() ? 16 : 32) && loads % 2 == 0 && field.weights > 1) return 256;
   return tokens <= 64 ? 192 : 128;
 }
 
@@ -152,7 +155,7 @@ inline constexpr int kMmaSharedBytes = 96 * 1024;
 [[nodiscard]] constexpr int gemm_max_tokens(const FieldShape& field, bool regular) {
   const int units = field.max_units();
   const int loads = (units * field.unit_words() + 3) / 4;
-  return regular && (loads <= 5 || (loads % 2 == 0 && units % 2 == 0)) ? 256 : 128;
+  return regular && ((loads <= 5 && !field.trellis()) || (loads % 2 == 0 && units % 2 == 0)) ? 256 : 128;
 }
 
 // Whether `device` runs the wgmma kernel, for most problems the faster one: sm_90.

@@ -30,23 +30,35 @@ inline constexpr int kUnitColumns = 128;
 inline constexpr int kLanes = 32;
 inline constexpr int kTiledAlignment = 256;
 
+// Steps between the windows of a value, of the additive trellis grids that have a kernel.
+constexpr int trellis_shift(int bits) noexcept { return bits == 4 ? 2 : 1; }
+
 // How the columns of a grid are grouped into table look-ups; one decoder per (bits, weights). See instances.h.
 struct FieldShape {
   int bits = 0;     // of one field
   int weights = 0;  // columns covered by one field: 4, 2 or 1
+  int shift = 0;    // additive trellis: steps between the two windows of a value; 0: a vector grid
 
   friend bool operator==(const FieldShape&, const FieldShape&) = default;
-  [[nodiscard]] constexpr int entries() const noexcept { return 1 << bits; }
+  [[nodiscard]] constexpr bool trellis() const noexcept { return shift > 0; }
+  [[nodiscard]] constexpr int entries() const noexcept { return trellis() ? 256 : 1 << bits; }
   // 32-bit words a lane holds of one unit: 8 steps of 8 weights.
   [[nodiscard]] constexpr int unit_words() const noexcept { return 64 / weights * bits / 32; }
   // Longest slice: a warp keeps the x fragments of one slice and the words of the next tile in registers.
   [[nodiscard]] constexpr int max_units() const noexcept { return unit_words() <= 8 ? 4 : unit_words() <= 11 ? 3 : 2; }
-  // A table entry: `weights` 16-bit values, a single one stored twice.
-  [[nodiscard]] constexpr int entry_bytes() const noexcept { return weights == 4 ? 8 : 4; }
+  // Units a decoder takes at once: a trellis run covers two.
+  [[nodiscard]] constexpr int joined_units() const noexcept { return trellis() ? 2 : 1; }
+  // A table entry: `weights` 16-bit values, a single one stored twice; of a trellis, for both windows.
+  [[nodiscard]] constexpr int entry_bytes() const noexcept { return weights == 4 || trellis() ? 8 : 4; }
+  // Two tables of four bytes per entry of a trellis: signed, and with offsets (trellis.cuh).
+  [[nodiscard]] constexpr int byte_tables_bytes() const noexcept { return trellis() ? 2 * 4 * entries() : 0; }
 };
 
 // The decoder of a grid. Throws Error(unsupported) if no decoder fits.
 [[nodiscard]] FieldShape field_shape(const Grid& grid);
+
+// Whether there is one: for all vector grids and the additive trellis grids a2_b4 to a2_b8.
+[[nodiscard]] bool supports_grid(const Grid& grid) noexcept;
 
 struct TiledFormat {
   FieldShape field;
@@ -59,6 +71,7 @@ struct TiledFormat {
   std::int64_t tile_bytes = 0;  // of one row tile over all of k
   std::int64_t table_f16 = 0;   // byte offsets of the parts
   std::int64_t table_bf16 = 0;
+  std::int64_t table_bytes = 0;  // of a trellis
   std::int64_t scales = 0;
   std::int64_t weights = 0;
   std::int64_t bytes = 0;  // of the whole buffer

@@ -1,0 +1,279 @@
+// Additive trellis grids on the GPU: from the words of a unit to tensor-core operands.
+//
+// A run is what a lane holds of one row of a unit of 256 columns: columns 16 s + 4 t + {0..3}, steps s = 0..15, which
+// are 32 steps of the trellis, two weights each. Step i reads the window w_i, 8 bits from bit `Bits` * i of the run's
+// circular stream, and its weights are T1[w_i] + T2[w_(i - Shift)]. A table entry has four bytes, T1[w] and T2[w], and
+// meets two pieces of x at once in the integer MMA: that of step i and that of step i + Shift. So decoding two weights
+// is one look-up, like for a vector grid.
+//
+// Words. The windows of even steps 2 s lie in whole bytes: byte j of word `even[i]`, s = 4 j + i. Those of odd steps
+// are put together for four steps at a time, in word `odd[i]`:
+//
+//   low 8 - Bits bits     the upper bits of the even window before
+//   2 Bits - 8 bits       stored: `rest`
+//   upper 8 - Bits bits   the lower bits of the even window after
+//
+// The word after even[3] is even[0] with its bytes rotated: the stream is circular.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "decode.cuh"
+#include "rotate_x.cuh"
+
+namespace higgs::cuda {
+
+inline constexpr int kRunWords = 4;   // of even windows, and of odd ones
+inline constexpr int kRunSteps = 16;  // MMA steps of a unit
+inline constexpr int kTrellisColumns = 256;
+
+constexpr uint32_t bytes_of(uint32_t b) { return b * 0x01010101u; }
+
+// Where bit b of the rest of step s = 4 j + i is among the rest words of a row: bit 8 j + `bit` of word `word`.
+struct RestPlace {
+  int word;
+  int bit;
+};
+template <int Bits>
+__host__ __device__ constexpr RestPlace rest_place(int i, int b) {
+  if (Bits == 8) return {i, b};
+  if (Bits == 7) return i < 3 ? RestPlace{i, b} : RestPlace{b / 2, 6 + b % 2};
+  if (Bits == 6) return {i / 2, i % 2 * 4 + b};
+  return {0, i * 2 + b};  // 5
+}
+
+// Bits of v's bytes [from, from + count) to [to, ..), the others undefined.
+template <int From, int To>
+__device__ __forceinline__ uint32_t move_bits(uint32_t v) {
+  if constexpr (From == To)
+    return v;
+  else if constexpr (From > To)
+    return v >> (From - To);
+  else
+    return v << (To - From);
+}
+
+// Windows of one row of a unit, from its words: four even words, then the rest.
+template <int Bits>
+struct RunWindows {
+  static_assert(Bits >= 4 && Bits <= 8);
+  static constexpr int kRest = Bits - 4;
+  uint32_t even[kRunWords];
+  uint32_t odd[kRunWords];
+
+  // word(i): word i of the row
+  template <typename Word>
+  __device__ __forceinline__ explicit RunWindows(const Word& word) {
+#pragma unroll
+    for (int i = 0; i < kRunWords; ++i) even[i] = word(i);
+#pragma unroll
+    for (int i = 0; i < kRunWords; ++i) {
+      const uint32_t after = i < 3 ? even[i + 1] : __byte_perm(even[0], 0, 0x0321);
+      odd[i] = assemble(i, after, word);
+    }
+  }
+
+ private:
+  template <typename Word>
+  __device__ __forceinline__ uint32_t assemble(int i, uint32_t after, const Word& word) const {
+    if constexpr (Bits == 8) {
+      return word(4 + i);
+    } else {
+      constexpr uint32_t kLow = bytes_of(0xff >> Bits);          // 8 - Bits bits
+      constexpr uint32_t kHigh = bytes_of(0xff << Bits & 0xff);  // 8 - Bits bits
+      const uint32_t ends = select(kLow, even[i] >> Bits, after << Bits);
+      if constexpr (Bits == 4) {
+        return ends;
+      } else {
+        uint32_t middle = 0;
+        if constexpr (Bits == 5) middle = i < 2 ? word(4) << (3 - 2 * i) : word(4) >> (2 * i - 3);
+        if constexpr (Bits == 6) middle = i % 2 == 0 ? word(4 + i / 2) << 2 : word(4 + i / 2) >> 2;
+        if constexpr (Bits == 7) {
+          middle = i < 3 ? word(4 + i) << 1
+                         : select(bytes_of(0x06), word(4) >> 5, select(bytes_of(0x18), word(5) >> 3, word(6) >> 1));
+        }
+        return select(kLow | kHigh, ends, middle);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ uint2 look_up_both(const uint8_t* table, uint32_t at) {
+  return *reinterpret_cast<const uint2*>(table + at);
+}
+template <typename T>
+__device__ __forceinline__ uint2 look_up_both(SharedWindow<T>, uint32_t at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+  return v;
+}
+
+// Sums of two pairs from a table; exact, as entries are.
+template <typename Pair>
+__device__ __forceinline__ uint32_t add_as(uint32_t a, uint32_t b) {
+  const Pair sum = __hadd2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&sum);
+}
+__device__ __forceinline__ uint32_t add_pairs(const uint8_t* /*fp16*/, uint32_t a, uint32_t b) {
+  return add_as<__half2>(a, b);
+}
+__device__ __forceinline__ uint32_t add_pairs(SharedWindow<__half>, uint32_t a, uint32_t b) {
+  return add_as<__half2>(a, b);
+}
+__device__ __forceinline__ uint32_t add_pairs(SharedWindow<__nv_bfloat16>, uint32_t a, uint32_t b) {
+  return add_as<__nv_bfloat162>(a, b);
+}
+
+// A decoder as those of decode.cuh, for units of 256 columns; steps in order. Entries of the table are T1[w], T2[w].
+// Instructions for two weights: PRMT LDS.64 HADD2, and 0.2-0.6 to put odd windows together.
+template <int Bits>
+struct TrellisDecoder {
+  static constexpr FieldShape kShape{Bits, 2, trellis_shift(Bits)};
+  static constexpr int kStrideLog = 8;
+  static constexpr int kTableEntries = 256;
+  static constexpr int kTableBytes = kTableEntries << kStrideLog;
+  static constexpr int kCopies = 32;
+
+  RunWindows<Bits> rows[2];
+  uint32_t before[kShape.shift][2];  // T2 of the last windows, the oldest first
+
+  __device__ __forceinline__ explicit TrellisDecoder(const uint32_t (&w)[2 * Bits])
+      : rows{RunWindows<Bits>([&](int i) { return w[2 * i]; }), RunWindows<Bits>([&](int i) { return w[2 * i + 1]; })} {
+  }
+  static __device__ __forceinline__ uint32_t lane_offset(int lane) { return lane * 8; }
+
+  template <typename Table>
+  __device__ __forceinline__ void fragment(int step, Table table, uint32_t offset, uint32_t (&a)[4]) {
+    if (step == 0) {  // the run is circular
+#pragma unroll
+      for (int i = 0; i < kShape.shift; ++i) {
+        const int window = 2 * kRunSteps - kShape.shift + i;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) before[i][r] = entry(window, r, table, offset).y;
+      }
+    }
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint2 e = entry(2 * step + odd, r, table, offset);
+        a[2 * odd + r] = add_pairs(table, e.x, before[0][r]);
+#pragma unroll
+        for (int i = 0; i + 1 < kShape.shift; ++i) before[i][r] = before[i + 1][r];
+        before[kShape.shift - 1][r] = e.y;
+      }
+    }
+  }
+
+ private:
+  template <typename Table>
+  __device__ __forceinline__ uint2 entry(int window, int r, Table table, uint32_t offset) const {
+    const int step = window / 2;
+    const uint32_t word = window % 2 == 0 ? rows[r].even[step % 4] : rows[r].odd[step % 4];
+    return look_up_both(table, byte_address(word, step / 4, offset));
+  }
+};
+
+// d += a b in integers: a 16 x 32, b 32 x 8 signed bytes.
+__device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint2 b) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+}
+
+// x of a lane for the steps of a unit: byte c of word s is a digit of column 16 s + 4 t + c. B operand of step s: the
+// pieces of x that even and odd window of the step meet. Here: volatile, as moved out of a loop the results would take
+// more registers than there are.
+template <uint32_t Selector>
+__device__ __forceinline__ uint32_t permute_here(uint32_t a, uint32_t b) {
+  uint32_t v;
+  asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "n"(Selector));
+  return v;
+}
+template <int Shift, bool Here>
+__device__ __forceinline__ uint2 x_operand(const uint32_t (&x)[kRunSteps], int s) {
+  static_assert(Shift == 1 || Shift == 2);
+  const uint32_t next = x[(s + 1) % kRunSteps];
+  if constexpr (Shift == 1) {
+    static_assert(Here);
+    return {permute_here<0x3210>(x[s], next), permute_here<0x5432>(x[s], next)};
+  } else if constexpr (Here) {
+    return {permute_here<0x5410>(x[s], next), permute_here<0x7632>(x[s], next)};
+  } else {
+    return {__byte_perm(x[s], next, 0x5410), __byte_perm(x[s], next, 0x7632)};
+  }
+}
+
+// Two weights in fp16, T1 of `e` plus T2 of `before`, times kPairUnit: entries of the table that holds bytes T1 + 128
+// and 128 - T2, which are subnormal fp16 numbers. One of two operands of a permutation can be a constant without a
+// register: here the selector.
+inline constexpr float kPairUnit = 0x1p-24f;
+__device__ __forceinline__ uint32_t pair_of(uint32_t e, uint32_t before) {
+  const uint32_t first = __byte_perm(e, 0, 0x4140);
+  const uint32_t second = __byte_perm(before, 0, 0x4342);
+  const __half2 sum = __hsub2(*reinterpret_cast<const __half2*>(&first), *reinterpret_cast<const __half2*>(&second));
+  return *reinterpret_cast<const uint32_t*>(&sum);
+}
+
+// --- rotated x in shared memory -------------------------------------------------------------------------------------
+//
+// A chunk (1024 columns) is rounded to multiples of a scale of its own: to integers of 16 bits, or to fp16. Both take
+// 2 plane_bytes(chunks) per row of x.
+__host__ __device__ constexpr int plane_bytes(int chunks) { return chunks * kChunk + 64; }
+
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float m;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
+  return m;
+}
+
+// y as Rotation::rotate leaves it: columns 128 j + first_column(lane) + i in y[j / 2][i / 2][j % 2 * 2 + i % 2]. Stores
+// the chunk's scale for a greatest value `most_value`, over `unit`, and returns its inverse.
+__device__ __forceinline__ float chunk_scale(const float (&y)[4][2][4], float most_value, float unit, float* scale,
+                                             int lane) {
+  float most = 0;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) most = max_or_nan(most, fabsf(y[i / 8][i / 4 % 2][i % 4]));
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, step));
+  if (lane == 0) *scale = most * (1 / (most_value * unit));
+  return most > 1e-30f ? __fdividef(most_value, most) : 0.0f;
+}
+
+// Digits 256 hi + lo: two planes of bytes per row. Within 64 columns, those of lane t for four MMA steps are
+// neighbours: byte 16 t + 4 s + c. A plane is 64 bytes longer than its chunks, so that the 16-byte loads of two planes
+// meet different banks.
+__device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scale,
+                                             int lane) {
+  const float inverse = chunk_scale(y, 127 * 256.0f, 1, scale, lane);
+  constexpr float kMagic = 12582912.0f + 128.0f;  // the integer in the low bits, plus 128: byte 1 is hi
+  const int place = lane / 16 * 64 + lane % 4 * 16 + lane / 4 % 4 * 4;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    uint32_t v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = __float_as_uint(fmaf(y[j / 2][i / 2][j % 2 * 2 + i % 2], inverse, kMagic));
+    const uint32_t a = __byte_perm(v[0], v[1], 0x5140);  // lo, lo, hi, hi
+    const uint32_t b = __byte_perm(v[2], v[3], 0x5140);
+    *reinterpret_cast<uint32_t*>(lo + 128 * j + place) = __byte_perm(a, b, 0x5410) ^ 0x80808080u;
+    *reinterpret_cast<uint32_t*>(hi + 128 * j + place) = __byte_perm(a, b, 0x7632);
+  }
+}
+
+// fp16, in the order of Rotation::rotate.
+__device__ __forceinline__ void store_halves(const float (&y)[4][2][4], __half* out, float* scale, int lane) {
+  const float inverse = chunk_scale(y, 2048.0f, kPairUnit, scale, lane);
+  const int place = Rotation<__half>::first_place(lane);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const auto& part = y[j / 2];
+    const int c = j % 2 * 2;
+    *reinterpret_cast<uint2*>(out + 128 * j + place) = {pack2<__half>(part[0][c] * inverse, part[0][c + 1] * inverse),
+                                                        pack2<__half>(part[1][c] * inverse, part[1][c + 1] * inverse)};
+  }
+}
+
+}  // namespace higgs::cuda

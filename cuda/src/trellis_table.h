@@ -1,0 +1,47 @@
+// Additive trellis grids as a kernel argument.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+#include "higgs/cuda/tiled_format.h"
+#include "higgs/error.h"
+
+namespace higgs::cuda {
+
+inline constexpr float kTrellisStep = 1.0f / 32;  // entries are signed bytes times this
+
+// Entry w: hi[w] of both weights, then lo[w], in bytes; T1 and T2 of trellis.cuh. That counts steps from where the
+// first window of the run is a hi: its window i is window i + shift of FORMAT.md.
+struct TrellisTable {
+  static constexpr int kCapacity = 512;  // as if it had fp16 values, see GridPoints
+  int bits = 0;
+  int shift = 0;
+  alignas(16) std::uint32_t entries[256] = {};
+};
+
+[[nodiscard]] inline bool is_additive(const Grid& grid) noexcept {
+  return grid.trellis != nullptr && grid.trellis->kind == Trellis::Kind::additive;
+}
+
+// Throws Error(unsupported) for a trellis grid without a kernel.
+[[nodiscard]] inline TrellisTable make_trellis_table(const Grid& grid) {
+  const FieldShape shape = field_shape(grid);
+  TrellisTable t;
+  t.bits = shape.bits;
+  t.shift = shape.shift;
+  for (std::size_t w = 0; w < 256; ++w) {
+    for (std::size_t c = 0; c < 4; ++c) {
+      const float entry = grid.trellis->table[w * 4 + (c < 2 ? c + 2 : c - 2)] / kTrellisStep;
+      if (entry != std::nearbyint(entry) || std::fabs(entry) > 127) {
+        throw Error(ErrorCode::unsupported,
+                    "trellis grid " + std::string(grid.name) + " has entries that are no signed bytes times 1/32");
+      }
+      t.entries[w] |= static_cast<std::uint32_t>(static_cast<int>(entry) & 0xff) << (8 * c);
+    }
+  }
+  return t;
+}
+
+}  // namespace higgs::cuda
