@@ -98,4 +98,19 @@ __device__ __forceinline__ void reduce_and_store(const GemvParams& p, const Gemv
   }
 }
 
+// Reduces the rounds from `round` on, and waits until everybody is done with their sums if a batch follows.
+template <typename Config>
+__device__ __forceinline__ void reduce_batch(const GemvParams& p, const GemvPart& part, Reduction batch, int round,
+                                             int rounds, int stride, uint32_t parity) {
+  batch.first_block += round * stride;
+  reduce_and_store<Config>(p, part, batch, rounds, parity);
+  if (round + p.batch >= part.rounds) return;
+  if (p.cluster > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+
 }  // namespace higgs::cuda

@@ -415,17 +415,7 @@ __global__ void __launch_bounds__(512, 1) gemv_trellis_kernel(const __grid_const
       }
       products.write(p, partials + (slot * warps + warp) * p.m * Config::kPartialStride, lane);
     }
-    Reduction batch = reduction;
-    batch.first_block += round * stride;
-    reduce_and_store<Config>(p, part, batch, rounds, parity);
-    if (round + p.batch < part.rounds) {  // everybody is done with the sums of this batch
-      if (p.cluster > 1) {
-        cluster_arrive();
-        cluster_wait();
-      } else {
-        __syncthreads();
-      }
-    }
+    reduce_batch<Config>(p, part, reduction, round, rounds, stride, parity);
   }
 }
 
