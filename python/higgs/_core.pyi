@@ -32,6 +32,18 @@ def dequantize(fmt: Format, indices: int, scales: int, column_scale: int, out: i
 def linear(
     fmt: Format, indices: int, scales: int, column_scale: int, x: int, dtype: int, rows: int, bias: int, y: int
 ) -> None: ...
+def grouped_linear(
+    fmt: Format,
+    indices: int,
+    scales: int,
+    column_scale: int,
+    x: int,
+    dtype: int,
+    rows: int,
+    offsets: int,
+    experts: int,
+    y: int,
+) -> None: ...
 def rotate(data: int, dtype: int, rows: int, cols: int, block: int, seed: int, out: int) -> None: ...
 def unrotate(data: int, rows: int, cols: int, block: int, seed: int, out: int) -> None: ...
 
