@@ -18,8 +18,8 @@ void check_offsets(std::span<const std::int32_t> offsets, std::int64_t rows) {
     last = offsets[e];
   }
   if (last != rows) {
-    throw Error(ErrorCode::invalid_argument, "grouped_matmul: the last offset is " + std::to_string(last) +
-                                                 ", x has " + std::to_string(rows) + " rows");
+    throw Error(ErrorCode::invalid_argument, "grouped_matmul: the last offset is " + std::to_string(last) + ", x has " +
+                                                 std::to_string(rows) + " rows");
   }
 }
 
@@ -43,8 +43,8 @@ void grouped_matmul(ConstMatrixView x, std::span<const std::int32_t> offsets, co
   check_offsets(offsets, x.rows);
   const std::int64_t n = w.format.n / experts;
   if (y.rows != x.rows || y.cols != n) {
-    throw Error(ErrorCode::invalid_argument, "grouped_matmul: y is " + detail::shape(y.rows, y.cols) + ", expected " +
-                                                 detail::shape(x.rows, n));
+    throw Error(ErrorCode::invalid_argument,
+                "grouped_matmul: y is " + detail::shape(y.rows, y.cols) + ", expected " + detail::shape(x.rows, n));
   }
   std::int64_t begin = 0;
   for (std::int64_t e = 0; e < experts; ++e) {

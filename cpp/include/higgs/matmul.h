@@ -17,8 +17,8 @@ namespace higgs {
 void matmul(ConstMatrixView x, const PackedView& w, const void* bias, MatrixView y);
 
 // The experts of a mixture: w holds offsets.size() matrices of n rows each, one below the other (w.format.n rows in
-// all). Rows offsets[e - 1] .. offsets[e] - 1 of x (from 0 for e = 0) meet matrix e: offsets do not fall, the last one is
-// x.rows. y: [x.rows, n]; a row has the bits that matmul gives it.
+// all). Rows offsets[e - 1] .. offsets[e] - 1 of x (from 0 for e = 0) meet matrix e: offsets do not fall, the last one
+// is x.rows. y: [x.rows, n]; a row has the bits that matmul gives it.
 void grouped_matmul(ConstMatrixView x, std::span<const std::int32_t> offsets, const PackedView& w, MatrixView y);
 
 }  // namespace higgs
