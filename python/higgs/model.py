@@ -117,7 +117,7 @@ def plan_formats(
         formats[name] = layer_format(
             layer.out_features, layer.in_features, grid_name, block=block, group=group, seed=seed
         )
-    for name in require_pairs(model, formats, skipped):
+    for name in require_pairs(projections(model), formats, skipped):
         del formats[name]
     if not formats:
         raise UnsupportedError(_nothing_to_quantize(model))

@@ -4,7 +4,7 @@ and ``down_proj`` [experts, h, i], and the quantized module in their place."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -122,6 +122,12 @@ def shell_of(experts: nn.Module) -> nn.Module:
     return shell
 
 
+def layer_of(parameter: str) -> str | None:
+    """The layer that a parameter of an unquantized model is the weight of; None if it is no weight."""
+    parent, _, leaf = parameter.rpartition(".")
+    return f"{parent}.{PROJECTIONS[leaf]}" if leaf in PROJECTIONS else parent if leaf == "weight" else None
+
+
 @dataclass(frozen=True)
 class Projection:
     """A projection of an unquantized experts module: ``weight`` [experts, n, k]."""
@@ -174,22 +180,22 @@ def place_layers(model: nn.Module, layers: Mapping[str, HiggsLinear]) -> None:
         model.set_submodule(name, HiggsExperts(shell_of(model.get_submodule(name)), **pair))
 
 
-def require_pairs(model: nn.Module, chosen: Container[str], skipped: dict[str, str]) -> list[str]:
-    """The layers among ``chosen`` that have to stay because the other projection of their experts is in ``skipped``, to
-    which they are added.
+def require_pairs(layers: Iterable[str], chosen: Container[str], skipped: dict[str, str]) -> list[str]:
+    """Of the projections ``layers`` those among ``chosen`` that have to stay because the other projection of their experts
+    is in ``skipped``, to which they are added.
 
     Raises ValueError if the other one is in neither: experts are quantized with both projections or not at all.
     """
     left = []
-    for name in experts_modules(model):
-        pair = [f"{name}.{layer}" for layer in PROJECTIONS.values()]
-        for layer, other in (pair, pair[::-1]):
-            if layer not in chosen or other in chosen:
-                continue
-            if other not in skipped:
-                raise ValueError(f"{layer} is to be quantized, {other} is not: take both or none")
-            skipped[layer] = f"{other} cannot be quantized"
-            left.append(layer)
+    for layer in layers:
+        parent, _, projection = layer.rpartition(".")
+        (other,) = (f"{parent}.{name}" for name in PROJECTIONS.values() if name != projection)
+        if layer not in chosen or other in chosen:
+            continue
+        if other not in skipped:
+            raise ValueError(f"{layer} is to be quantized, {other} is not: take both or none")
+        skipped[layer] = f"{other} cannot be quantized"
+        left.append(layer)
     return left
 
 

@@ -9,19 +9,11 @@ import torch
 from torch import nn
 
 from .._formats import LayerFormat
-from ..checkpoint.layers import layer_name, module_keys
+from ..checkpoint.layers import module_keys
 from ..config import QuantizationConfig
 from ..errors import FormatError
 from ..linear import HiggsLinear
 from ..moe import PROJECTIONS, HiggsExperts, is_experts
-
-
-def layer_of(parameter: str) -> str | None:
-    """The layer that a parameter of an unquantized model is the weight of; None if it is no weight."""
-    parent, _, leaf = parameter.rpartition(".")
-    if leaf in PROJECTIONS:
-        return f"{parent}.{PROJECTIONS[leaf]}"
-    return layer_name(parameter) if leaf == "weight" else None
 
 
 def name_in_file(model: Any, layer: str) -> str:

@@ -25,8 +25,8 @@ from ..config import QUANT_METHOD, QuantizationConfig
 from ..errors import FormatError, UnsupportedError
 from ..linear import HiggsLinear, constant
 from ..model import grid_of_all, plan_formats, quantization_config, quantize_, quantized_layer, unquantized_layers
-from ..moe import place_layers
-from .moe import check_shapes, layer_of, name_in_file, place_experts, place_layer
+from ..moe import layer_of, place_layers
+from .moe import check_shapes, name_in_file, place_experts, place_layer
 
 logger = logging.get_logger(__name__)
 
