@@ -24,26 +24,21 @@ SHAPES = {
 CALLS = 16  # with another routing each
 
 
-def microseconds(calls: list[Callable[[], object]], graphed: bool = True) -> float:
+def microseconds(calls: list[Callable[[], object]]) -> float:
     """Median time of a call, over replays of all of them."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()
         graph = torch.cuda.CUDAGraph()
-        if graphed:
-            with torch.cuda.graph(graph, stream=stream):
-                for call in calls:
-                    call()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
         times = []
         for _ in range(5):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record(stream)
-            if graphed:
-                graph.replay()
-            else:
-                for call in calls:
-                    call()
+            graph.replay()
             end.record(stream)
             end.synchronize()
             times.append(start.elapsed_time(end) * 1000 / len(calls))
@@ -65,32 +60,35 @@ def bench(name: str, grid: str, batches: list[int]) -> None:
     del indices, scales
     packed = (tiled, vector, grid, fmt.n, fmt.group, fmt.block)
     for batch in batches:
-        rows = batch * top_k
-        routings = [routing(experts, top_k, batch) for _ in range(CALLS)]
-        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-        ours = microseconds([lambda o=o: _grouped._tiled_linear(x, o, *packed) for o in routings])
-        core = _cuda._tiled_format(grid, fmt.n, k, fmt.block, fmt.group)[0]
-        decoded = microseconds(
-            [lambda o=o: _grouped._decoded_linear(x, o, core, tiled, vector, n, fmt.block) for o in routings[:3]]
-        )
-        transposed = weights.transpose(1, 2)
-        theirs = microseconds([lambda o=o: _grouped._grouped_mm(x, transposed, o) for o in routings])
-        bounds = [[0, *o.tolist()] for o in routings]
-        y = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
+        line = times(weights, packed, [routing(experts, top_k, batch) for _ in range(CALLS)], batch * top_k)
+        print(f"{name:22} {grid} batch {batch:4}: {line}", flush=True)
 
-        def loop(ends: list[int]) -> None:
-            for e in range(experts):
-                if ends[e + 1] > ends[e]:
-                    torch.mm(x[ends[e] : ends[e + 1]], weights[e].T, out=y[ends[e] : ends[e + 1]])
 
-        looped = microseconds([lambda b=b: loop(b) for b in bounds])
-        used = sum(len(set(b)) - 1 for b in bounds) / CALLS
-        gb = used * n * k * fmt.bits() / 8 / 1e9
-        print(
-            f"{name:22} {grid} batch {batch:4}: {ours:7.1f} us ({gb / ours * 1e6:5.0f} GB/s), decoded {decoded:7.1f}, "
-            f"bf16 grouped_mm {theirs:7.1f} ({theirs / ours:.2f} x), loop {looped:7.1f} ({looped / ours:.2f} x)",
-            flush=True,
-        )
+def times(weights: torch.Tensor, packed: tuple, routings: list[torch.Tensor], rows: int) -> str:
+    experts, n, k = weights.shape
+    tiled, vector, grid, all_rows, group, block = packed
+    x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
+    core, transposed = _cuda._tiled_format(grid, all_rows, k, block, group)[0], weights.transpose(1, 2)
+    bounds = [[0, *o.tolist()] for o in routings]
+
+    def loop(ends: list[int]) -> None:
+        for e in range(experts):
+            if ends[e + 1] > ends[e]:
+                torch.mm(x[ends[e] : ends[e + 1]], weights[e].T, out=y[ends[e] : ends[e + 1]])
+
+    ours = microseconds([lambda o=o: _grouped._tiled_linear(x, o, *packed) for o in routings])
+    decoded = microseconds(
+        [lambda o=o: _grouped._decoded_linear(x, o, core, tiled, vector, n, block) for o in routings[:3]]
+    )
+    theirs = microseconds([lambda o=o: _grouped._grouped_mm(x, transposed, o) for o in routings])
+    looped = microseconds([lambda b=b: loop(b) for b in bounds])
+    used = sum(len(set(b)) - 1 for b in bounds) / len(bounds)
+    gb = used * n * core.row_bytes / 1e9
+    return (
+        f"{ours:7.1f} us ({gb / ours * 1e6:5.0f} GB/s), decoded {decoded:7.1f}, "
+        f"bf16 grouped_mm {theirs:7.1f} ({theirs / ours:.2f} x), loop {looped:7.1f} ({looped / ours:.2f} x)"
+    )
 
 
 def main() -> None:

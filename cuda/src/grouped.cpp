@@ -147,13 +147,15 @@ void grouped_linear(const GroupedProblem& problem, const std::byte* tiled, const
 std::int64_t grouped_linear_max_rows(const LayerFormat& weights, int experts, DType dtype,
                                      const DeviceProperties& device) {
   if (dtype == DType::f32) return 0;
-  try {
-    (void)plan_grouped({weights, experts, kMaxRows, dtype}, device);
-  } catch (const Error& e) {
-    if (e.code() == ErrorCode::unsupported) return 0;
-    throw;
+  for (std::int64_t rows = kMaxRows; rows > 0; rows /= 2) {
+    try {
+      (void)plan_grouped({weights, experts, rows, dtype}, device);
+      return rows;
+    } catch (const Error& e) {
+      if (e.code() != ErrorCode::unsupported) throw;  // as the list of items of so many rows takes shared memory
+    }
   }
-  return kMaxRows;
+  return 0;
 }
 
 }  // namespace higgs::cuda

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _core, _cuda
-from ._cuda import _aligned, _decoded, _launch, _rotate, _tiled_formats
+from ._cuda import _aligned, _launch, _rotate, _tiled_formats
 from ._formats import DTYPE_CODES, LayerFormat, address, check, check_packed, check_x, code_of, core_format, format_of
 
 __all__ = ["grouped_linear", "grouped_linear_tiled"]
@@ -93,8 +93,8 @@ def _cuda_grad(
 def _tiled_linear(
     x: Tensor, offsets: Tensor, tiled: Tensor, input_vector: Tensor, grid: str, rows: int, group: int, block: int
 ) -> Tensor:
-    """Up to ``_max_rows`` rows of x: a kernel that decodes the weights of the experts in use. More, float32, and what the
-    kernel does not take: all weights are decoded, in pieces, and multiplied by torch."""
+    """Up to ``_max_rows`` rows of x: a kernel that decodes the weights of the experts in use. More, float32, and what
+    the kernel does not take: all weights are decoded, in pieces, and multiplied by torch."""
     fmt = LayerFormat(grid, rows, input_vector.shape[0], block, group, 0)
     _check(x, offsets, fmt, input_vector)
     (core,) = _tiled_formats([tiled], input_vector, [grid], [rows], [group], block)

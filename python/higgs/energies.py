@@ -207,10 +207,12 @@ def gather_energies(
     Layers share an input if in the first batch their hooks saw the same tensor (same storage, shape and strides).
     """
     progress = progress or NullProgress()
-    layers, experts = linear_layers(model), projections(model)
-    if not layers and not experts:
+    layers = linear_layers(model)
+    widths = {name: layer.in_features for name, layer in layers.items()}
+    widths.update({name: layer.in_features for name, layer in projections(model).items()})
+    if not widths:
         raise UnsupportedError("the model has no Linear layers to gather input energies of")
-    sums = {n: torch.zeros(m.in_features, dtype=torch.float64) for n, m in [*layers.items(), *experts.items()]}
+    sums = {name: torch.zeros(k, dtype=torch.float64) for name, k in widths.items()}
     counts = dict.fromkeys(sums, 0)
     readers: dict[tuple, list[str]] = {}
     first_inputs: list[Tensor] = []  # of the first batch, kept alive so that no address comes twice

@@ -23,7 +23,7 @@ from .energies import (
 )
 from .errors import UnsupportedError
 from .linear import HiggsLinear
-from .moe import HiggsExperts, HiggsGrouped, Projection, place_layers, projections, require_pairs
+from .moe import HiggsExperts, HiggsGrouped, Projection, other_experts, place_layers, projections, require_pairs
 from .progress import NullProgress, Progress
 from .report import LayerReport, Report
 from .seeds import layer_seeds
@@ -44,8 +44,8 @@ def quantize_(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Replaces the Linear modules of ``model`` by :class:`HiggsLinear`, and experts of a mixture that transformers keeps
-    as 3-D parameters by :class:`~higgs.moe.HiggsExperts`, in place (arXiv 2411.17525, algorithm 1).
+    """Replaces the Linear modules of ``model`` by :class:`HiggsLinear`, and experts of a mixture that transformers
+    keeps as 3-D parameters by :class:`~higgs.moe.HiggsExperts`, in place (arXiv 2411.17525, algorithm 1).
 
     Exactly one of ``bits`` (the uniform grid of that rate), ``grid`` (its name) and ``allocation`` ({layer name: grid
     name}; other layers stay) says what to use. The output head is left alone unless ``allocation`` names it, and so are
@@ -117,6 +117,8 @@ def plan_formats(
         formats[name] = layer_format(
             layer.out_features, layer.in_features, grid_name, block=block, group=group, seed=seed
         )
+    if allocation is None:
+        skipped.update(other_experts(model))
     for name in require_pairs(projections(model), formats, skipped):
         del formats[name]
     if not formats:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,9 @@ class HiggsGrouped(HiggsLinear):
         module.tile_()
         return module, t2
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """``x`` [t, k] sorted by expert, ``offsets`` int32 [experts]: where the rows of each expert end, the last one t.
-        Returns [t, n]."""
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[override]
+        """``x`` [t, k] sorted by expert, ``offsets`` int32 [experts]: where the rows of each expert end, the last one
+        at t. Returns [t, n]."""
         x, f = _autocast(x), self.format
         if self.tiled is not None:
             call: Any = _grouped._tiled_linear if _ops.direct(x) else _grouped.grouped_linear_tiled
@@ -100,7 +100,7 @@ class HiggsExperts(nn.Module):
         all_experts = torch.arange(self.gate_up.experts, device=experts.device)
         offsets = torch.searchsorted(experts, all_experts, right=True, out_int32=True)
         y = self.gate_up(hidden_states[order // top_k], offsets)
-        y = self.down(self.shell._apply_gate(y), offsets)
+        y = self.down(cast(Any, self.shell)._apply_gate(y), offsets)
         y = y * top_k_weights.flatten()[order, None]
         sums = y[torch.argsort(order)].view(-1, top_k, y.shape[-1]).sum(1)  # no atomics: in the order of the experts
         return sums.to(hidden_states.dtype)
@@ -181,8 +181,8 @@ def place_layers(model: nn.Module, layers: Mapping[str, HiggsLinear]) -> None:
 
 
 def require_pairs(layers: Iterable[str], chosen: Container[str], skipped: dict[str, str]) -> list[str]:
-    """Of the projections ``layers`` those among ``chosen`` that have to stay because the other projection of their experts
-    is in ``skipped``, to which they are added.
+    """Of the projections ``layers`` those among ``chosen`` that have to stay because the other projection of their
+    experts is in ``skipped``, to which they are added.
 
     Raises ValueError if the other one is in neither: experts are quantized with both projections or not at all.
     """
@@ -199,6 +199,16 @@ def require_pairs(layers: Iterable[str], chosen: Container[str], skipped: dict[s
     return left
 
 
+def other_experts(model: nn.Module) -> dict[str, str]:
+    """{module: reason} for experts that are kept as 3-D parameters in another way, and so cannot be quantized."""
+    reason = "experts with biases, transposed weights or no gate are not supported"
+    return {
+        name: reason
+        for name, module in model.named_modules()
+        if "experts" in name and any(p.dim() == 3 for p in module.parameters(recurse=False)) and not is_experts(module)
+    }
+
+
 def projections(model: nn.Module) -> dict[str, Projection]:
     """The projections of all unquantized experts of ``model``, by the names of the layers they become."""
     return {
@@ -210,8 +220,9 @@ def projections(model: nn.Module) -> dict[str, Projection]:
 
 @contextmanager
 def recorded_inputs(model: nn.Module, context: int, record: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, ``record`` gets what the projections of unquantized experts read of windows of ``context`` tokens, but
-    the first of each: the layer's name and [rows, k]. The input of ``down`` is computed for this, expert by expert."""
+    """While open, ``record`` gets what the projections of unquantized experts read of windows of ``context`` tokens,
+    but the first of each: the layer's name and [rows, k]. The input of ``down`` is computed for this, expert by expert.
+    """
 
     def hook(name: str, module: Any, args: tuple, kwargs: dict) -> None:
         x, experts, _ = (*args, *kwargs.values())

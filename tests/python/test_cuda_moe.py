@@ -151,8 +151,7 @@ def test_models(family: str, tmp_path: Path) -> None:
     a, b = on_device.state_dict(), loaded.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[key].cpu(), b[key]) for key in a)
     if family == "mixtral":
+        options = {"max_new_tokens": 12, "do_sample": False}
         compiled = transformers.CompileConfig(fullgraph=True, mode="reduce-overhead")
-        static = half.generate(
-            IDS[:, :8].cuda(), max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=compiled
-        )
-        assert torch.equal(static, half.generate(IDS[:, :8].cuda(), max_new_tokens=12, do_sample=False))
+        static = half.generate(IDS[:, :8].cuda(), **options, cache_implementation="static", compile_config=compiled)
+        assert torch.equal(static, half.generate(IDS[:, :8].cuda(), **options))

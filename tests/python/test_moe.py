@@ -36,6 +36,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                "mlp_only_layers": [1]}),
 }  # fmt: skip
 
+ONE_OF_TWO = r"experts.gate_up is to be quantized, .*experts.down is not: take both or none"
+
 
 def make(family: str, path: Path, **sizes: Any) -> Path:
     kind, own = FAMILIES[family]
@@ -276,7 +278,7 @@ def test_allocation_and_skip(tmp_path: Path) -> None:
     loaded = load(tmp_path / "quantized")
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert experts_of(load(path, quantization_config=HiggsQuantConfig(bits=4, skip=["experts"]))) == {}
-    with pytest.raises(ValueError, match=r"experts.gate_up is to be quantized, .*experts.down is not: take both or none"):
+    with pytest.raises(ValueError, match=ONE_OF_TWO):
         higgs.quantize_(load(path), allocation={f"{name}.gate_up": "p2_n64"}, scales="none")
 
 
@@ -290,6 +292,15 @@ def test_experts_that_cannot_be_quantized(tmp_path: Path) -> None:
     assert experts_of(model) == {} and len(report.layers) == 8
     with pytest.raises(higgs.UnsupportedError, match="experts.down cannot be quantized: in_features = 96"):
         higgs.quantize_(load(path), bits=4, scales="none", strict=True)
+
+
+def test_experts_of_other_kinds_stay_and_are_reported() -> None:
+    config = transformers.GptOssConfig(**SIZES, head_dim=32, num_local_experts=4, num_experts_per_tok=2)
+    model = transformers.GptOssForCausalLM(config)
+    report = higgs.quantize_(model, bits=4, scales="none")
+    assert len(report.layers) == 8 and experts_of(model) == {}
+    reason = "experts with biases, transposed weights or no gate are not supported"
+    assert report.skipped == {f"model.layers.{i}.mlp.experts": reason for i in range(2)}
 
 
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
@@ -325,7 +336,9 @@ def test_contradictions_in_a_checkpoint(tmp_path: Path) -> None:
         layers["model.layers.7.experts.down"] = layers.pop(layer)
         layers["model.layers.7.experts.down"]["experts"] = 4
         file.write_text(json.dumps(bad))
-        with pytest.raises(higgs.FormatError, match="model.layers.7.experts, which the model does not have|expected expe"):
+        with pytest.raises(
+            higgs.FormatError, match="names the experts model.layers.7.experts, which the model does not"
+        ):
             load(tmp_path / "q")
     file.write_text(json.dumps(good))
     info = inspect_checkpoint(tmp_path / "q")
@@ -378,7 +391,7 @@ def test_streaming_with_column_scales_and_allocation(tmp_path: Path) -> None:
     experts = experts_of(load(tmp_path / "allocated"))
     assert {n: (m.gate_up.format.grid, m.down.format.grid) for n, m in experts.items()} == {name: ("p2_n64", "p2_n256")}
     del grids[f"{name}.down"]
-    with pytest.raises(ValueError, match="experts.gate_up is to be quantized, .*experts.down is not: take both or none"):
+    with pytest.raises(ValueError, match=ONE_OF_TWO):
         quantize_checkpoint(path, tmp_path / "half", allocation=lambda _: found, allocated="--bits 3.5")
 
 
@@ -391,15 +404,25 @@ def test_streaming_names_a_bad_tensor(tmp_path: Path) -> None:
         quantize_checkpoint(path, tmp_path / "out", bits=4)
 
 
-@pytest.mark.parametrize("method", ["fisher", "noise"])
-def test_sensitivities_and_mixed_grids(method: str, tmp_path: Path) -> None:
+def test_sensitivities_and_mixed_grids(tmp_path: Path) -> None:
     path = make("mixtral", tmp_path / "original")
-    options = MeasureOptions(method=method, text="random", tokens=64, context=32, scales="none", levels=(0.04,))
-    found = measure_checkpoint(path, tmp_path / "s.json", options)
-    layers = {layer.name: layer for layer in found.layers}
-    experts = layers["model.layers.0.mlp.experts.down"]
-    assert len(layers) == 12 and (experts.n, experts.k) == (512, 192)
-    assert all(layer.alpha > 0 for layer in found.layers)
+    model = load(path)
+    for name, parameter in model.named_parameters():
+        if "experts" in name:  # as large as in real models, next to attention
+            parameter.data *= 5
+    model.save_pretrained(path)
+    alphas = {}
+    for method in ("fisher", "noise"):
+        options = MeasureOptions(method=method, text="random", tokens=256, context=64, scales="none", levels=(0.01,))
+        found = measure_checkpoint(path, tmp_path / f"{method}.json", options)
+        layers = {layer.name: layer for layer in found.layers}
+        assert len(layers) == 12
+        for layer in range(2):
+            gate_up, down = (layers[f"model.layers.{layer}.mlp.experts.{name}"] for name in ("gate_up", "down"))
+            assert (gate_up.n, gate_up.k, down.n, down.k) == (1536, 128, 512, 192)
+            # Of the last layer: noise in an earlier one changes which experts tokens get, which no gradient sees.
+            alphas[method] = [gate_up.alpha, down.alpha]
+    assert alphas["noise"] == pytest.approx(alphas["fisher"], rel=0.2)
     allocation = higgs.plan_allocation(found, bits=3.5)
     report = higgs.quantize_(load(path), allocation=allocation.grids, scales="none")
     assert len(report.layers) == 12 and report.bits <= 3.5

@@ -25,8 +25,8 @@ class ExpertsLayer:
 
 
 def find_experts(checkpoint: Checkpoint, model: Any, targets: Mapping[str, tuple[str, Any, str]]) -> list[ExpertsLayer]:
-    """The experts of the meta-device ``model``. ``targets``: for each tensor the parameter that transformers makes of it,
-    and the converter, if any, with the pattern that the tensor's name fits.
+    """The experts of the meta-device ``model``. ``targets``: for each tensor the parameter that transformers makes of
+    it, and the converter, if any, with the pattern that the tensor's name fits.
 
     Left out are experts whose tensors are not all there, or not just put together by the converter.
     """

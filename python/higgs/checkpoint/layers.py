@@ -81,8 +81,8 @@ def module_keys(model: Any, tensors: Iterable[str]) -> dict[str, str]:
 
 
 def _conversion_targets(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
-    """For each tensor the key in ``model.state_dict()`` of what transformers makes of it, the converter, if there is one,
-    and which of its patterns the name fits."""
+    """For each tensor the key in ``model.state_dict()`` of what transformers makes of it, the converter, if there is
+    one, and which of its patterns the name fits."""
     state = model.state_dict()
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -97,7 +97,7 @@ def _conversion_targets(model: Any, tensors: Iterable[str]) -> dict[str, tuple[s
     for name in tensors:
         key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if key in state:
-            result[name] = (key, by_pattern.get(pattern), pattern or "")
+            result[name] = (key, by_pattern[pattern] if pattern else None, pattern or "")
     return result
 
 
@@ -107,13 +107,13 @@ def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
     targets = _conversion_targets(model, checkpoint.tensors)
     keys = {tensor: key for tensor, (key, converter, _) in targets.items() if converter is None}
     experts = find_experts(checkpoint, model, targets)
-    of_experts = {source for layer in experts for source in layer.sources}
+    known = {*keys, *(source for layer in experts for source in layer.sources)}
     linear, other = {}, []
     for tensor, entry in checkpoint.tensors.items():
         module = layer_name(keys.get(tensor, ""))
         if module in modules and tensor.endswith(".weight") and len(entry.shape) == 2:
             linear[tensor] = module
-        elif tensor not in keys and tensor not in of_experts and len(entry.shape) in (2, 3) and entry.elements >= 1 << 12:
+        elif tensor not in known and len(entry.shape) in (2, 3) and entry.elements >= 1 << 12:
             other.append(entry)
     if modules and not linear:
         return None

@@ -122,7 +122,7 @@ def to_sensitivities(
     model: Any, method: Method, results: dict[str, Any], used: Energies | None, options: MeasureOptions
 ) -> Sensitivities:
     """The fitted results as they are saved."""
-    modules = {**dict(model.named_modules()), **projections(model)}
+    modules: dict[str, Any] = {**dict(model.named_modules()), **projections(model)}
     layers = []
     for name, (alpha, residual) in method.fit(results).items():
         linear = modules[name]
@@ -192,7 +192,7 @@ def sample_tokens(model: Any, source: Path, options: MeasureOptions, progress: P
 def _column_scales(model: nn.Module, used: Energies | None, exponent: float) -> dict[str, torch.Tensor]:
     if used is None:
         return {}
-    known = {**energies.linear_layers(model), **projections(model)}
+    known: dict[str, Any] = {**energies.linear_layers(model), **projections(model)}
     layers = {n: m for n, m in known.items() if n in used.energies and m.in_features % 64 == 0}
     weights = {name: weight_energy(layer.weight).cpu() for name, layer in layers.items()}
     blocks = {name: _core.default_block(layer.in_features) for name, layer in layers.items()}

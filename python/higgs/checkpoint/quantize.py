@@ -239,9 +239,7 @@ class _Job:
         write_file(self.out / "README.md", card.encode())
         write_file(self.out / REPORT_FILE, json_bytes({**report.to_dict(), "settings": self.settings}))
         layers = {
-            layer.name: LayerConfig.of(
-                layer.fmt, column_scale=layer.name in self.scales.layers, experts=layer.experts
-            )
+            layer.name: LayerConfig.of(layer.fmt, column_scale=layer.name in self.scales.layers, experts=layer.experts)
             for layer in self.plan.layers
         }
         config = {**self.checkpoint.config}

@@ -117,9 +117,7 @@ def read_rows(checkpoint: Checkpoint, layer: LayerPlan) -> Iterator[tuple[str, T
         yield source, checkpoint.read(source).flatten(0, -2)
 
 
-def quantize_named(
-    weight: Tensor, source: str, fmt: LayerFormat, scale: Tensor | None
-) -> tuple[Tensor, Tensor, float]:
+def quantize_named(weight: Tensor, source: str, fmt: LayerFormat, scale: Tensor | None) -> tuple[Tensor, Tensor, float]:
     """``_ops.quantize`` of some rows of a layer; errors name the tensor."""
     try:
         return _ops.quantize(weight, fmt.with_rows(len(weight)), scale)

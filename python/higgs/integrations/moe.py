@@ -26,7 +26,7 @@ def name_in_file(model: Any, layer: str) -> str:
 
 def place_layer(model: nn.Module, name: str, formats: Mapping[str, LayerFormat]) -> None:
     """Puts a module without memory in the place of layer ``name``; with one projection of experts comes the other."""
-    parent, _, projection = name.rpartition(".")
+    parent = name.rpartition(".")[0]
     place: Any = model.get_submodule(parent)
     if isinstance(place, HiggsExperts):
         return
@@ -42,7 +42,9 @@ def place_layer(model: nn.Module, name: str, formats: Mapping[str, LayerFormat])
 
 def check_shapes(name: str, module: HiggsLinear, stored: dict[str, tuple[int, ...]] | None) -> None:
     """The tensors of ``module`` have these shapes in the file, where they are known."""
-    for part, parameter in module.named_parameters() if stored is not None else ():
+    if stored is None:
+        return
+    for part, parameter in module.named_parameters():
         tensor, expected = f"{name}.{part}", list(parameter.shape)
         if tensor not in stored:
             raise FormatError(f"the checkpoint has no tensor {tensor}, which its quantization_config promises")
@@ -73,16 +75,16 @@ def place_experts(model: nn.Module, config: QuantizationConfig, stored: dict[str
             raise FormatError(f"quantization_config names the experts {parent}, which the model does not have") from e
         if not is_experts(experts) or layers.keys() != set(PROJECTIONS.values()):
             raise FormatError(
-                f"quantization_config has {', '.join(layers.values())}; {parent} is a {type(experts).__name__}, expected "
-                f"experts with both of {' and '.join(PROJECTIONS.values())}"
+                f"quantization_config has {', '.join(layers.values())}; {parent} is a {type(experts).__name__}, "
+                f"expected experts with both of {' and '.join(PROJECTIONS.values())}"
             )
         formats, scaled = {}, {}
         for parameter, projection in PROJECTIONS.items():
             name, weight = layers[projection], getattr(experts, parameter)
-            layer = config.layers[name]
-            if layer.experts != len(weight):
-                raise FormatError(f"quantization_config of {name} says {layer.experts} experts, there are {len(weight)}")
-            formats[projection] = layer.format(name, weight.shape[0] * weight.shape[1], weight.shape[2])
+            layer, (count, n, k) = config.layers[name], weight.shape
+            if layer.experts != count:
+                raise FormatError(f"quantization_config of {name} says {layer.experts} experts, there are {count}")
+            formats[projection] = layer.format(name, count * n, k)
             scaled[projection] = layer.column_scale
         module = HiggsExperts.without_weights(experts, formats, scaled)
         for projection, name in layers.items():

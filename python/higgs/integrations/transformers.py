@@ -102,8 +102,8 @@ class _Quantize:
     def convert(
         self, tensors: dict[str, Any], *, model: nn.Module, missing_keys: set[str] | None = None, **_: Any
     ) -> dict[str, Any]:
-        """Puts a module without memory in the place of each; what is returned the loader puts into it. Errors, which the
-        loader would swallow, are raised when it is done."""
+        """Puts a module without memory in the place of each; what is returned the loader puts into it. Errors, which
+        the loader would swallow, are raised when it is done."""
         result = {}
         for key, tensor in tensors.items():
             name, weight = layer_of(key), tensor[0] if isinstance(tensor, list) else tensor
