@@ -77,7 +77,7 @@ def times(weights: torch.Tensor, packed: tuple, routings: list[torch.Tensor], ro
             if ends[e + 1] > ends[e]:
                 torch.mm(x[ends[e] : ends[e + 1]], weights[e].T, out=y[ends[e] : ends[e + 1]])
 
-    ours = microseconds([lambda o=o: _grouped._tiled_linear(x, o, *packed) for o in routings])
+    ours = microseconds([lambda o=o: _grouped.tiled_linear(x, o, *packed) for o in routings])
     decoded = microseconds(
         [lambda o=o: _grouped._decoded_linear(x, o, core, tiled, vector, n, block) for o in routings[:3]]
     )

@@ -4,7 +4,8 @@ The matrices lie one below the other, as rows of one packed matrix [experts * n,
 ``offsets`` int32 [experts] says where the rows of each expert end. y is [t, n].
 
     grouped_linear        stored layout; on CUDA it is repacked in every call
-    grouped_linear_tiled  CUDA only: the layout the kernels read. Nothing is read back to the host.
+    grouped_linear_tiled  CUDA only: the layout the kernels read. Nothing is read back to the host, except by torch's
+                          grouped matmul, which takes what the kernels do not, in other dtypes than bfloat16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from . import _core, _cuda
 from ._cuda import _aligned, _launch, _rotate, _tiled_formats
 from ._formats import DTYPE_CODES, LayerFormat, address, check, check_packed, check_x, code_of, core_format, format_of
 
-__all__ = ["grouped_linear", "grouped_linear_tiled"]
+__all__ = ["grouped_linear", "grouped_linear_tiled", "tiled_linear"]
 
 _OFFSETS = (torch.int32,)
 _DECODED_BYTES = 1 << 30  # of weights decoded at once where the kernels do not multiply themselves
@@ -78,7 +79,7 @@ def _cuda_linear(
     fmt = format_of(indices, grid, block, group, seed)
     check_packed(indices, scales, column_scale, fmt)
     tiled, vector = _cuda.repack(indices, scales, fmt), _cuda.input_vector(column_scale, fmt, indices.device)
-    return _tiled_linear(x, offsets, tiled, vector, grid, fmt.n, group, block)
+    return tiled_linear(x, offsets, tiled, vector, grid, fmt.n, group, block)
 
 
 def _cuda_grad(
@@ -90,11 +91,12 @@ def _cuda_grad(
     return _tiled_grad(grad, offsets, tiled, vector, grid, fmt.n, group, block)
 
 
-def _tiled_linear(
+def tiled_linear(
     x: Tensor, offsets: Tensor, tiled: Tensor, input_vector: Tensor, grid: str, rows: int, group: int, block: int
 ) -> Tensor:
-    """Up to ``_max_rows`` rows of x: a kernel that decodes the weights of the experts in use. More, float32, and what
-    the kernel does not take: all weights are decoded, in pieces, and multiplied by torch."""
+    """Up to ``_max_rows`` rows of x (about 80 an expert): a kernel that decodes the weights of the experts in use.
+    More, float32, and what the kernel does not take (trellis grids): all weights are decoded, in pieces, and multiplied
+    by torch."""
     fmt = LayerFormat(grid, rows, input_vector.shape[0], block, group, 0)
     _check(x, offsets, fmt, input_vector)
     (core,) = _tiled_formats([tiled], input_vector, [grid], [rows], [group], block)
@@ -175,7 +177,7 @@ _library.impl("grouped_linear", _cpu_linear, "CPU")
 _library.impl("grouped_linear_grad", _cpu_grad, "CPU")
 _library.impl("grouped_linear", _cuda_linear, "CUDA")
 _library.impl("grouped_linear_grad", _cuda_grad, "CUDA")
-_library.impl("grouped_linear_tiled", _tiled_linear, "CUDA")
+_library.impl("grouped_linear_tiled", tiled_linear, "CUDA")
 _library.impl("grouped_linear_tiled_grad", _tiled_grad, "CUDA")
 
 

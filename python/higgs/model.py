@@ -118,7 +118,10 @@ def plan_formats(
             layer.out_features, layer.in_features, grid_name, block=block, group=group, seed=seed
         )
     if allocation is None:
-        skipped.update(other_experts(model))
+        skipped.update(others := other_experts(model))
+        if others and strict:
+            name, reason = next(iter(others.items()))
+            raise UnsupportedError(f"layer {name} cannot be quantized: {reason}")
     for name in require_pairs(projections(model), formats, skipped):
         del formats[name]
     if not formats:

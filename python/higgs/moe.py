@@ -53,9 +53,12 @@ class HiggsGrouped(HiggsLinear):
         at t. Returns [t, n]."""
         x, f = _autocast(x), self.format
         if self.tiled is not None:
-            call: Any = _grouped._tiled_linear if _ops.direct(x) else _grouped.grouped_linear_tiled
+            differentiable = torch.is_grad_enabled() and x.requires_grad
+            direct = _ops.direct(x) and not differentiable
+            call: Any = _grouped.tiled_linear if direct else _grouped.grouped_linear_tiled
             return call(x, offsets, self.tiled, self.input_vector, f.grid, f.n, f.group, f.block)
-        return _grouped.grouped_linear(x, offsets, self.indices, self.scales, self.column_scale, *self._arguments())
+        packed = self.indices, self.scales, self.column_scale, f.grid, f.block, f.group, f.seed
+        return _grouped.grouped_linear(x, offsets, *packed)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W^ [experts, n, k]."""

@@ -301,6 +301,8 @@ def test_experts_of_other_kinds_stay_and_are_reported() -> None:
     assert len(report.layers) == 8 and experts_of(model) == {}
     reason = "experts with biases, transposed weights or no gate are not supported"
     assert report.skipped == {f"model.layers.{i}.mlp.experts": reason for i in range(2)}
+    with pytest.raises(higgs.UnsupportedError, match=f"layer model.layers.0.mlp.experts cannot be quantized: {reason}"):
+        higgs.quantize_(transformers.GptOssForCausalLM(config), bits=4, scales="none", strict=True)
 
 
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
@@ -330,17 +332,24 @@ def test_contradictions_in_a_checkpoint(tmp_path: Path) -> None:
         file.write_text(json.dumps(bad))
         with pytest.raises(higgs.FormatError, match=message):
             load(tmp_path / "q")
-    for layer in (f"{name}.down", "model.layers.0.self_attn.q_proj"):
+    for layer, message in (
+        (f"{name}.down", "is a MixtralExperts, expected experts with both of gate_up and down"),
+        ("model.layers.0.self_attn.q_proj", "names the experts model.layers.7.experts, which the model does not have"),
+    ):
         bad = copy.deepcopy(good)
         layers = bad["quantization_config"]["layers"]
-        layers["model.layers.7.experts.down"] = layers.pop(layer)
-        layers["model.layers.7.experts.down"]["experts"] = 4
+        layers["model.layers.7.experts.down"] = {**layers.pop(layer), "experts": 4}
         file.write_text(json.dumps(bad))
-        with pytest.raises(
-            higgs.FormatError, match="names the experts model.layers.7.experts, which the model does not"
-        ):
+        with pytest.raises(higgs.FormatError, match=message):
             load(tmp_path / "q")
     file.write_text(json.dumps(good))
+    parallel = transformers.AutoConfig.from_pretrained(tmp_path / "q")
+    parallel.distributed_config = transformers.distributed.DistributedConfig()
+    quantizer = higgs.integrations.transformers.HiggsHfQuantizer(parallel.quantization_config, pre_quantized=True)
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(parallel)
+    with pytest.raises(higgs.UnsupportedError, match="quantized experts are not supported with distributed_config"):
+        quantizer._process_model_before_weight_loading(model)
     info = inspect_checkpoint(tmp_path / "q")
     assert {layer.layer: (layer.n, layer.k) for layer in info.layers if layer.layer.startswith(name)} == {
         f"{name}.down": (512, 192), f"{name}.gate_up": (1536, 128)

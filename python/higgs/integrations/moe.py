@@ -11,7 +11,7 @@ from torch import nn
 from .._formats import LayerFormat
 from ..checkpoint.layers import module_keys
 from ..config import QuantizationConfig
-from ..errors import FormatError
+from ..errors import FormatError, UnsupportedError
 from ..linear import HiggsLinear
 from ..moe import PROJECTIONS, HiggsExperts, is_experts
 
@@ -54,16 +54,18 @@ def check_shapes(name: str, module: HiggsLinear, stored: dict[str, tuple[int, ..
             )
 
 
-def place_experts(model: nn.Module, config: QuantizationConfig, stored: dict[str, tuple[int, ...]] | None) -> None:
+def place_experts(model: Any, config: QuantizationConfig, stored: dict[str, tuple[int, ...]] | None) -> None:
     """Builds :class:`HiggsExperts` without memory for the experts that ``config`` names.
 
-    Raises FormatError if the model has none of that name, or of other shapes.
+    Raises FormatError if the model has none of that name, or of other shapes; UnsupportedError for a parallel model.
     """
     pairs: dict[str, dict[str, str]] = {}  # module: {projection: layer}
     for name, layer in config.layers.items():
         if layer.experts is not None:
             parent, _, projection = name.rpartition(".")
             pairs.setdefault(parent, {})[projection] = name
+    if pairs and getattr(model.config, "distributed_config", None) is not None:
+        raise UnsupportedError("quantized experts are not supported with distributed_config or tp_plan")
     # The config goes by the names in the file, which differ from the modules' where transformers renames.
     weights = {f"{parent}.down_proj": parent for parent in pairs}
     keys = module_keys(model, weights)

@@ -37,8 +37,9 @@ struct GroupedPlan {
   [[nodiscard]] std::string to_string() const;
 };
 
-// Throws Error(invalid_argument) for experts that do not share the rows, or rows of x outside 1..grouped_max_rows;
-// Error(unsupported) for a format without a kernel: trellis grids, rows of an expert no multiple of 16, k too long.
+// Throws Error(invalid_argument) for experts that do not share the rows, or rows of x outside 1..16384;
+// Error(unsupported) for a format without a kernel: trellis grids, rows of an expert no multiple of 16, more than 1024
+// experts, k too long.
 [[nodiscard]] GroupedPlan plan_grouped(const GroupedProblem& problem, const DeviceProperties& device);
 
 // y[t, n] = x[t, k] @ W_e^T for rows of x sorted by expert e; offsets[e] (on the device, like all pointers) is the end
