@@ -345,7 +345,8 @@ def test_contradictions_in_a_checkpoint(tmp_path: Path) -> None:
     file.write_text(json.dumps(good))
     parallel = transformers.AutoConfig.from_pretrained(tmp_path / "q")
     parallel.distributed_config = transformers.distributed.DistributedConfig()
-    quantizer = higgs.integrations.transformers.HiggsHfQuantizer(parallel.quantization_config, pre_quantized=True)
+    config = HiggsQuantConfig(**parallel.quantization_config)
+    quantizer = higgs.integrations.transformers.HiggsHfQuantizer(config, pre_quantized=True)
     with torch.device("meta"):
         model = transformers.MixtralForCausalLM(parallel)
     with pytest.raises(higgs.UnsupportedError, match="quantized experts are not supported with distributed_config"):
