@@ -53,7 +53,7 @@ class HiggsGrouped(HiggsLinear):
         at t. Returns [t, n]."""
         x, f = _autocast(x), self.format
         if self.tiled is not None:
-            differentiable = torch.is_grad_enabled() and x.requires_grad
+            differentiable = torch.is_grad_enabled() and x.requires_grad  # then called as an operator
             direct = _ops.direct(x) and not differentiable
             call: Any = _grouped.tiled_linear if direct else _grouped.grouped_linear_tiled
             return call(x, offsets, self.tiled, self.input_vector, f.grid, f.n, f.group, f.block)
@@ -105,7 +105,7 @@ class HiggsExperts(nn.Module):
         y = self.gate_up(hidden_states[order // top_k], offsets)
         y = self.down(cast(Any, self.shell)._apply_gate(y), offsets)
         y = y * top_k_weights.flatten()[order, None]
-        sums = y[torch.argsort(order)].view(-1, top_k, y.shape[-1]).sum(1)  # no atomics: in the order of the experts
+        sums = y[torch.argsort(order)].view(-1, top_k, y.shape[-1]).sum(1)  # no atomics: always in the same order
         return sums.to(hidden_states.dtype)
 
     def to_experts(self, dtype: torch.dtype = torch.float32) -> nn.Module:
