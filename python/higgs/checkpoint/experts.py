@@ -43,8 +43,8 @@ def find_experts(checkpoint: Checkpoint, model: Any, targets: Mapping[str, tuple
             fits = all(e.shape[-1] == k and len(e.shape) in (2, 3) for e in entries)
             if not fits or sum(e.elements for e in entries) != weight.numel():
                 break
-            names = f"{module}.{PROJECTIONS[parameter]}"
-            pair.append(ExpertsLayer(_layer_in_file(sources[0], parameter), names, tuple(sources), count, count * n, k))
+            name, layer = _layer_in_file(sources[0], parameter), f"{module}.{PROJECTIONS[parameter]}"
+            pair.append(ExpertsLayer(name, layer, tuple(sources), count, count * n, k))
         found += pair if len(pair) == len(PROJECTIONS) else []
     return found
 

@@ -24,8 +24,8 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_e
 class LinearWeights:
     """``layers`` maps the tensor name of each Linear weight to the name of its module in transformers (which input
     energies go by); the two usually differ by ``.weight`` only. ``experts`` are projections of experts of a mixture, in
-    pairs. ``head`` is the output head's layer name and
-    ``head_source`` the tensor that holds its weight: that of the embedding where they are ``tied``."""
+    pairs. ``head`` is the output head's layer name and ``head_source`` the tensor that holds its weight: that of the
+    embedding where they are ``tied``."""
 
     layers: dict[str, str]
     experts: list[ExpertsLayer] = field(default_factory=list)

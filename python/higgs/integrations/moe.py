@@ -20,8 +20,8 @@ def name_in_file(model: Any, layer: str) -> str:
     """What ``save_pretrained`` calls ``layer``: transformers renames some modules on the way."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    (key,) = revert_weight_conversion(model, {f"{layer}.indices": torch.empty(0)})
-    return key.removesuffix(".indices")
+    keys = [*revert_weight_conversion(model, {f"{layer}.indices": torch.empty(0)})]
+    return keys[0].removesuffix(".indices") if len(keys) == 1 else layer
 
 
 def place_layer(model: nn.Module, name: str, formats: Mapping[str, LayerFormat]) -> None:
