@@ -4,6 +4,7 @@
 #include "gemm_sm90.cuh"
 #include "gemv.cuh"
 #include "gemv_trellis.cuh"
+#include "grouped.cuh"
 #include "launch.h"
 #include "repack.cuh"
 #include "repack_trellis.cuh"
@@ -94,6 +95,23 @@ void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
   plan.dtype == DType::f16 ? gemm<__half>(plan, params, stream) : gemm<__nv_bfloat16>(plan, params, stream);
 }
 
+template <typename T, int TokenTiles>
+void grouped(const GroupedPlan& plan, const GroupedParams& params, Stream stream) {
+  launch_dependent<grouped_kernel<GroupedConfig<D, T, TokenTiles>>>({plan.ctas, plan.threads(), plan.shared_bytes},
+                                                                    stream, params);
+}
+
+template <typename T>
+void grouped(const GroupedPlan& plan, const GroupedParams& params, Stream stream) {
+  if constexpr (!D::kShape.trellis()) {
+    plan.token_tiles == 1 ? grouped<T, 1>(plan, params, stream) : grouped<T, 2>(plan, params, stream);
+  }
+}
+
+void grouped(const GroupedPlan& plan, const GroupedParams& params, Stream stream) {
+  plan.dtype == DType::f16 ? grouped<__half>(plan, params, stream) : grouped<__nv_bfloat16>(plan, params, stream);
+}
+
 constexpr int kThreads = 128;
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
@@ -141,7 +159,7 @@ void dequantize_rotated(const TiledLayer& layer, const uint8_t* tiled, void* out
 #define HIGGS_CONCAT(a, b) HIGGS_CONCAT_(a, b)
 
 extern const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME);
-const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape, gemv,        gemm,
-                                                        repack<D>, unrepack<D>, dequantize_rotated};
+const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape,         gemv, gemm, grouped, repack<D>, unrepack<D>,
+                                                        dequantize_rotated};
 
 }  // namespace higgs::cuda

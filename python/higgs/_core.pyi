@@ -32,6 +32,18 @@ def dequantize(fmt: Format, indices: int, scales: int, column_scale: int, out: i
 def linear(
     fmt: Format, indices: int, scales: int, column_scale: int, x: int, dtype: int, rows: int, bias: int, y: int
 ) -> None: ...
+def grouped_linear(
+    fmt: Format,
+    indices: int,
+    scales: int,
+    column_scale: int,
+    x: int,
+    dtype: int,
+    rows: int,
+    offsets: int,
+    experts: int,
+    y: int,
+) -> None: ...
 def rotate(data: int, dtype: int, rows: int, cols: int, block: int, seed: int, out: int) -> None: ...
 def unrotate(data: int, rows: int, cols: int, block: int, seed: int, out: int) -> None: ...
 
@@ -110,3 +122,18 @@ def cuda_linear(
     stream: int,
 ) -> None: ...
 def cuda_plan(formats: Sequence[Format], rows: int, dtype: int) -> str: ...
+def cuda_grouped_linear(
+    fmt: Format,
+    experts: int,
+    tiled: int,
+    x: int,
+    dtype: int,
+    rows: int,
+    input_vector: int,
+    offsets: int,
+    y: int,
+    workspace: int,
+    stream: int,
+) -> None: ...
+def cuda_grouped_linear_max_rows(fmt: Format, experts: int, dtype: int) -> int: ...
+def cuda_grouped_plan(fmt: Format, experts: int, rows: int, dtype: int) -> str: ...

@@ -113,6 +113,15 @@ PYBIND11_MODULE(_core, m) {
       },
       ReleaseGil());
   m.def(
+      "grouped_linear",
+      [](const higgs::LayerFormat& f, Address indices, Address scales, Address column_scale, Address x, int dtype,
+         std::int64_t rows, Address offsets, int experts, Address y) {
+        const std::span ends(pointer<const std::int32_t>(offsets), static_cast<std::size_t>(experts));
+        higgs::grouped_matmul(in_view(x, dtype, rows, f.k), ends, packed_view(f, indices, scales, column_scale),
+                              out_view(y, dtype, rows, f.n / experts));
+      },
+      ReleaseGil());
+  m.def(
       "rotate",
       [](Address in, int dtype, std::int64_t rows, std::int64_t cols, int block, std::uint64_t seed, Address out) {
         higgs::rotate(in_view(in, dtype, rows, cols), block, seed, {}, out_view(out, 0, rows, cols));
