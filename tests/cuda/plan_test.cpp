@@ -30,7 +30,7 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
   const TiledFormat t = warp_slices(p, tiled_format(matrices[0]));
   EXPECT_LE(p.threads(), p.max_threads());
   EXPECT_TRUE(p.regular || !p.paired);
-  EXPECT_TRUE(p.paired || !p.regular || p.field.trellis() || (p.token_tiles == 1 && holds_x(p.field)));
+  EXPECT_TRUE(p.paired || !p.regular || p.field.trellis() || (p.rows <= 8 && holds_x(p.field)));
   EXPECT_FALSE(p.paired && p.field.trellis());
   EXPECT_GE(p.slices, 1);
   EXPECT_GE(p.row_groups, 1);
@@ -40,7 +40,7 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
   EXPECT_LT(p.slices * p.cluster * (p.k_launches - 1), t.slices) << "a launch without columns";
   EXPECT_GE(p.rows, 1);
   EXPECT_LE(p.rows, m);
-  EXPECT_GE(p.token_tiles * 8, p.rows);
+  EXPECT_GE(p.token_tiles * (p.bytes() ? 4 : 8), p.rows);
   EXPECT_GE(p.batch, 1);
   EXPECT_GE(p.rotate_warps, 1);
   ASSERT_EQ(p.parts.size(), matrices.size());
