@@ -50,11 +50,6 @@ namespace higgs::cuda {
 // Which part of x a warp rotates: chunks of 1024 columns `chunk`, + chunk_step, ... of rows `row`, + row_step, ...
 template <typename T>
 struct RotateRole {
-#ifdef HIGGS_NO_REHEARSE
-  static constexpr bool kRehearse = false;
-#else
-  static constexpr bool kRehearse = true;
-#endif
   Rotation<T> rotation;
   int chunk0;  // first chunk of the CTA's columns
   int chunks;
@@ -74,28 +69,21 @@ struct RotateRole {
     if (row >= row_step || row >= p.m) chunk = chunks;  // nothing to do
   }
   // Waits for x. finish(raw, d, row, chunk) rotates and stores. One copy of the code: a launch starts with cold
-  // instruction caches, every instruction before the main loop counts. So the first pass is made without x, before the
-  // wait: it only fetches the instructions.
+  // instruction caches, every instruction before the main loop counts.
   template <typename Finish>
   __device__ __forceinline__ void run(const GemvParams& p, int lane, const Finish& finish) const {
     int c = chunk;
     int r = row;
-    bool ready = !kRehearse;
 #pragma unroll 1
     while (c < chunks) {
       const int column = (chunk0 + c) * kChunk;
       const int count = p.k - column;
       float4 d[8];
       rotation.load_d(p.d + column, count, lane, d);
-      if (ready) wait_for_primary();
+      wait_for_primary();
       uint2 raw[8];
-      rotation.load_x(static_cast<const T*>(p.x) + static_cast<long long>(r) * p.k + column, ready ? count : 0, lane,
-                      raw);
+      rotation.load_x(static_cast<const T*>(p.x) + static_cast<long long>(r) * p.k + column, count, lane, raw);
       finish(raw, d, r, c);
-      if (!ready) {
-        ready = true;
-        continue;
-      }
       r += row_step;
       if (r >= p.m) {
         r = row;
