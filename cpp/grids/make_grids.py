@@ -15,10 +15,11 @@ computed here without sampling where that is possible:
   p = 4  Over-relaxed Lloyd steps on scrambled Sobol points: random starts, delete/split moves, then larger samples.
   ch8    Uniform points (i - 127.5) * step, i = 0..255, with the MSE-optimal power-of-two step for N(0, 1).
 
-At the end every coordinate is rounded to the nearest fp16 value (the GPU tables hold halves), and those of the grids that
-decode four weights a look-up further to a multiple of 1/32, so that a signed byte holds it and a look-up reads four bytes;
-that costs 0.01-0.09 % of t2.  t2 is that of the rounded points: closed form for p = 1 and 2, and for p = 4 the mean over independent scrambled Sobol samples never used
-to fit (standard error about 0.003 %).  --check recomputes p = 2 another way, by quadrature on a dense lattice.
+At the end every coordinate is rounded to the nearest fp16 value (the GPU tables hold halves). Those of the grids that
+GPU kernels look up four weights at a time are rounded further, to a multiple of 1/32: a signed byte. That costs
+0.01-0.09 % of t2, and Lloyd steps on that lattice win nothing back. t2 is that of the rounded points: closed form for
+p = 1 and 2, and for p = 4 the mean over independent scrambled Sobol samples never used to fit (standard error about
+0.003 %). --check recomputes p = 2 another way, by quadrature on a dense lattice.
 
 Every grid has its own random stream, made of (seed, p, n), so --only gives the same points as a whole run, and a run
 gives the same bytes again on the same machine and library versions.  A whole run takes about 18 minutes on one core.

@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   // While some warps rotate x the others, if there are enough of them, fill the table.
   const int first_fill = 2 * p.rotate_warps <= warps ? p.rotate_warps : 0;
   TableFill<Table> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x) - first_fill * kLanes,
-                           (warps - first_fill) * kLanes);
+                         (warps - first_fill) * kLanes);
 
   auto* barrier = reinterpret_cast<uint64_t*>(shared + Table::kTableBytes);
   auto* inbox = reinterpret_cast<float4*>(barrier + 2);

@@ -185,8 +185,8 @@ struct SharedX {
   }
 };
 
-// The B fragments in pieces of 16 bytes, two MMAs each: of a whole slice in registers, or from shared memory as they are
-// needed.
+// The B fragments in pieces of 16 bytes, two MMAs each: of a whole slice in registers, or from shared memory as they
+// are needed.
 template <typename Config>
 struct XFragments {
   static constexpr int kPieceBytes = 64;  // of a row of x
@@ -228,7 +228,8 @@ struct BlockSums {
   static_assert(!Config::kBytes || Config::kUnits * kUnitColumns * 127 * 127 * 256LL <= 0x7fffffff);  // exact sums
 
   // MMA `i`, on row tile r.
-  __device__ __forceinline__ void multiply(int i, int r, const uint32_t (&a)[4], const uint4 (&x)[Config::kTokenTiles]) {
+  __device__ __forceinline__ void multiply(int i, int r, const uint32_t (&a)[4],
+                                           const uint4 (&x)[Config::kTokenTiles]) {
 #pragma unroll
     for (int t = 0; t < Config::kTokenTiles; ++t) {
       const uint2 b = i % 2 == 0 ? make_uint2(x[t].x, x[t].y) : make_uint2(x[t].z, x[t].w);

@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(512, 1) gemv_trellis_kernel(const __grid_const
   const int warps = p.cta_slices * p.cta_row_groups;
   const int first_fill = 2 * p.rotate_warps <= warps ? p.rotate_warps : 0;
   TableFill<ByteTable<8>> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x) - first_fill * kLanes,
-                             (warps - first_fill) * kLanes);
+                                (warps - first_fill) * kLanes);
 
   auto* barrier = reinterpret_cast<uint64_t*>(shared + ByteTable<8>::kTableBytes);
   auto* inbox = reinterpret_cast<float4*>(barrier + 2);

@@ -90,15 +90,10 @@ void split_clusters(LaunchPlan& p, const std::vector<std::int64_t>& blocks, int 
   p.parts.back().clusters += std::max(0, clusters - next);
 }
 
-// Shared memory of a CTA: all of a multiprocessor's, or half of it.
-int shared_budget(const DeviceProperties& device, bool half) {
-  return half ? (device.shared_bytes_per_block - kReservedShared) / 2 : device.shared_bytes_per_block;
-}
-
 // Fills in the partition that cuts k into slices of `units` units and these into k_launches x cluster pieces. False if
-// it does not fit into `budget` bytes of shared memory.
+// it does not fit.
 bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, const std::vector<std::int64_t>& blocks,
-               int units, int cluster, int k_launches, const DeviceProperties& device, int budget) {
+               int units, int cluster, int k_launches, const DeviceProperties& device) {
   const int max_warps = p.max_threads() / 32;
   p.units = units;
   const TiledFormat t = warp_slices(p, stored);
@@ -113,7 +108,10 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
       static_cast<int>(std::clamp<std::int64_t>(ceil_div<std::int64_t>(all, clusters), 1, max_warps / p.slices));
   split_clusters(p, blocks, clusters);
   p.chunks = chunks_of(t, f.k, p.slices);
-  const SharedUse use = shared_use(p, budget - kTableBytes);
+  const int whole = device.shared_bytes_per_block - kTableBytes;
+  const int half = (device.shared_bytes_per_block - kReservedShared) / 2 - kTableBytes;
+  SharedUse use = shared_use(p, half);
+  if (use.bytes == 0) use = shared_use(p, whole);
   p.batch = use.batch;
   p.rotate_warps = std::min(p.slices * p.row_groups, p.rows * p.chunks);
   p.inbox_floats = use.inbox_floats;
@@ -126,7 +124,7 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
 double cost(const LaunchPlan& p, const DeviceProperties& device) {
   const int tiles = block_tiles(p.field, p.paired);
   const int warps = p.slices * p.row_groups;
-  const bool alone = p.max_threads() > 256 || p.shared_bytes > shared_budget(device, true);
+  const bool alone = p.max_threads() > 256 || p.shared_bytes > (device.shared_bytes_per_block - kReservedShared) / 2;
   // Main loop: cycles of the load unit for an MMA step (16 x 16 weights): look-ups, x, and 8 for 16 bytes a lane of
   // weights; a warp alone waits for latencies. Larger clusters come to share multiprocessors where that is possible.
   const double lookups = p.bytes() ? 2 : p.field.weights == 1 ? 8 : 4;
@@ -159,15 +157,12 @@ double best_of_kind(LaunchPlan& p, const LinearProblem& problem, const TiledForm
     if (most % units != 0) continue;
     // Paired CTAs in clusters: alone, two of a launch may come to share a multiprocessor while others have none.
     for (int cluster = p.paired ? std::min(2, max_cluster) : 1; cluster <= max_cluster; cluster *= 2) {
-      for (const bool half : {true, false}) {
-        LaunchPlan candidate = p;
-        const int budget = shared_budget(device, half);
-        if (!partition(candidate, format, t, blocks, static_cast<int>(units), cluster, launches, device, budget)) continue;
-        const double c = cost(candidate, device);
-        if (least == 0 || c < least) {
-          least = c;
-          best = candidate;
-        }
+      LaunchPlan candidate = p;
+      if (!partition(candidate, format, t, blocks, static_cast<int>(units), cluster, launches, device)) continue;
+      const double c = cost(candidate, device);
+      if (least == 0 || c < least) {
+        least = c;
+        best = candidate;
       }
     }
   }

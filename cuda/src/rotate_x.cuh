@@ -34,17 +34,6 @@ __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-template <typename T>
-__device__ __forceinline__ float2 unpack2(uint32_t v);
-template <>
-__device__ __forceinline__ float2 unpack2<__half>(uint32_t v) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&v));
-}
-template <>
-__device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t v) {
-  return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
-}
-
 // Rotated x in shared memory. Within 32 columns, those of lane t for two MMA steps are neighbours (columns 4 t .. + 3
 // and 16 + 4 t .. + 3). Rows are 64 bytes apart modulo 128: the 16-byte fragment loads of a quarter-warp (2 rows x 4
 // lanes) cover all banks.
@@ -125,9 +114,9 @@ struct Rotation {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int j = 2 * pair + i;
-        const float2 lo = unpack2<T>(raw[j].x);
-        const float2 hi = unpack2<T>(raw[j].y);
-        const uint2 b = {pack2<T>(lo.x * d[j].x, lo.y * d[j].y), pack2<T>(hi.x * d[j].z, hi.y * d[j].w)};
+        const T* v = reinterpret_cast<const T*>(&raw[j]);
+        const uint2 b = {pack2<T>(to_float(v[0]) * d[j].x, to_float(v[1]) * d[j].y),
+                         pack2<T>(to_float(v[2]) * d[j].z, to_float(v[3]) * d[j].w)};
         mma_m16n8k16<T>(mid[i], first, b);
       }
 #pragma unroll
