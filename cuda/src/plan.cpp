@@ -120,7 +120,8 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
 }
 
 // Cycles of a launch, roughly; what the partitions differ in. The constants are a fit to about 700 partitions of 8
-// shapes on an H200 (14 % rms; the cheapest partition is 0.7 % slower than the fastest, on average).
+// shapes on an H200 (14 % rms; the cheapest partition is 0.7 % slower than the fastest, on average), and with bytes to
+// 85 of 4 shapes (10 %; 0.9 %).
 double cost(const LaunchPlan& p, const DeviceProperties& device) {
   const int tiles = block_tiles(p.field, p.paired);
   const int warps = p.slices * p.row_groups;
@@ -130,14 +131,18 @@ double cost(const LaunchPlan& p, const DeviceProperties& device) {
   const double lookups = p.bytes() ? 2 : p.field.weights == 1 ? 8 : 4;
   const double x = p.paired || !p.regular ? (p.bytes() ? 1.0 : 2.0) * p.token_tiles / tiles : 0;
   const double weights = p.field.unit_words() / 4.0;
-  const double step = std::max(1.14 * warps * (lookups + x + weights), 58.0) * (!alone && p.cluster > 2 ? 1.16 : 1);
+  const double products = p.bytes() ? 0.1 * (p.token_tiles - 1) : 0;
+  const double step =
+      std::max(1.14 * warps * (lookups + x + weights + products), 58.0) * (!alone && p.cluster > 2 ? 1.16 : 1);
   const double main = step * 8 * p.units * tiles * p.rounds;
   const int chunks = p.chunks * p.rows;
-  const double rotation = 920.0 * ceil_div(chunks, warps) + 115.0 * chunks;
+  // To bytes it takes more instructions, which the warps of a scheduler issue in turn.
+  const double rotation =
+      p.bytes() ? 500.0 * ceil_div(chunks, warps) + 220.0 * chunks : 920.0 * ceil_div(chunks, warps) + 115.0 * chunks;
   // Partial sums go through shared memory; each batch waits for its slowest warp.
   const double sums = p.rounds * (375 + warps * tiles * p.rows * (p.cluster > 1 ? 1.2 : 0.6));
   const double batches = std::ceil(static_cast<double>(p.rounds) / p.batch) * (p.cluster > 1 ? 2220 : 1060);
-  return p.k_launches * (main + rotation + sums + batches + (alone ? 1770 : 0));
+  return p.k_launches * (main + rotation + sums + batches + (!alone ? 0 : p.bytes() ? 2700 : 1770));
 }
 
 // The cheapest partition of the launches' kind (rows, paired) into `launches` launches; cost 0 if none fits.

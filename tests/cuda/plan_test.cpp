@@ -7,6 +7,7 @@
 #include <array>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "decoder_ops.h"
 #include "higgs/higgs.h"
@@ -106,6 +107,21 @@ TEST(Plan, FullSlicesInOneScaleGroupUseTheRegularInstance) {
   f.group = 64;
   f.block = 64;
   EXPECT_FALSE(plan({1, DType::f16, {&f, 1}}, kDevices[3]).regular);
+}
+
+TEST(Plan, FullSlicesOfQuadsDecodeToBytes) {
+  for (const char* name : {"p4_n16", "p4_n64", "p4_n256", "p2_n16", "p1_n4"}) {
+    LayerFormat f = format(find_grid(name), 4096, 4096);
+    for (const auto& [m, tiles] : {std::pair{4, 1}, {5, 2}, {8, 2}, {9, 4}, {16, 4}}) {
+      const LaunchPlan p = plan({m, DType::bf16, {&f, 1}}, kDevices[3]);
+      EXPECT_TRUE(p.bytes()) << name;
+      EXPECT_EQ(p.token_tiles, tiles) << name << " m=" << m;
+    }
+    f.group = f.block = 64;
+    EXPECT_FALSE(plan({4, DType::bf16, {&f, 1}}, kDevices[3]).bytes()) << name;
+  }
+  const LayerFormat pairs = format(find_grid("p2_n256"), 4096, 4096);
+  EXPECT_FALSE(plan({4, DType::bf16, {&pairs, 1}}, kDevices[3]).bytes());
 }
 
 void expect_valid(const GemmPlan& p, const LayerFormat& f, std::int64_t m, const DeviceProperties& d) {
