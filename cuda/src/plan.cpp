@@ -121,7 +121,7 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
 
 // Cycles of a launch, roughly; what the partitions differ in. The constants are a fit to about 700 partitions of 8
 // shapes on an H200 (14 % rms; the cheapest partition is 0.7 % slower than the fastest, on average), and with bytes to
-// 85 of 4 shapes (10 %; 0.9 %).
+// 79 of 4 shapes (10 %; 0.9 %).
 double cost(const LaunchPlan& p, const DeviceProperties& device) {
   const int tiles = block_tiles(p.field, p.paired);
   const int warps = p.slices * p.row_groups;
