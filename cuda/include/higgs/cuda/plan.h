@@ -41,8 +41,7 @@ constexpr bool holds_x(FieldShape s) noexcept { return 16 * s.max_units() + 4 * 
 // Units of 256 columns in a warp's slice of a trellis: x for 16 rows takes twice the registers.
 constexpr int trellis_slice_units(int rows, bool regular) noexcept { return regular && rows <= 8 ? 2 : 1; }
 
-// Whether look-ups of the decode kernel yield bytes (gemv.cuh), and rows of x in a column tile of its MMA: a row takes
-// two columns then.
+// Whether look-ups of the decode kernel yield bytes (gemv.cuh): a row of x then takes two of the MMA's eight columns.
 constexpr bool uses_bytes(FieldShape s, bool regular) noexcept { return regular && s.quads(); }
 
 struct LinearProblem {
