@@ -46,9 +46,15 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
   if constexpr (D::kShape.trellis()) {
     gemv_trellis<T>(plan, params, stream);
   } else if (plan.paired) {
+    if constexpr (uses_bytes(D::kShape, true)) {
+      if (plan.token_tiles == 4) return gemv<T, 4, Loop::paired>(plan, params, stream);
+    }
     plan.token_tiles == 1 ? gemv<T, 1, Loop::paired>(plan, params, stream)
                           : gemv<T, 2, Loop::paired>(plan, params, stream);
   } else if (plan.regular) {
+    if constexpr (uses_bytes(D::kShape, true)) {
+      if (plan.token_tiles == 2) return gemv<T, 2, Loop::held>(plan, params, stream);
+    }
     if constexpr (holds_x(D::kShape)) gemv<T, 1, Loop::held>(plan, params, stream);
   } else {
     plan.token_tiles == 1 ? gemv<T, 1, Loop::general>(plan, params, stream)

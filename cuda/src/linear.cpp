@@ -79,7 +79,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.tile_bytes = static_cast<int>(t.tile_bytes);
   p.inbox_floats = plan.inbox_floats;
   p.row_groups_of_scales = static_cast<std::uint16_t>(t.row_groups);
-  p.norm = remaining_norm(f.block) * (t.field.trellis() ? kTrellisStep : 1.0f);
+  p.norm = remaining_norm(f.block) * (t.field.trellis() ? kTrellisStep : plan.bytes() ? kQuadStep : 1.0f);
   p.layout_units = static_cast<std::uint8_t>(tiled_format(f).units_per_slice / 2);
   p.iterations = static_cast<std::uint8_t>(plan.paired ? t.units_per_slice / iteration_units(t.field, true) : 1);
   p.slices = static_cast<std::uint16_t>(t.slices);

@@ -10,10 +10,11 @@
 namespace higgs::cuda {
 namespace {
 
-// Field value -> `weights` points in fp16 and bf16 (a single one twice). Indices of a field: lowest bits first.
+// Field value -> `weights` points in fp16 and bf16 (a single one twice), of quads also in bytes. Indices of a field:
+// lowest bits first.
 template <typename Points>
-__global__ void table_kernel(const __grid_constant__ Points points, FieldShape field, __half* f16,
-                             __nv_bfloat16* bf16) {
+__global__ void table_kernel(const __grid_constant__ Points points, FieldShape field, __half* f16, __nv_bfloat16* bf16,
+                             int8_t* bytes) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const int values = field.weights == 4 ? 4 : 2;
   if (i >= values * field.entries()) return;
@@ -22,6 +23,7 @@ __global__ void table_kernel(const __grid_constant__ Points points, FieldShape f
   const __half point = __ushort_as_half(points.values[index * points.p + c % points.p]);
   f16[i] = point;
   bf16[i] = __float2bfloat16_rn(__half2float(point));
+  if (field.quads()) bytes[i] = static_cast<int8_t>(__float2int_rn(__half2float(point) / kQuadStep));
 }
 
 // The tables of a trellis: T1, T2 in fp16, in bf16 and in signed bytes, and in bytes T1 + 128, 128 - T2 (trellis.cuh).
@@ -75,7 +77,7 @@ void repack(const PackedView& packed, std::byte* tiled, Stream stream) {
   } else {
     with_points(*f.grid, [&](const auto& points) {
       table_kernel<<<blocks_for(layer.tiled.field.entries() * 4), kThreads, 0, to_stream(stream)>>>(
-          points, layer.tiled.field, f16, bf16);
+          points, layer.tiled.field, f16, bf16, reinterpret_cast<std::int8_t*>(out + layer.tiled.table_bytes));
     });
   }
   check(cudaGetLastError(), "repack");

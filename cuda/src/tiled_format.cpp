@@ -64,7 +64,7 @@ TiledFormat tiled_format(const LayerFormat& format) {
   t.table_f16 = 0;
   t.table_bf16 = table;
   t.table_bytes = 2 * table;
-  t.scales = 2 * table + align(t.field.byte_tables_bytes());
+  t.scales = 2 * table + t.field.byte_tables_bytes();
   t.weights = t.scales + align(t.row_tiles * t.row_groups * kTileRows * 2);
   t.bytes = t.weights + align(t.row_tiles * t.tile_bytes);
   return t;
