@@ -106,10 +106,11 @@ void check_accuracy(const Problem& p, DType out, const std::string& what) {
   Matrix w(f.n, f.k, out);
   dequantize(p.layer.view(), w.view());
   const double plain = distance(plain_matmul(p.x, w, p.bias.floats(), out), p.exact.data());
+  const double bound = (f.n < 5 ? 3 : 2) * plain;  // few rows may be unlucky
   for (const Isa isa : supported_isas()) {
     const IsaGuard guard(isa);
     const double all = distance(p.run(kTokens, f.n, out).floats(), p.exact.data());
-    EXPECT_LE(all, 2 * plain) << what << ", " << name_of(isa) << ", m = " << kTokens;
+    EXPECT_LE(all, bound) << what << ", " << name_of(isa) << ", m = " << kTokens;
     double single = 0;
     for (std::int64_t i = 0; i < kTokens; ++i) {
       Matrix y(1, f.n, out);
@@ -117,7 +118,7 @@ void check_accuracy(const Problem& p, DType out, const std::string& what) {
       matmul({p.x.view().row(i), p.x.dtype, 1, f.k}, p.layer.view(), b.bytes.data(), y.view());
       single += std::pow(distance(y.floats(), p.exact.data() + i * f.n), 2);
     }
-    EXPECT_LE(std::sqrt(single), 2 * plain) << what << ", " << name_of(isa) << ", m = 1";
+    EXPECT_LE(std::sqrt(single), bound) << what << ", " << name_of(isa) << ", m = 1";
   }
 }
 
