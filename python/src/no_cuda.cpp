@@ -36,7 +36,7 @@ void linear(const void*, DType, std::int64_t, const float*, std::span<const Line
             const DeviceProperties&) {
   unsupported();
 }
-std::int64_t linear_max_rows(DType) { unsupported(); }
+std::int64_t linear_max_rows(DType, const LayerFormat&, const DeviceProperties&) { unsupported(); }
 std::int64_t linear_workspace_bytes(std::int64_t, DType, std::span<const LinearPart>, const DeviceProperties&) {
   unsupported();
 }
