@@ -25,7 +25,7 @@ struct Trellis {
   int rows = 0;
   std::span<const float> table;
   // How a row is cut into runs (packed_format.h).
-  int run_group = 0;  // columns of a group
+  int run_group = 0;  // columns of a group, a power of two
   int runs = 0;       // of a group
 };
 

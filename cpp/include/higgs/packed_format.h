@@ -40,11 +40,12 @@ inline constexpr int kMaxRunColumns = 1024;
 
 // The group of column j of a row of k columns.
 [[nodiscard]] constexpr RunGroup run_group(const Trellis& trellis, std::int64_t k, std::int64_t j) noexcept {
-  const std::int64_t full = k / trellis.run_group;
-  const std::int64_t groups = trellis.runs == 1 ? std::max<std::int64_t>(full, 1) : full + (k % trellis.run_group != 0);
-  const std::int64_t g = std::min(j / trellis.run_group, groups - 1);
-  const std::int64_t first = g * trellis.run_group;
-  return {first, static_cast<int>(g + 1 < groups ? trellis.run_group : k - first), trellis.runs};
+  const std::int64_t size = trellis.run_group;
+  std::int64_t first = j & -size;  // no division: the matmul kernels call this
+  if (trellis.runs == 1 && first > 0 && k - first < size) first -= size;
+  const std::int64_t left = k - first;
+  const bool ends = left < (trellis.runs == 1 ? 2 * size : size);
+  return {first, static_cast<int>(ends ? left : size), trellis.runs};
 }
 
 struct StreamPlace {
