@@ -27,7 +27,7 @@ struct StoredLayer {
   uint64_t seed;
 };
 
-// The values of a grid in shared memory and what a stored row says about 32 columns, without their scale.
+// The values of a grid in shared memory and what a stored row says about a column, without its scale, and about 32.
 template <int Capacity>
 __device__ __forceinline__ void fill_table(const GridPoints<Capacity>& points, uint16_t* table) {
   for (int i = threadIdx.x; i < points.p << points.index_bits; i += blockDim.x) table[i] = points.values[i];
@@ -55,9 +55,9 @@ __device__ __forceinline__ float stored_value(const TrellisTable& trellis, const
 
 template <typename Points>
 __device__ __forceinline__ void stored_values(const Points& points, const uint16_t* table, const StoredLayer& layer,
-                                              const uint8_t* bytes, int64_t column, float (&v)[32]) {
+                                              const uint8_t* bytes, int64_t column, float scale, float (&v)[32]) {
 #pragma unroll
-  for (int i = 0; i < 32; ++i) v[i] = stored_value(points, table, layer, bytes, column + i);
+  for (int i = 0; i < 32; ++i) v[i] = __fmul_rn(scale, stored_value(points, table, layer, bytes, column + i));
 }
 __device__ __forceinline__ void fill_table(const HashedTrellis& trellis, uint16_t* table) {
   for (int i = threadIdx.x; i < trellis.p * trellis.rows; i += blockDim.x) table[i] = trellis.values[i];
@@ -65,7 +65,7 @@ __device__ __forceinline__ void fill_table(const HashedTrellis& trellis, uint16_
 // One window, one multiplication and p / 2 look-ups of two weights a step.
 __device__ __forceinline__ void stored_values(const HashedTrellis& trellis, const uint16_t* table,
                                               const StoredLayer& layer, const uint8_t* bytes, int64_t column,
-                                              float (&v)[32]) {
+                                              float scale, float (&v)[32]) {
   const LongRun run(bytes, layer.k, column, trellis.p, trellis.bits);
   const auto* pairs = reinterpret_cast<const uint32_t*>(table);
   const int pairs_per_step = trellis.p / 2;
@@ -80,8 +80,8 @@ __device__ __forceinline__ void stored_values(const HashedTrellis& trellis, cons
     }
     const uint32_t signs = (hash << c) & 0x80008000u;
     const uint32_t pair = pairs[(hash >> 16 & (trellis.rows - 1)) * pairs_per_step + c] ^ signs;
-    v[2 * i] = __half2float(__ushort_as_half(static_cast<uint16_t>(pair)));
-    v[2 * i + 1] = __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16)));
+    v[2 * i] = __fmul_rn(scale, __half2float(__ushort_as_half(static_cast<uint16_t>(pair))));
+    v[2 * i + 1] = __fmul_rn(scale, __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16))));
   }
 }
 
@@ -109,9 +109,7 @@ __global__ void __launch_bounds__(kWarps * 32)
       const uint8_t* bytes = layer.indices + row * layer.row_bytes;
       const uint16_t scale_bits = layer.scales[row * layer.row_groups + column / layer.group];
       const float scale = __half2float(__ushort_as_half(scale_bits));
-      stored_values(points, table, layer, bytes, column, v);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) v[i] = __fmul_rn(scale, v[i]);
+      stored_values(points, table, layer, bytes, column, scale, v);
     }
     if constexpr (Unrotate) {
       warp_transform(v, transform, scratch + warp * kChunkScratch, lane);
