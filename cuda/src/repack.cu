@@ -61,14 +61,39 @@ unsigned blocks_for(std::int64_t threads) { return static_cast<unsigned>((thread
 
 TiledLayer tiled_layer(const LayerFormat& f) { return {tiled_format(f), f.n, f.k, f.group, f.row_bytes()}; }
 
+// The tensors in a tiled buffer of a grid without a matmul kernel, from row `row` on.
+PackedView stored_view(const TiledView& tiled, std::int64_t row) {
+  const LayerFormat& f = tiled.format;
+  const TiledFormat t = tiled_format(f);
+  const auto* data = reinterpret_cast<const std::uint8_t*>(tiled.data);
+  return {f, data + t.weights + row * f.row_bytes(),
+          reinterpret_cast<const std::uint16_t*>(data + t.scales) + row * f.row_groups()};
+}
+
+void copy_stored(const char* op, const PackedView& from, void* indices, void* scales, Stream stream) {
+  const auto copy = [&](void* to, const void* source, std::int64_t bytes) {
+    check(cudaMemcpyAsync(to, source, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice, to_stream(stream)),
+          op);
+  };
+  copy(indices, from.indices, from.format.index_bytes());
+  copy(scales, from.scales, 2 * from.format.n * from.format.row_groups());
+}
+
 }  // namespace
 
 void repack(const PackedView& packed, std::byte* tiled, Stream stream) {
   const LayerFormat& f = packed.format;
   const TiledLayer layer = tiled_layer(f);
-  const DecoderOps& ops = decoder_ops(layer.tiled.field);
   check_pointer("repack", "tiled", tiled);
+  if (f.n > 0) {
+    check_pointer("repack", "indices", packed.indices);
+    check_pointer("repack", "scales", packed.scales);
+  }
   auto* out = reinterpret_cast<std::uint8_t*>(tiled);
+  if (!supports_grid(*f.grid)) {
+    return copy_stored("repack", packed, out + layer.tiled.weights, out + layer.tiled.scales, stream);
+  }
+  const DecoderOps& ops = decoder_ops(layer.tiled.field);
   auto* f16 = reinterpret_cast<__half*>(out + layer.tiled.table_f16);
   auto* bf16 = reinterpret_cast<__nv_bfloat16*>(out + layer.tiled.table_bf16);
   if (f.grid->trellis != nullptr) {
@@ -82,8 +107,6 @@ void repack(const PackedView& packed, std::byte* tiled, Stream stream) {
   }
   check(cudaGetLastError(), "repack");
   if (f.n == 0) return;
-  check_pointer("repack", "indices", packed.indices);
-  check_pointer("repack", "scales", packed.scales);
   tile_scales_kernel<<<blocks_for(layer.tiled.row_tiles * layer.tiled.row_groups * kTileRows), kThreads, 0,
                        to_stream(stream)>>>(layer, packed.scales,
                                             reinterpret_cast<std::uint16_t*>(out + layer.tiled.scales));
@@ -98,6 +121,7 @@ void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scal
   check_pointer("unrepack", "tiled", tiled.data);
   check_pointer("unrepack", "indices", indices);
   check_pointer("unrepack", "scales", scales);
+  if (!supports_grid(*f.grid)) return copy_stored("unrepack", stored_view(tiled, 0), indices, scales, stream);
   const auto* data = reinterpret_cast<const std::uint8_t*>(tiled.data);
   untile_scales_kernel<<<blocks_for(f.n * layer.tiled.row_groups), kThreads, 0, to_stream(stream)>>>(
       layer, reinterpret_cast<const std::uint16_t*>(data + layer.tiled.scales), scales);
@@ -118,14 +142,20 @@ void dequantize_rotated(const TiledView& tiled, std::int64_t first_row, std::int
                                                  "; start at a multiple of 16 and stay inside");
   }
   if (rows == 0) return;
+  check_pointer("dequantize_rotated", "tiled", tiled.data);
+  check_pointer("dequantize_rotated", "out", out);
+  if (!supports_grid(*tiled.format.grid)) {
+    PackedView stored = stored_view(tiled, first_row);
+    stored.format.n = rows;
+    dequantize_rotated(stored, out, out_dtype, stream);
+    return;
+  }
   // The rows as a layer of their own: its tables stay where they are.
   const std::int64_t first_tile = first_row / kTileRows;
   layer.n = rows;
   layer.tiled.row_tiles = (rows + kTileRows - 1) / kTileRows;
   layer.tiled.scales += first_tile * layer.tiled.row_groups * kTileRows * 2;
   layer.tiled.weights += first_tile * layer.tiled.tile_bytes;
-  check_pointer("dequantize_rotated", "tiled", tiled.data);
-  check_pointer("dequantize_rotated", "out", out);
   decoder_ops(layer.tiled.field)
       .dequantize_rotated(layer, reinterpret_cast<const std::uint8_t*>(tiled.data), out, out_dtype, stream);
 }

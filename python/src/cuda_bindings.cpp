@@ -109,7 +109,8 @@ void bind_linear(py::module_& m) {
                      pointer<void>(out), dtype_of(out_dtype), stream_of(stream));
       },
       ReleaseGil());
-  m.def("cuda_linear_max_rows", [](int dtype) { return cuda::linear_max_rows(dtype_of(dtype)); });
+  m.def("cuda_linear_max_rows",
+        [](const LayerFormat& f, int dtype) { return cuda::linear_max_rows(dtype_of(dtype), f); });
   m.def("cuda_linear_workspace_bytes", [](const Formats& formats, std::int64_t rows, int dtype) {
     const Addresses none(formats.size());
     return cuda::linear_workspace_bytes(rows, dtype_of(dtype), linear_parts(formats, none, none, none));

@@ -44,7 +44,7 @@ void grouped_linear(const GroupedProblem&, const std::byte*, const void*, const 
   unsupported();
 }
 std::int64_t grouped_linear_max_rows(const LayerFormat&, int, DType, const DeviceProperties&) { unsupported(); }
-std::int64_t linear_max_rows(DType) { unsupported(); }
+std::int64_t linear_max_rows(DType, const LayerFormat&, const DeviceProperties&) { unsupported(); }
 std::int64_t linear_workspace_bytes(std::int64_t, DType, std::span<const LinearPart>, const DeviceProperties&) {
   unsupported();
 }

@@ -16,6 +16,9 @@
 //   scales [row tile][scale group][16 rows]     fp16
 //
 // Rows beyond n have scale 0; columns beyond k hold field 0 and meet x = 0.
+//
+// Grids that no matmul kernel supports (trellis grids by hash) stay as they are stored: [scales | indices], each
+// aligned.
 #pragma once
 
 #include <cstddef>
@@ -62,10 +65,11 @@ struct FieldShape {
   }
 };
 
-// The decoder of a grid. Throws Error(unsupported) if no decoder fits.
+// The decoder of a grid for the matmul kernels. Throws Error(unsupported) if no decoder fits.
 [[nodiscard]] FieldShape field_shape(const Grid& grid);
 
-// Whether there is one: for all vector grids and the additive trellis grids a2_b4 to a2_b8.
+// Whether there is one: for all vector grids and the additive trellis grids a2_b4 to a2_b8. Of the others, weights are
+// decoded first (dequantize_rotated).
 [[nodiscard]] bool supports_grid(const Grid& grid) noexcept;
 
 struct TiledFormat {
