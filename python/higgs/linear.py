@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class HiggsLinear(nn.Module):
         self.register_parameter("tiled", None)
         self.register_buffer("input_vector", None, persistent=False)
         self.input_key: tuple | None = None  # of a tiled layer: equal for layers that rotate x alike
+        self.pending: tuple[Tensor, Tensor] | None = None  # an x and its y, computed with other layers (shared_inputs)
 
     @classmethod
     def from_linear(
@@ -108,6 +109,8 @@ class HiggsLinear(nn.Module):
         return self.format.grid, self.format.block, self.format.group, self.format.seed
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.pending is not None and self.pending[0] is x:
+            return self.pending[1]
         x = _autocast(x)
         if self.tiled is not None:
             return _linear_tiled(x, [self])[0]
@@ -180,17 +183,18 @@ def linear_shared(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
     On a CUDA device, layers with the same in_features, block, seed and column scale are one call, in which neighbours
     whose grids share a decoder share a launch and the rotation of x; other layers, and the CPU, are called one by one.
     """
-    x = _autocast(x)
-    key = layers[0].input_key
-    if key is None or any(layer.input_key != key for layer in layers):
-        return [layer(x) for layer in layers]
-    return _linear_tiled(x, layers)
+    return _linear_tiled(_autocast(x), layers) if can_share(layers) else [layer(x) for layer in layers]
+
+
+def can_share(layers: Sequence[nn.Module]) -> TypeGuard[Sequence[HiggsLinear]]:
+    """Whether :func:`linear_shared` computes ``layers`` in one call."""
+    key = getattr(layers[0], "input_key", None)
+    return key is not None and all(isinstance(layer, HiggsLinear) and layer.input_key == key for layer in layers)
 
 
 def _linear_tiled(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
     formats, biases = [layer.format for layer in layers], [layer.bias for layer in layers]
-    call: Any = _cuda.linear_tiled if _ops.direct(x) else _ops.linear_tiled
-    return call(
+    return _ops.linear_tiled(
         x, [layer.tiled for layer in layers], layers[0].input_vector,
         [bias for bias in biases if bias is not None], [bias is not None for bias in biases],
         [f.grid for f in formats], [f.n for f in formats], [f.group for f in formats], formats[0].block,

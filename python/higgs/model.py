@@ -26,6 +26,7 @@ from .linear import HiggsLinear
 from .progress import NullProgress, Progress
 from .report import LayerReport, Report
 from .seeds import layer_seeds
+from .shared_inputs import share_inputs_
 
 
 def quantize_(
@@ -84,6 +85,7 @@ def quantize_(
     progress.finish()
     for name, module in replacements.items():
         model.set_submodule(name, module)
+    share_inputs_(model)
     _attach_config(model)
     return report
 
@@ -205,6 +207,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     for name, module in list(model.named_modules()):
         if isinstance(module, HiggsLinear):
             model.set_submodule(name, module.to_linear(dtype))
+    share_inputs_(model, False)
     if hasattr(model, "save_pretrained"):
         from .integrations.transformers import detach
 

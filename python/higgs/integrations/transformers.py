@@ -25,6 +25,7 @@ from ..config import QUANT_METHOD, QuantizationConfig
 from ..errors import FormatError, UnsupportedError
 from ..linear import HiggsLinear, constant
 from ..model import grid_of_all, plan_formats, quantization_config, quantize_, quantized_linear
+from ..shared_inputs import share_inputs_
 
 logger = logging.get_logger(__name__)
 
@@ -217,6 +218,7 @@ class HiggsHfQuantizer(HfQuantizer):
             if isinstance(module, HiggsLinear) and not module.stored()[0].is_meta:  # meta: offloaded
                 _check_scales(name, module)
                 module.tile_()
+        share_inputs_(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
