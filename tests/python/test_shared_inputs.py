@@ -45,7 +45,9 @@ class TiledOnCpu:
     def linear_tiled(self, x, tiled, input_vector, biases, has_bias, grids, rows, groups, block) -> list[Tensor]:
         self.calls.append(len(tiled))
         given = iter(biases)
-        calls = [(self.stored[t.data_ptr()], next(given) if has else None) for t, has in zip(tiled, has_bias, strict=True)]
+        calls = [
+            (self.stored[t.data_ptr()], next(given) if has else None) for t, has in zip(tiled, has_bias, strict=True)
+        ]
         return [_cpu.linear(x, *packed, bias, *arguments) for (*packed, arguments), bias in calls]
 
     def linear_tiled_grad(self, grads, tiled, input_vector, grids, groups, block) -> Tensor:
@@ -188,7 +190,9 @@ def test_a_layer_that_gets_another_input_computes_it(device: TiledOnCpu) -> None
     with torch.no_grad():
         before = attention.q_proj(x)
         x += 1
-        assert torch.equal(attention.k_proj(x), attention.k_proj(2 * x / 2)) and not torch.equal(attention.q_proj(x), before)
+        assert torch.equal(attention.k_proj(x), attention.k_proj(2 * x / 2)) and not torch.equal(
+            attention.q_proj(x), before
+        )
 
 
 def test_nothing_is_left_after_an_error(device: TiledOnCpu) -> None:
