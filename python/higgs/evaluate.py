@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .devices import pick_device
 from .errors import HiggsError
-from .linear import HiggsLinear
+from .linear import HiggsLinear, as_linear
 from .progress import NullProgress, Progress
 
 
@@ -108,7 +108,7 @@ def score(
 
 def effective_bits(model: nn.Module) -> float:
     """Bits per weight of the Linear layers (the output head excepted unless it is quantized), scales counted."""
-    from .energies import linear_layers
+    from .energies import quantizable_layers
 
     bits = weights = 0.0
     for module in model.modules():
@@ -116,9 +116,10 @@ def effective_bits(model: nn.Module) -> float:
             n = module.in_features * module.out_features
             bits += module.bits() * n
             weights += n
-    for linear in linear_layers(model).values():
-        bits += 8 * linear.weight.element_size() * linear.weight.numel()
-        weights += linear.weight.numel()
+    for layer in quantizable_layers(model).values():
+        weight = as_linear(layer).weight
+        bits += 8 * weight.element_size() * weight.numel()
+        weights += weight.numel()
     return bits / weights if weights else 0.0
 
 

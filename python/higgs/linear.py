@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class HiggsLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.format = fmt.k, fmt.n, fmt
+        self.is_conv1d = False  # whether an unquantized model has a Conv1D in its place
 
         def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
             return constant(torch.empty(*shape, dtype=dtype, device=device))
@@ -62,9 +63,11 @@ class HiggsLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, fmt: LayerFormat, column_scale: Tensor | None = None
+        cls, linear: nn.Module, fmt: LayerFormat, column_scale: Tensor | None = None
     ) -> tuple[HiggsLinear, float]:
-        """Quantizes ``linear`` on its device; returns the new module and its t2. The bias is shared, not copied."""
+        """Quantizes ``linear`` (an nn.Linear or a Conv1D of transformers) on its device; returns the new module and its
+        t2. The bias is shared, not copied."""
+        original, linear = linear, as_linear(linear)
         indices, scales, t2 = _ops.quantize(linear.weight, fmt, column_scale)
         module = cls(fmt, column_scale=column_scale is not None, device="meta")
         module.indices, module.scales = constant(indices), constant(scales)
@@ -72,9 +75,14 @@ class HiggsLinear(nn.Module):
             # A copy: layers that share a column scale are saved each with its own.
             module.column_scale = constant(column_scale.to(indices.device, copy=True))
         module.bias = linear.bias
-        module.train(linear.training)
+        module.stand_for(original)
         module.tile_()
         return module, t2
+
+    def stand_for(self, original: nn.Module) -> HiggsLinear:
+        """Takes over from ``original`` what is not in tensors; returns the module."""
+        self.is_conv1d = is_conv1d(original)
+        return self.train(original.training)
 
     def tile_(self) -> HiggsLinear:
         """Changes to the layout of the CUDA kernels, if the module is on a CUDA device; returns the module.
@@ -120,13 +128,13 @@ class HiggsLinear(nn.Module):
         """W^ [out_features, in_features]."""
         return _ops.dequantize(*self.stored(), self.column_scale, *self._arguments(), dtype)
 
-    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """An ordinary Linear with the dequantized weight."""
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """An ordinary Linear (or Conv1D, if that is what was quantized) with the dequantized weight."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.dequantize(dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype))
-        return linear.train(self.training)
+        return (_as_conv1d(linear) if self.is_conv1d else linear).train(self.training)
 
     def bits(self) -> float:
         """Effective bits per weight, scales counted."""
@@ -190,6 +198,31 @@ def can_share(layers: Sequence[nn.Module]) -> TypeGuard[Sequence[HiggsLinear]]:
     """Whether :func:`linear_shared` computes ``layers`` in one call."""
     key = getattr(layers[0], "input_key", None)
     return key is not None and all(isinstance(layer, HiggsLinear) and layer.input_key == key for layer in layers)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D (GPT-2): a Linear whose weight is [in_features, out_features]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """``module``; of a Conv1D, a Linear that shares its tensors."""
+    if not is_conv1d(module):
+        return cast(nn.Linear, module)
+    weight, bias = cast(Tensor, module.weight), cast(nn.Parameter, module.bias)
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    linear.weight, linear.bias = constant(weight.detach().T), bias
+    return linear.train(module.training)
+
+
+def _as_conv1d(linear: nn.Linear) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(0, 0)
+    conv.nx, conv.nf = linear.in_features, linear.out_features
+    conv.weight, conv.bias = nn.Parameter(linear.weight.detach().T.contiguous()), linear.bias
+    return conv
 
 
 def _linear_tiled(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:

@@ -16,13 +16,13 @@ from ._ops import LayerFormat, layer_format
 from .config import LayerConfig, QuantizationConfig
 from .energies import (
     Energies,
-    linear_layers,
     own_energies,
     pooled_column_scales,
+    quantizable_layers,
     weight_energy,
 )
 from .errors import UnsupportedError
-from .linear import HiggsLinear
+from .linear import HiggsLinear, as_linear, is_conv1d
 from .progress import NullProgress, Progress
 from .report import LayerReport, Report
 from .seeds import layer_seeds
@@ -44,7 +44,7 @@ def quantize_(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Replaces the Linear modules of ``model`` by :class:`HiggsLinear`, in place (arXiv 2411.17525, algorithm 1).
+    """Replaces the Linear (and, of transformers, Conv1D) modules of ``model`` by :class:`HiggsLinear`, in place (arXiv 2411.17525, algorithm 1).
 
     Exactly one of ``bits`` (the uniform grid of that rate), ``grid`` (its name) and ``allocation`` ({layer name: grid
     name}; other layers stay) says what to use. The output head is left alone unless ``allocation`` names it, and so are
@@ -62,14 +62,14 @@ def quantize_(
         model, bits=bits, grid=grid, allocation=allocation, skip=skip, block=block, group=group, seed=seed,
         strict=strict,
     )  # fmt: skip
-    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in formats}
+    originals = {name: model.get_submodule(name) for name in formats}
 
     column_scales = {}
     energies = _energies(model, scales, seed, progress)
     if energies is not None:
         seeds = layer_seeds(seed, formats, energies)
         formats = {name: replace(fmt, seed=seeds[name]) for name, fmt in formats.items()}
-        weight_energies = {name: weight_energy(linears[name].weight) for name in formats}
+        weight_energies = {name: weight_energy(as_linear(m).weight) for name, m in originals.items()}
         blocks = {name: f.block for name, f in formats.items()}
         column_scales = pooled_column_scales(energies, weight_energies, blocks, scale_exponent)
 
@@ -78,7 +78,7 @@ def quantize_(
     for name, fmt in formats.items():
         start = time.perf_counter()
         column_scale = column_scales.get(name)
-        replacements[name], t2 = quantized_linear(name, linears[name], fmt, column_scale)
+        replacements[name], t2 = quantized_linear(name, originals[name], fmt, column_scale)
         seconds = time.perf_counter() - start
         report.layers.append(LayerReport.of(name, fmt, column_scale=column_scale is not None, t2=t2, seconds=seconds))
         progress.advance()
@@ -108,7 +108,7 @@ def plan_formats(
     skipped: dict[str, str] = {}
     grids = _grids_of_layers(model, grid_of_all(bits, grid, allocation), allocation, list(skip))
     for name, grid_name in grids.items():
-        linear = cast(nn.Linear, model.get_submodule(name))
+        linear = as_linear(model.get_submodule(name))
         if linear.in_features % 64 != 0:
             skipped[name] = f"in_features = {linear.in_features} is not a multiple of 64"
             if strict:
@@ -118,7 +118,7 @@ def plan_formats(
             linear.out_features, linear.in_features, grid_name, block=block, group=group, seed=seed
         )
     if not formats:
-        raise UnsupportedError(_nothing_to_quantize(model))
+        raise UnsupportedError("the model has no Linear layer that can be quantized")
     seeds = layer_seeds(seed, formats)
     return {name: replace(fmt, seed=seeds[name]) for name, fmt in formats.items()}, skipped
 
@@ -143,31 +143,23 @@ def _grids_of_layers(
     if any(isinstance(m, HiggsLinear) for m in model.modules()):
         raise UnsupportedError("the model is quantized already; quantize the original, or call higgs.dequantize_ first")
     if allocation is not None:
-        known = {name for name, m in model.named_modules() if type(m) is nn.Linear}
+        known = {name for name, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)}
         for name in allocation:
             if name not in known:
                 raise ValueError(f"allocation names {name!r}, which is no Linear layer of the model")
         return dict(allocation)
-    layers = linear_layers(model)
+    layers = quantizable_layers(model)
     return {name: cast(str, grid) for name in layers if not any(re.search(pattern, name) for pattern in skip)}
 
 
 def quantized_linear(
-    name: str, linear: nn.Linear, fmt: LayerFormat, column_scale: Tensor | None = None
+    name: str, linear: nn.Module, fmt: LayerFormat, column_scale: Tensor | None = None
 ) -> tuple[HiggsLinear, float]:
     """:meth:`HiggsLinear.from_linear` whose errors tell the layer."""
     try:
         return HiggsLinear.from_linear(linear, fmt, column_scale)
     except ValueError as e:
         raise ValueError(f"layer {name}: {e}") from e
-
-
-def _nothing_to_quantize(model: nn.Module) -> str:
-    message = "the model has no Linear layer that can be quantized"
-    transposed = [name for name, m in model.named_modules() if type(m).__name__ == "Conv1D"]
-    if transposed:
-        message += f"; Conv1D is not supported, and its layers are that ({transposed[0]}, ...)"
-    return message
 
 
 def _energies(model: nn.Module, scales: str | Energies, seed: int, progress: Progress) -> Energies | None:

@@ -25,9 +25,9 @@ def share_inputs_(model: nn.Module, enabled: bool = True) -> list[str]:
     """Computes q/k/v and gate/up of known transformers architectures together or, with ``enabled`` False, no longer.
     Returns the names of the modules that they are in.
 
-    :func:`higgs.quantize_` and ``from_pretrained`` have called it already. Only HiggsLinear layers on a CUDA device that
-    rotate x alike (as :func:`higgs.linear_shared` has it) are computed together; all others, and those of other
-    architectures, one by one. The outputs are the same bits either way.
+    :func:`higgs.quantize_` and ``from_pretrained`` have called it already. Only HiggsLinear layers on a CUDA device
+    that rotate x alike (as :func:`higgs.linear_shared` has it) are computed together; all others, and those of other
+    architectures, one by one.
     """
     names = []
     for name, module in model.named_modules():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from higgs import HiggsQuantConfig
+from higgs.evaluate import effective_bits
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
@@ -33,6 +34,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "mistral": ("Mistral", {"sliding_window": 16}, 7, 0),
     "phi3-fused": ("Phi3", {}, 4, 0),
     "opt": ("OPT", OPT, 6, 0),
+    "gpt2-conv1d": ("GPT2", {"n_inner": 192}, 4, 0),
 }  # fmt: skip
 
 
@@ -41,7 +43,7 @@ def make(family: str, path: Path) -> Path:
     kind, sizes, _, _ = FAMILIES[family]
     config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config_class(**{**SIZES, **sizes}))
+    model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **sizes}))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else 0.05)
     model.save_pretrained(path)
@@ -74,7 +76,7 @@ def test_architectures(family: str, tmp_path: Path) -> None:
     path = make(family, tmp_path / "original")
     original = load(path)
     biases = {name: p.clone() for name, p in original.named_parameters() if name.endswith("bias")}
-    assert bool(biases) == (family in ("qwen2-biases", "opt"))
+    assert bool(biases) == (family in ("qwen2-biases", "opt", "gpt2-conv1d"))
     expected = original(IDS).logits
     report = higgs.quantize_(original, bits=6, scales="none")
     _, _, quantized, left = FAMILIES[family]
@@ -95,15 +97,20 @@ def test_architectures(family: str, tmp_path: Path) -> None:
     assert tokens(loaded) == tokens(model) == tokens(original)
 
 
-def test_conv1d_is_refused(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(vocab_size=256, n_embd=128, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
-    model = transformers.GPT2LMHeadModel(config)
-    model.save_pretrained(tmp_path)
-    message = r"no Linear layer .* Conv1D is not supported, .* \(transformer.h.0.attn.c_attn, ...\)"
-    with pytest.raises(higgs.UnsupportedError, match=message):
-        higgs.quantize_(model, bits=4)
-    with pytest.raises(higgs.UnsupportedError, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HiggsQuantConfig(bits=4))
+def test_conv1d_becomes_conv1d_again(tmp_path: Path) -> None:
+    """Its weight is [in, out]: square ones would not even be noticed."""
+    path = make("gpt2-conv1d", tmp_path / "original")
+    expected, original = load(path)(IDS).logits, load(path).state_dict()
+    model = load(path, quantization_config=HiggsQuantConfig(bits=8, scales="random"))
+    assert effective_bits(model) < 9
+    model.save_pretrained(tmp_path / "quantized")
+    model = load(tmp_path / "quantized").dequantize()
+    model.save_pretrained(tmp_path / "dequantized")
+    restored = load(tmp_path / "dequantized")
+    assert restored.state_dict().keys() == original.keys() and type(restored.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    errors = {name: (t - original[name]).norm() / original[name].norm() for name, t in restored.state_dict().items()}
+    assert max(errors.values()) < 0.01 and sum(error > 0 for error in errors.values()) == 8
+    assert (restored(IDS).logits - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from .._ops import LayerFormat, quantize
 from ..checkpoint.layers import layer_name, module_keys
 from ..config import QUANT_METHOD, QuantizationConfig
 from ..errors import FormatError, UnsupportedError
-from ..linear import HiggsLinear, constant
+from ..linear import HiggsLinear, as_linear, constant, is_conv1d
 from ..model import grid_of_all, plan_formats, quantization_config, quantize_, quantized_linear
 from ..shared_inputs import share_inputs_
 
@@ -109,15 +109,15 @@ class _Quantize:
             if fmt is None or not key.endswith(".weight"):
                 result[key] = weight
                 continue
-            linear = cast(nn.Linear, model.get_submodule(name))
+            original = model.get_submodule(name)
             try:
-                indices, scales, _t2 = quantize(weight, fmt)
+                indices, scales, _t2 = quantize(weight.T if is_conv1d(original) else weight, fmt)
             except ValueError:  # swallowed by the loader; _quantize_rest raises it again
                 result[key] = weight
                 continue
             module = HiggsLinear(fmt, device="meta")
-            module.bias = linear.bias
-            model.set_submodule(name, module.train(linear.training))
+            module.bias = cast(Any, original.bias)
+            _replace(model, name, original, module)
             if missing_keys is not None:
                 missing_keys.discard(key)
             result[f"{name}.indices"], result[f"{name}.scales"] = constant(indices), constant(scales)
@@ -157,11 +157,12 @@ class HiggsHfQuantizer(HfQuantizer):
         for name, layer in config.layers.items():
             module_name = keys.get(f"{name}.weight", name).removesuffix(".weight")
             try:
-                linear = model.get_submodule(module_name)
+                original = model.get_submodule(module_name)
             except AttributeError as e:
                 raise FormatError(f"quantization_config names layer {name}, which the model does not have") from e
+            linear = as_linear(original)
             if not isinstance(linear, nn.Linear):
-                raise FormatError(f"quantization_config names layer {name}, which is a {type(linear).__name__}")
+                raise FormatError(f"quantization_config names layer {name}, which is a {type(original).__name__}")
             fmt = layer.format(name, linear.out_features, linear.in_features)
             module = HiggsLinear(
                 fmt,
@@ -173,7 +174,7 @@ class HiggsHfQuantizer(HfQuantizer):
             for tensor, parameter in module.named_parameters():
                 if stored is not None:
                     _check_shape(f"{name}.{tensor}", tuple(parameter.shape), stored)
-            model.set_submodule(module_name, module.train(linear.training))
+            _replace(model, module_name, original, module)
 
     def _plan(self, model: nn.Module) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
@@ -207,7 +208,7 @@ class HiggsHfQuantizer(HfQuantizer):
             return
         for name, fmt in self.formats.items():
             module = model.get_submodule(name)
-            if isinstance(module, nn.Linear):
+            if not isinstance(module, HiggsLinear):
                 model.set_submodule(name, quantized_linear(name, module, fmt)[0])
         attach(model, quantization_config(model))
 
@@ -237,6 +238,12 @@ class HiggsHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _replace(model: nn.Module, name: str, original: nn.Module, module: HiggsLinear) -> None:
+    model.set_submodule(name, module.stand_for(original))
+    if module.is_conv1d:  # what holds one draws ``c_proj.weight`` anew, unless it counts as initialized
+        cast(Any, model.get_submodule(name.rpartition(".")[0]))._is_hf_initialized = True
 
 
 def _stored_shapes(files: list[str] | None) -> dict[str, tuple[int, ...]] | None:
