@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _core, _cuda, _ops
 from ._formats import LayerFormat
+from .errors import UnsupportedError
 
 
 class HiggsLinear(nn.Module):
@@ -33,6 +34,7 @@ class HiggsLinear(nn.Module):
     bias: nn.Parameter | None
     tiled: nn.Parameter | None
     input_vector: Tensor | None
+    _hf_quantized_needs_local_tp = True  # transformers: tensor parallelism hands on plain tensors
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class HiggsLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(fmt.n, dtype=dtype, device=device)) if bias else None)
         self.register_parameter("tiled", None)
         self.register_buffer("input_vector", None, persistent=False)
+        self.sharding: tuple[Any, int] | None = None  # of a shard of tensor parallelism: mesh, dimension
         self.input_key: tuple | None = None  # of a tiled layer: equal for layers that rotate x alike
         self.pending: tuple[Tensor, Tensor] | None = None  # an x and its y, computed with other layers (shared_inputs)
 
@@ -87,7 +90,7 @@ class HiggsLinear(nn.Module):
     def tile_(self) -> HiggsLinear:
         """Changes to the layout of the CUDA kernels, if the module is on a CUDA device; returns the module.
 
-        A shard of tensor parallelism stays as it is, as do all modules where higgs was built without CUDA.
+        Where higgs was built without CUDA, modules stay as they are.
         """
         f = self.format
         if not _core.with_cuda or self.indices is None or self.scales is None or not self.indices.is_cuda:
@@ -95,7 +98,7 @@ class HiggsLinear(nn.Module):
         if tuple(self.indices.shape) == (f.n, f.row_bytes):
             self.tiled = constant(_cuda.repack(self.indices, self.scales, f))
             self.input_vector = _cuda.input_vector(self.column_scale, f, self.indices.device)
-            self.input_key = (f.k, f.block, f.seed, _digest(self.column_scale))
+            self.input_key = (f.k, f.block, f.seed, digest(self.column_scale))
             self.indices = self.scales = None
         return self
 
@@ -125,7 +128,9 @@ class HiggsLinear(nn.Module):
         return _ops.linear(x, self.indices, self.scales, self.column_scale, self.bias, *self._arguments())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W^ [out_features, in_features]."""
+        """W^ [out_features, in_features]. Raises UnsupportedError for a shard of tensor parallelism."""
+        if self.sharding is not None:
+            raise UnsupportedError("a shard of tensor parallelism cannot be dequantized; load the model without")
         return _ops.dequantize(*self.stored(), self.column_scale, *self._arguments(), dtype)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -159,6 +164,12 @@ class HiggsLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if destination.pop(f"{prefix}tiled", None) is not None:
             destination[f"{prefix}indices"], destination[f"{prefix}scales"] = self.stored()
+        if self.sharding is not None:
+            from .integrations.tensor_parallel import gathered
+
+            for name in ("indices", "scales", "column_scale")[: 2 + self.sharding[1]]:
+                if f"{prefix}{name}" in destination:
+                    destination[f"{prefix}{name}"] = gathered(destination[f"{prefix}{name}"], self.sharding)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.untile_()
@@ -234,7 +245,7 @@ def _linear_tiled(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
     )  # fmt: skip
 
 
-def _digest(tensor: Tensor | None) -> str | None:
+def digest(tensor: Tensor | None) -> str | None:
     return None if tensor is None else hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
 
 

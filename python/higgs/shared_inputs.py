@@ -27,13 +27,13 @@ def share_inputs_(model: nn.Module, enabled: bool = True) -> list[str]:
 
     :func:`higgs.quantize_` and ``from_pretrained`` have called it already. Only HiggsLinear layers on a CUDA device
     that rotate x alike (as :func:`higgs.linear_shared` has it) are computed together; all others, and those of other
-    architectures, one by one.
+    architectures and shards of tensor parallelism, one by one.
     """
     names = []
     for name, module in model.named_modules():
         if _readers(module):
             _remove_hooks(module)
-            if enabled:
+            if enabled and not any(getattr(layer, "sharding", None) for layer in _layers(module)):
                 module.register_forward_pre_hook(_enter, with_kwargs=True)
                 module.register_forward_hook(_leave, always_call=True)
             names.append(name)

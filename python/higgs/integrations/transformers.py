@@ -26,6 +26,7 @@ from ..errors import FormatError, UnsupportedError
 from ..linear import HiggsLinear, as_linear, constant, is_conv1d
 from ..model import grid_of_all, plan_formats, quantization_config, quantize_, quantized_linear
 from ..shared_inputs import share_inputs_
+from . import tensor_parallel
 
 logger = logging.get_logger(__name__)
 
@@ -174,10 +175,12 @@ class HiggsHfQuantizer(HfQuantizer):
             for tensor, parameter in module.named_parameters():
                 if stored is not None:
                     _check_shape(f"{name}.{tensor}", tuple(parameter.shape), stored)
+            if _distributed(model):
+                tensor_parallel.before_loading(module)
             _replace(model, module_name, original, module)
 
     def _plan(self, model: nn.Module) -> None:
-        if getattr(model.config, "distributed_config", None) is not None:
+        if _distributed(model):
             raise UnsupportedError(
                 "quantizing while loading is not supported with distributed_config or tp_plan: "
                 "save the quantized model, then load that"
@@ -216,8 +219,10 @@ class HiggsHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._quantize_rest(model)
         for name, module in model.named_modules():
+            if isinstance(module, HiggsLinear) and _distributed(model):
+                tensor_parallel.after_loading(name, module)
             if isinstance(module, HiggsLinear) and not module.stored()[0].is_meta:  # meta: offloaded
-                _check_scales(name, module)
+                check_scales(name, module)
                 module.tile_()
         share_inputs_(model)
         return model
@@ -238,6 +243,10 @@ class HiggsHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _distributed(model: Any) -> bool:
+    return getattr(model.config, "distributed_config", None) is not None
 
 
 def _replace(model: nn.Module, name: str, original: nn.Module, module: HiggsLinear) -> None:
@@ -267,7 +276,7 @@ def _check_shape(name: str, expected: tuple[int, ...], stored: dict[str, tuple[i
         )
 
 
-def _check_scales(name: str, module: HiggsLinear) -> None:
+def check_scales(name: str, module: HiggsLinear) -> None:
     _, scales = module.stored()
     if not (scales.isfinite() & (scales >= 0)).all():
         raise FormatError(f"tensor {name}.scales holds NaN, inf or negative values")
