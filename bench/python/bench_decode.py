@@ -1,6 +1,6 @@
 """Decode speed of a whole model: tokens/s of a Llama-shaped transformers model with random weights, bf16 against higgs.
 
-    python bench/python/bench_decode.py --grids p2_n256 p2_n64 --batch 1 16 --compile --profile
+    python bench/python/bench_decode.py --weights bf16 p2_n256 p2_n64 nf4 int4 --batch 1 16 --compile --profile
 
 All run the same harness: static cache, one decoding step as one CUDA graph (eager code, captured; with ``--compile``
 torch.compile's, mode "reduce-overhead", in which the decoder layer is compiled once for all layers), the next token by
@@ -59,7 +59,7 @@ def quantize(model: LlamaForCausalLM, weights: str, head_grid: str, shared: bool
                 linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
                 device="meta",
             )  # fmt: skip
-            new.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
             model.model.set_submodule(name, new.to(linear.weight.device))
     elif weights == "int4":
         from torchao.quantization import Int4WeightOnlyConfig, quantize_
@@ -177,7 +177,7 @@ def run(weights: str, args: argparse.Namespace, base: dict[int, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--grids", nargs="+", default=["p2_n256", "p2_n64"])
+    parser.add_argument("--weights", nargs="+", default=["bf16", "p2_n256", "p2_n64", *PEERS], help="the first: base")
     parser.add_argument("--head-grid", default="ch8")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--steps", type=int, default=64)
@@ -189,15 +189,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.compile and not args.whole:
         LlamaDecoderLayer.forward = torch.compiler.nested_compile_region(LlamaDecoderLayer.forward)
-    installed = [weights for weights, package in PEERS.items() if importlib.util.find_spec(package)]
-    for weights in PEERS.keys() - installed:
-        print(f"{weights}: {PEERS[weights]} is not installed")
     print(
-        f"{'weights':10}{'batch':>6}{'ms':>9}{'linear ms':>10}{'host ms':>9}{'tokens/s':>10}{'x bf16':>8}{'GB':>7}"
+        f"{'weights':10}{'batch':>6}{'ms':>9}{'linear ms':>10}{'host ms':>9}{'tokens/s':>10}{'speed':>8}{'GB':>7}"
         f"{'peak GB':>8}{'quantize s':>11}{'compile s':>10}"
     )
     base: dict[int, float] = {}
-    for weights in ["bf16", *args.grids, *installed]:
+    for weights in args.weights:
+        if weights in PEERS and not importlib.util.find_spec(PEERS[weights]):
+            print(f"{weights}: {PEERS[weights]} is not installed")
+            continue
         try:
             run(weights, args, base)
         except Exception as e:  # whatever a peer raises where it has no kernel

@@ -13,6 +13,10 @@ from . import _core, _cuda, _ops
 from ._formats import LayerFormat
 from .errors import UnsupportedError
 
+# An x and its y of layers that were computed together (shared_inputs). No attribute of the layer: compiled code would
+# write it anew in every call.
+pending: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
 
 class HiggsLinear(nn.Module):
     """y = x @ W^T + bias with W on a grid. x may be float32, float16 or bfloat16 with any leading shape; y has its
@@ -62,7 +66,16 @@ class HiggsLinear(nn.Module):
         self.register_buffer("input_vector", None, persistent=False)
         self.sharding: tuple[Any, int] | None = None  # of a shard of tensor parallelism: mesh, dimension
         self.input_key: tuple | None = None  # of a tiled layer: equal for layers that rotate x alike
-        self.pending: tuple[Tensor, Tensor] | None = None  # an x and its y, computed with other layers (shared_inputs)
+
+    @property
+    def format(self) -> LayerFormat:
+        return self._format
+
+    @format.setter
+    def format(self, fmt: LayerFormat) -> None:
+        """Compiled code compares one tuple in every call, rather than the fields of an object."""
+        self._format, self._arguments = fmt, (fmt.grid, fmt.block, fmt.group, fmt.seed)
+        self._launch = (fmt.grid, fmt.n, fmt.group, fmt.block)
 
     @classmethod
     def from_linear(
@@ -116,22 +129,19 @@ class HiggsLinear(nn.Module):
         assert self.indices is not None and self.scales is not None
         return self.indices, self.scales
 
-    def _arguments(self) -> tuple[str, int, int, int]:
-        return self.format.grid, self.format.block, self.format.group, self.format.seed
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.pending is not None and self.pending[0] is x:
-            return self.pending[1]
+        if self in pending and pending[self][0] is x:
+            return pending[self][1]
         x = _autocast(x)
         if self.tiled is not None:
             return _linear_tiled(x, [self])[0]
-        return _ops.linear(x, self.indices, self.scales, self.column_scale, self.bias, *self._arguments())
+        return _ops.linear(x, self.indices, self.scales, self.column_scale, self.bias, *self._arguments)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W^ [out_features, in_features]. Raises UnsupportedError for a shard of tensor parallelism."""
         if self.sharding is not None:
             raise UnsupportedError("a shard of tensor parallelism cannot be dequantized; load the model without")
-        return _ops.dequantize(*self.stored(), self.column_scale, *self._arguments(), dtype)
+        return _ops.dequantize(*self.stored(), self.column_scale, *self._arguments, dtype)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """An ordinary Linear (or Conv1D, if that is what was quantized) with the dequantized weight."""
@@ -237,11 +247,12 @@ def _as_conv1d(linear: nn.Linear) -> nn.Module:
 
 
 def _linear_tiled(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
-    formats, biases = [layer.format for layer in layers], [layer.bias for layer in layers]
+    biases = [layer.bias for layer in layers]
+    grids, rows, groups, blocks = zip(*[layer._launch for layer in layers], strict=True)
     return _ops.linear_tiled(
         x, [layer.tiled for layer in layers], layers[0].input_vector,
         [bias for bias in biases if bias is not None], [bias is not None for bias in biases],
-        [f.grid for f in formats], [f.n for f in formats], [f.group for f in formats], formats[0].block,
+        list(grids), list(rows), list(groups), blocks[0],
     )  # fmt: skip
 
 

@@ -8,11 +8,11 @@ that is called with anything else, or by anyone else, computes as ever.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .linear import HiggsLinear, can_share, linear_shared
+from .linear import can_share, linear_shared, pending
 
 # Families of transformers whose {family}Attention and {family}MLP call these layers with their own, unchanged input.
 _FAMILIES = frozenset(
@@ -60,8 +60,8 @@ def _remove_hooks(module: nn.Module) -> None:
 
 def _layers(module: nn.Module) -> list[nn.Module]:
     """The readers, without the adapters around them."""
-    layers = [getattr(module, name) for name in _readers(module)]
-    return [getattr(layer, "base_layer", layer) for layer in layers]
+    layers = [cast(nn.Module, module._modules[name]) for name in _readers(module)]
+    return [cast(nn.Module, layer._modules.get("base_layer", layer)) for layer in layers]
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -69,10 +69,9 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     x = args[0] if args else kwargs.get("hidden_states")
     if isinstance(x, Tensor) and can_share(layers):
         for layer, y in zip(layers, linear_shared(x, layers), strict=True):
-            layer.pending = (x, y)
+            pending[layer] = (x, y)
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     for layer in _layers(module):
-        if isinstance(layer, HiggsLinear) and layer.pending is not None:
-            layer.pending = None
+        pending.pop(layer, None)

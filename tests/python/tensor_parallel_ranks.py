@@ -1,6 +1,6 @@
 """What test_tensor_parallel runs under torchrun: loads a checkpoint in as many ranks as there are, saves what each says.
 
-    torchrun --nproc-per-node 2 tensor_parallel_ranks.py CHECKPOINT OUT
+torchrun --nproc-per-node 2 tensor_parallel_ranks.py CHECKPOINT OUT
 """
 
 import os

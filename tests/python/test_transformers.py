@@ -107,7 +107,10 @@ def test_conv1d_becomes_conv1d_again(tmp_path: Path) -> None:
     model = load(tmp_path / "quantized").dequantize()
     model.save_pretrained(tmp_path / "dequantized")
     restored = load(tmp_path / "dequantized")
-    assert restored.state_dict().keys() == original.keys() and type(restored.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    assert (
+        restored.state_dict().keys() == original.keys()
+        and type(restored.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    )
     errors = {name: (t - original[name]).norm() / original[name].norm() for name, t in restored.state_dict().items()}
     assert max(errors.values()) < 0.01 and sum(error > 0 for error in errors.values()) == 8
     assert (restored(IDS).logits - expected).norm() < 0.02 * expected.norm()
