@@ -44,7 +44,8 @@ def quantize_(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Replaces the Linear (and, of transformers, Conv1D) modules of ``model`` by :class:`HiggsLinear`, in place (arXiv 2411.17525, algorithm 1).
+    """Replaces the Linear modules of ``model``, and the Conv1D of transformers, by :class:`HiggsLinear`, in place
+    (arXiv 2411.17525, algorithm 1).
 
     Exactly one of ``bits`` (the uniform grid of that rate), ``grid`` (its name) and ``allocation`` ({layer name: grid
     name}; other layers stay) says what to use. The output head is left alone unless ``allocation`` names it, and so are

@@ -1,4 +1,4 @@
-"""What test_tensor_parallel runs under torchrun: loads a checkpoint in as many ranks as there are, saves what each says.
+"""What test_tensor_parallel runs under torchrun: loads a checkpoint in as many ranks as there are, saves what they say.
 
 torchrun --nproc-per-node 2 tensor_parallel_ranks.py CHECKPOINT OUT
 """

@@ -57,6 +57,6 @@ def after_loading(name: str, module: HiggsLinear) -> None:
 
 
 def gathered(tensor: Tensor, sharding: tuple[Any, int]) -> DTensor:
-    """A rank's share of ``indices``, ``scales`` or (of columns) ``column_scale``, such that saving gathers the whole."""
+    """A rank's share of ``indices``, ``scales`` or (of columns) ``column_scale``, which saving makes whole again."""
     mesh, dim = sharding
     return DTensor.from_local(tensor, mesh, [Shard(min(dim, tensor.dim() - 1))], run_check=False)
