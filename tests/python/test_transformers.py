@@ -10,10 +10,12 @@ import higgs
 import pytest
 import torch
 import transformers
+from conftest import run_python
 from higgs import HiggsQuantConfig
 from higgs.evaluate import effective_bits
 from torch import nn
-from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, PreTrainedModel
+from transformers.generation import ContinuousBatchingConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,3 +239,35 @@ def test_static_cache_and_compilation_give_the_same_tokens(tmp_path: Path) -> No
     compilation._compile_all_devices = True
     assert tokens(model, cache_implementation="static", compile_config=compilation) == expected
     assert hasattr(model, "_compiled_call")
+
+
+def test_continuous_batching_gives_the_same_tokens(tmp_path: Path) -> None:
+    """Paged attention, prompts of different lengths in one batch."""
+    model = load(make("llama", tmp_path), quantization_config=HiggsQuantConfig(bits=4))
+    prompts = [[5, 7, 9], IDS[0, 1:].tolist(), [100]]  # without the padding token
+    options = GenerationConfig(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=2)
+    expected = [model.generate(torch.tensor([p]), generation_config=options)[0, len(p) :].tolist() for p in prompts]
+    memory = ContinuousBatchingConfig(block_size=16, num_blocks=16, max_batch_tokens=64)  # default: all there is
+    found = model.generate_batch(prompts, generation_config=options, continuous_batching_config=memory)
+    assert [output.generated_tokens for output in found.values()] == expected
+
+
+WITHOUT_HIGGS = """
+import sys
+from transformers import AutoModelForCausalLM
+
+_, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(name.split(".")[0] == "higgs" for name in sys.modules)
+print(len(info["missing_keys"]), len(info["unexpected_keys"]))
+"""
+
+
+def test_without_import_higgs(tmp_path: Path) -> None:
+    """transformers says that it does not know the quantization, lists every layer as missing, and goes on."""
+    higgs.quantize_(model := load(make("llama", tmp_path / "o")), bits=4, scales="none")
+    model.save_pretrained(tmp_path / "q")
+    process = run_python(WITHOUT_HIGGS, tmp_path / "q")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and out.split() == ["14", "28"], err
+    assert "Unknown quantization type, got higgs_quant" in err
+    assert "MISSING" in err and "UNEXPECTED" in err and "self_attn.q_proj.indices" in err
