@@ -35,6 +35,7 @@ def quantize_(
     bits: float | None = None,
     grid: str | None = None,
     allocation: Mapping[str, str] | None = None,
+    lm_head_grid: str | None = None,
     scales: str | Energies = "self",
     scale_exponent: float = 0.25,
     skip: Iterable[str] = (),
@@ -48,8 +49,8 @@ def quantize_(
     (arXiv 2411.17525, algorithm 1).
 
     Exactly one of ``bits`` (the uniform grid of that rate), ``grid`` (its name) and ``allocation`` ({layer name: grid
-    name}; other layers stay) says what to use. The output head is left alone unless ``allocation`` names it, and so are
-    layers whose name matches a regular expression in ``skip``.
+    name}; other layers stay) says what to use. The output head is left alone unless ``lm_head_grid`` says what for (or
+    ``allocation`` names it), and so are layers whose name matches a regular expression in ``skip``.
 
     ``scales``: column scales from input energies over text that the model samples ("self") or over "random" tokens
     (quicker, a little worse), for both of which it is run; from an :class:`~higgs.energies.Energies`; or "none".
@@ -60,8 +61,8 @@ def quantize_(
     progress = progress or NullProgress()
     report = Report()
     formats, report.skipped = plan_formats(
-        model, bits=bits, grid=grid, allocation=allocation, skip=skip, block=block, group=group, seed=seed,
-        strict=strict,
+        model, bits=bits, grid=grid, allocation=allocation, lm_head_grid=lm_head_grid, skip=skip, block=block,
+        group=group, seed=seed, strict=strict,
     )  # fmt: skip
     originals = {name: model.get_submodule(name) for name in formats}
 
@@ -97,6 +98,7 @@ def plan_formats(
     bits: float | None = None,
     grid: str | None = None,
     allocation: Mapping[str, str] | None = None,
+    lm_head_grid: str | None = None,
     skip: Iterable[str] = (),
     block: int | None = None,
     group: int | None = None,
@@ -107,7 +109,9 @@ def plan_formats(
     reason} for those it leaves alone. Reads names and shapes only; the model may be on the meta device."""
     formats: dict[str, LayerFormat] = {}
     skipped: dict[str, str] = {}
-    grids = _grids_of_layers(model, grid_of_all(bits, grid, allocation), allocation, list(skip))
+    grids = _grids_of_layers(model, grid_of_all(bits, grid, allocation, lm_head_grid), allocation, list(skip))
+    if lm_head_grid is not None:
+        grids[head_name(model)] = lm_head_grid
     for name, grid_name in grids.items():
         linear = as_linear(model.get_submodule(name))
         if linear.in_features % 64 != 0:
@@ -124,14 +128,28 @@ def plan_formats(
     return {name: replace(fmt, seed=seeds[name]) for name, fmt in formats.items()}, skipped
 
 
-def grid_of_all(bits: float | None, grid: str | None, allocation: Mapping[str, str] | None) -> str | None:
+def head_name(model: nn.Module) -> str:
+    """The name of the output head. Raises UnsupportedError if there is none, or none that is a Linear."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    for name, module in model.named_modules():
+        if module is head and type(module) is nn.Linear:
+            return name
+    raise UnsupportedError("lm_head_grid: the model has no output head that is a Linear layer")
+
+
+def grid_of_all(
+    bits: float | None, grid: str | None, allocation: Mapping[str, str] | None, lm_head_grid: str | None = None
+) -> str | None:
     """The one grid that ``bits`` or ``grid`` asks for, None with an ``allocation``.
 
     Raises ValueError unless exactly one is given, and for grids and rates that do not exist.
     """
     if sum(option is not None for option in (bits, grid, allocation)) != 1:
         raise ValueError("give exactly one of bits, grid and allocation")
-    for name in (allocation or {}).values():
+    if lm_head_grid is not None and allocation is not None:
+        raise ValueError("lm_head_grid and allocation: name the head in the allocation")
+    for name in [*(allocation or {}).values(), *([] if lm_head_grid is None else [lm_head_grid])]:
         _core.find_grid(name)
     if allocation is not None:
         return None

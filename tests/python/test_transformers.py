@@ -124,6 +124,7 @@ def test_conv1d_becomes_conv1d_again(tmp_path: Path) -> None:
         {"grid": "p1_n256", "seed": 3, "skip": ["down_proj"], "block": 64},
         {"bits": 3, "scales": "random"},
         {"allocation": {"lm_head": "p2_n64", "model.layers.1.mlp.up_proj": "p2_n256"}},
+        {"bits": 4, "lm_head_grid": "ch8"},
     ],
 )
 @pytest.mark.parametrize("family", ["llama-narrow", "qwen2-biases"])
@@ -134,6 +135,9 @@ def test_every_option_while_loading(family: str, options: dict[str, Any], dtype:
     higgs.quantize_(expected, **{"scales": "none", **options})
     model = load(path, dtype=dtype, quantization_config=HiggsQuantConfig(**options))
     assert_same(model, expected)
+    head = options.get("lm_head_grid", options.get("allocation", {}).get("lm_head"))
+    assert isinstance(model.lm_head, higgs.HiggsLinear) == (head is not None)
+    assert head is None or model.lm_head.format.grid == head
     assert model.model.embed_tokens.weight.dtype == dtype
     model.save_pretrained(tmp_path / "quantized", max_shard_size="40KB")
     assert_same(load(tmp_path / "quantized", dtype=dtype), expected)
@@ -176,6 +180,16 @@ def test_weights_are_quantized_one_by_one(tmp_path: Path, monkeypatch) -> None:
     assert unquantized == [0] * 14
 
 
+def test_automatic_device_map(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    path = make("llama", tmp_path / "original")
+    expected = load(path, quantization_config=HiggsQuantConfig(bits=4))
+    expected.save_pretrained(tmp_path / "quantized", max_shard_size="40KB")
+    for source, options in ((path, {"quantization_config": HiggsQuantConfig(bits=4)}), (tmp_path / "quantized", {})):
+        model = AutoModelForCausalLM.from_pretrained(source, device_map="auto", **options)
+        assert_same(model.to("cpu") if model.device.type != "cpu" else model, expected)
+
+
 def test_layers_on_disk(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     path = make("qwen2-biases", tmp_path / "original")
@@ -204,6 +218,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
         HiggsQuantConfig(grid="p9")
     with pytest.raises(ValueError, match="p9"):
         HiggsQuantConfig(allocation={"lm_head": "p9"})
+    with pytest.raises(ValueError, match="p9"):
+        HiggsQuantConfig(bits=4, lm_head_grid="p9")
+    with pytest.raises(ValueError, match="lm_head_grid and allocation: name the head in the allocation"):
+        HiggsQuantConfig(allocation={"lm_head": "p2_n64"}, lm_head_grid="ch8")
     with pytest.raises(ValueError, match="7"):
         HiggsQuantConfig(bits=7)
     with pytest.raises(ValueError, match="scales 'text' is not supported; use 'none', 'self' or 'random'"):
@@ -245,7 +263,7 @@ def test_continuous_batching_gives_the_same_tokens(tmp_path: Path) -> None:
     """Paged attention, prompts of different lengths in one batch."""
     model = load(make("llama", tmp_path), quantization_config=HiggsQuantConfig(bits=4))
     prompts = [[5, 7, 9], IDS[0, 1:].tolist(), [100]]  # without the padding token
-    options = GenerationConfig(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=2)
+    options = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=2)
     expected = [model.generate(torch.tensor([p]), generation_config=options)[0, len(p) :].tolist() for p in prompts]
     memory = ContinuousBatchingConfig(block_size=16, num_blocks=16, max_batch_tokens=64)  # default: all there is
     found = model.generate_batch(prompts, generation_config=options, continuous_batching_config=memory)

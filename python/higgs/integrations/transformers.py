@@ -36,10 +36,11 @@ class HiggsQuantConfig(QuantizationConfigMixin):
     """``quantization_config`` as transformers sees it, in two uses.
 
     To quantize while loading: ``from_pretrained(path, quantization_config=HiggsQuantConfig(bits=4))``. Exactly one of
-    ``bits``, ``grid`` and ``allocation``, and ``scales``, ``skip``, ``block``, ``group``, ``seed`` and ``strict`` as in
-    :func:`higgs.quantize_`, whose result on the loaded model this is, bit for bit. With ``scales`` "none", the default
-    here, every weight is quantized as it is read, so that memory holds one unquantized layer at a time. Column scales
-    ("self" or "random": better, above all for small models) come from running the model, which is loaded whole first.
+    ``bits``, ``grid`` and ``allocation``, and ``lm_head_grid``, ``scales``, ``skip``, ``block``, ``group``, ``seed`` and
+    ``strict`` as in :func:`higgs.quantize_`, whose result on the loaded model this is, bit for bit. With ``scales``
+    "none", the default here, every weight is quantized as it is read, so that memory holds one unquantized layer at a
+    time. Column scales ("self" or "random": better, above all for small models) come from running the model, which is
+    loaded whole first.
 
     In a checkpoint: ``layers``, ``format_version`` and ``quant_method`` (FORMAT.md). They win over the above.
 
@@ -56,6 +57,7 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         bits: float | None = None,
         grid: str | None = None,
         allocation: Mapping[str, str] | None = None,
+        lm_head_grid: str | None = None,
         scales: str = "none",
         skip: Iterable[str] = (),
         block: int | None = None,
@@ -77,10 +79,11 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         self.scales = scales
         self.plan: dict[str, Any] = {
             "bits": bits, "grid": grid, "allocation": None if allocation is None else dict(allocation),
-            "skip": list(skip), "block": block, "group": group, "seed": seed, "strict": strict,
+            "lm_head_grid": lm_head_grid, "skip": list(skip), "block": block, "group": group, "seed": seed,
+            "strict": strict,
         }  # fmt: skip
         if layers is None and any(option is not None for option in (bits, grid, allocation)):
-            grid_of_all(bits, grid, allocation)
+            grid_of_all(bits, grid, allocation, lm_head_grid)
 
     def parsed(self) -> QuantizationConfig:
         return QuantizationConfig.from_dict(self.__dict__)
