@@ -36,8 +36,8 @@ class HiggsQuantConfig(QuantizationConfigMixin):
     """``quantization_config`` as transformers sees it, in two uses.
 
     To quantize while loading: ``from_pretrained(path, quantization_config=HiggsQuantConfig(bits=4))``. Exactly one of
-    ``bits``, ``grid`` and ``allocation``, and ``lm_head_grid``, ``scales``, ``skip``, ``block``, ``group``, ``seed`` and
-    ``strict`` as in :func:`higgs.quantize_`, whose result on the loaded model this is, bit for bit. With ``scales``
+    ``bits``, ``grid`` and ``allocation``, and ``lm_head_grid``, ``scales``, ``skip``, ``block``, ``group``, ``seed``
+    and ``strict`` as in :func:`higgs.quantize_`, whose result on the loaded model this is, bit for bit. With ``scales``
     "none", the default here, every weight is quantized as it is read, so that memory holds one unquantized layer at a
     time. Column scales ("self" or "random": better, above all for small models) come from running the model, which is
     loaded whole first.
