@@ -1,20 +1,27 @@
 """Decode speed of a whole model: tokens/s of a Llama-shaped transformers model with random weights, bf16 against higgs.
 
-    python bench/python/bench_decode.py --grids p2_n256 p2_n64 --batch 1 16
+    python bench/python/bench_decode.py --weights bf16 p2_n256 p2_n64 nf4 int4 --batch 1 16 --compile --profile
 
-Both sides run the same harness: static cache, one decoding step captured in a CUDA graph (``--compile``: by
-torch.compile, mode "reduce-overhead"), the next token by argmax. The output head is quantized to ``--head-grid``.
-Prints tokens/s, milliseconds a token, the share of the linear layers (a profile of one step), seconds to quantize and
-the memory of the weights.
+All run the same harness: static cache, one decoding step as one CUDA graph (eager code, captured; with ``--compile``
+torch.compile's, mode "reduce-overhead", in which the decoder layer is compiled once for all layers), the next token by
+argmax. bitsandbytes NF4 and torchao int4 (groups of 128) take part where they are installed, with the output head as
+they leave it; that of higgs is on ``--head-grid``. Prints milliseconds a step and of it those in kernels of linear
+layers (a profile of one step) and on the host, tokens/s, gigabytes of weights and at the peak, seconds to quantize and
+to compile.
 """
 
 import argparse
+import gc
+import importlib.util
+import math
 import time
+from collections.abc import Callable
 
 import higgs
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 SHAPES = {  # hidden, MLP, layers, heads, key/value heads, vocabulary
     "8b": (4096, 14336, 32, 32, 8, 128256),
@@ -22,7 +29,9 @@ SHAPES = {  # hidden, MLP, layers, heads, key/value heads, vocabulary
     "tiny": (128, 256, 2, 4, 2, 512),
 }
 CONTEXT = 512
-LINEAR_KERNELS = ("gemv", "gemm", "nvjet", "cutlass", "cublas", "pack_", "splitk", "xmma")
+LINEAR_KERNELS = ("gemv", "gemm", "nvjet", "cutlass", "cublas", "pack_", "splitk", "xmma", "4bit")
+ATTENTION_KERNELS = ("fmha", "flash", "attention")  # which may have names like the above
+PEERS = {"nf4": "bitsandbytes", "int4": "torchao"}
 
 
 def make_model(shape: str, device: str) -> LlamaForCausalLM:
@@ -37,31 +46,58 @@ def make_model(shape: str, device: str) -> LlamaForCausalLM:
     return model.eval()
 
 
-def allocation_of(model: nn.Module, grid: str, head_grid: str) -> dict[str, str]:
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return {name: head_grid if name == "lm_head" else grid for name in names}
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def quantize(model: LlamaForCausalLM, weights: str, head_grid: str, shared: bool) -> None:
+    if weights == "nf4":
+        import bitsandbytes as bnb
+
+        for name, linear in linears(model.model).items():
+            new = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+                device="meta",
+            )  # fmt: skip
+            new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            model.model.set_submodule(name, new.to(linear.weight.device))
+    elif weights == "int4":
+        from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+        quantize_(model.model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
+    elif weights != "bf16":
+        grids = {name: head_grid if name == "lm_head" else weights for name in linears(model)}
+        higgs.quantize_(model, allocation=grids, scales="none")
+        higgs.share_inputs_(model, shared)
 
 
 class Decoder:
-    """One decoding step at position ``position``, which it advances; ids: int64 [batch, 1]."""
+    """One decoding step, of which the cache keeps the position; ids: int64 [batch, 1]."""
 
     def __init__(self, model: LlamaForCausalLM, batch: int, compiled: bool) -> None:
-        device = model.device
+        cuda = model.device.type == "cuda"
         self.cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
-        self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.model = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model
+        self.ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=model.device)
+        self.forward: Callable = model
+        self.step()  # eager: makes the cache, which a compiled step would make in another graph, at other addresses
+        self.graph = None
+        start = time.perf_counter()
+        if compiled:
+            torch._dynamo.reset()
+            options = {"mode": "reduce-overhead"} if cuda else {}
+            self.forward = torch.compile(model, fullgraph=True, dynamic=False, **options)
         for _ in range(3):
             self.step()
-        self.graph = None
-        if not compiled and device.type == "cuda":
+        self.compile_seconds = time.perf_counter() - start if compiled else math.nan
+        if cuda and not compiled:
             torch.cuda.synchronize()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.step()
 
     def step(self) -> None:
-        out = self.model(
+        out = self.forward(
             self.ids, past_key_values=self.cache, cache_position=self.position,
             position_ids=self.position[None].expand(len(self.ids), 1), use_cache=True,
         )  # fmt: skip
@@ -72,61 +108,102 @@ class Decoder:
         self.step() if self.graph is None else self.graph.replay()
 
 
+def profile_step(decoder: Decoder, report: bool) -> float:
+    """Milliseconds in kernels of linear layers; with ``report``, prints where the rest of a step goes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        decoder.run()
+        torch.cuda.synchronize()
+    times = {e.key: (e.device_time_total / 1e3, e.count) for e in profile.key_averages() if e.device_time_total}
+
+    def is_linear(name: str) -> bool:
+        name = name.lower()
+        return any(k in name for k in LINEAR_KERNELS) and not any(k in name for k in ATTENTION_KERNELS)
+
+    if report:
+        rest = sorted(((ms, count, name) for name, (ms, count) in times.items() if not is_linear(name)), reverse=True)
+        print(f"    not linear: {sum(ms for ms, *_ in rest):.3f} ms in {sum(count for _, count, _ in rest)} kernels")
+        for ms, count, name in rest[:6]:
+            print(f"    {ms:8.3f} ms {count:5} x {name[:90]}")
+    return sum(ms for name, (ms, _) in times.items() if is_linear(name))
+
+
 @torch.inference_mode()
-def measure(model: LlamaForCausalLM, batch: int, compiled: bool, steps: int) -> tuple[float, float]:
-    """Milliseconds a step, and those spent in kernels of linear layers."""
-    decoder = Decoder(model, batch, compiled)
-    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+def measure(decoder: Decoder, steps: int, report: bool) -> tuple[float, float, float]:
+    """Milliseconds a step; of it on the host, until the last is launched; and in kernels of linear layers."""
+    cuda = decoder.ids.is_cuda
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
     for _ in range(8):
         decoder.run()
     synchronize()
     start = time.perf_counter()
     for _ in range(steps):
         decoder.run()
+    host = time.perf_counter() - start
     synchronize()
-    per_step = (time.perf_counter() - start) / steps * 1e3
-    if model.device.type != "cuda":
-        return per_step, float("nan")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        decoder.run()
-        synchronize()
-    linear = sum(e.device_time_total for e in profile.key_averages() if any(k in e.key.lower() for k in LINEAR_KERNELS))
-    return per_step, linear / 1e3
+    per_step = time.perf_counter() - start
+    linear = profile_step(decoder, report) if cuda else math.nan
+    return per_step / steps * 1e3, host / steps * 1e3, linear
 
 
 def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+def run(weights: str, args: argparse.Namespace, base: dict[int, float]) -> None:
+    model = make_model(args.shape, args.device)
+    start = time.perf_counter()
+    quantize(model, weights, args.head_grid, not args.separate)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    gc.collect()
+    for batch in args.batch:
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with torch.inference_mode():
+            decoder = Decoder(model, batch, args.compile)
+        ms, host, linear = measure(decoder, args.steps, args.profile)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan
+        base.setdefault(batch, ms)
+        print(
+            f"{weights:10}{batch:6}{ms:9.3f}{linear:10.3f}{host:9.3f}{batch / ms * 1e3:10.1f}{base[batch] / ms:8.2f}"
+            f"{weight_bytes(model) / 1e9:7.2f}{peak:8.2f}{seconds:11.1f}{decoder.compile_seconds:10.1f}",
+            flush=True,
+        )
+        del decoder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--grids", nargs="+", default=["p2_n256", "p2_n64"])
+    parser.add_argument("--weights", nargs="+", default=["bf16", "p2_n256", "p2_n64", *PEERS], help="the first: base")
     parser.add_argument("--head-grid", default="ch8")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--whole", action="store_true", help="compile all layers, as generate() does, not one for all")
+    parser.add_argument("--separate", action="store_true", help="q/k/v and gate/up in launches of their own")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels outside the linear layers")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
-    header = f"{'weights':10}{'batch':>6}{'ms':>9}{'linear ms':>10}{'tokens/s':>10}{'x bf16':>8}{'GB':>7}"
-    print(f"{header}{'quantize s':>11}")
+    if args.compile and not args.whole:
+        LlamaDecoderLayer.forward = torch.compiler.nested_compile_region(LlamaDecoderLayer.forward)
+    print(
+        f"{'weights':10}{'batch':>6}{'ms':>9}{'linear ms':>10}{'host ms':>9}{'tokens/s':>10}{'speed':>8}{'GB':>7}"
+        f"{'peak GB':>8}{'quantize s':>11}{'compile s':>10}"
+    )
     base: dict[int, float] = {}
-    for grid in ["bf16", *args.grids]:
-        model = make_model(args.shape, args.device)
-        seconds = 0.0
-        if grid != "bf16":
-            start = time.perf_counter()
-            higgs.quantize_(model, allocation=allocation_of(model, grid, args.head_grid), scales="none")
-            seconds = time.perf_counter() - start
-        for batch in args.batch:
-            ms, linear = measure(model, batch, args.compile, args.steps)
-            base.setdefault(batch, ms)
-            print(
-                f"{grid:10}{batch:6}{ms:9.3f}{linear:10.3f}{batch / ms * 1e3:10.1f}{base[batch] / ms:8.2f}"
-                f"{weight_bytes(model) / 1e9:7.2f}{seconds:11.1f}",
-                flush=True,
-            )
-        del model
+    for weights in args.weights:
+        if weights in PEERS and not importlib.util.find_spec(PEERS[weights]):
+            print(f"{weights}: {PEERS[weights]} is not installed")
+            continue
+        try:
+            run(weights, args, base)
+        except Exception as e:  # whatever a peer raises where it has no kernel
+            if weights not in PEERS:
+                raise
+            print(f"{weights}: {PEERS[weights]} cannot run here: {type(e).__name__}: {str(e).splitlines()[0]}")
 
 
 if __name__ == "__main__":

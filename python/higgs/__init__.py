@@ -16,6 +16,7 @@ from .linear import HiggsLinear, linear_shared
 from .model import dequantize_, quantize_
 from .report import LayerReport, Report
 from .sensitivity import LayerSensitivity, Sensitivities
+from .shared_inputs import share_inputs_
 
 __version__: str = _core.version
 grids = _core.grids
@@ -57,4 +58,5 @@ __all__ = [
     "linear_shared",
     "plan_allocation",
     "quantize_",
+    "share_inputs_",
 ]

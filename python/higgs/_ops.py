@@ -11,14 +11,18 @@ C++ checks values.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _core, _cpu, _cuda
 from ._formats import DTYPE_CODES, LayerFormat, check, check_column_scale, layer_format
 from .errors import UnsupportedError
 
-__all__ = ["LayerFormat", "dequantize", "direct", "layer_format", "linear", "linear_tiled", "quantize"]
+__all__ = ["LayerFormat", "dequantize", "layer_format", "linear", "linear_tiled", "quantize"]
 
 _DEVICES = {"cpu": _cpu, "cuda": _cuda}
 
@@ -84,66 +88,105 @@ def _dequantize_fake(indices, scales, column_scale, grid, block, group, seed, dt
     return indices.new_empty(indices.shape[0], indices.shape[1] * 8 // g.index_bits * g.p, dtype=dtype)
 
 
-def _linear_setup(ctx, inputs, output) -> None:
-    x, indices, scales, column_scale, bias, *ctx.format = inputs
-    ctx.has_bias = bias is not None and bias.requires_grad
-    ctx.save_for_backward(indices, scales, column_scale)
-    ctx.x_dtype = x.dtype
+def direct(x: Tensor) -> bool:
+    """Whether the function behind an operator may be called, if there is no gradient to keep. The dispatcher takes
+    longer than a kernel for one token, and without tracing, a dispatch mode or a transform it has nothing to do."""
+    return not (
+        type(x) is not Tensor
+        or x.device.type not in _DEVICES
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
-def _linear_backward(ctx, grad):
-    """dx = dy @ W^; the packed tensors are constants."""
-    indices, scales, column_scale = ctx.saved_tensors
-    grad_x = None
-    if ctx.needs_input_grad[0]:
-        weight = torch.ops.higgs.dequantize(indices, scales, column_scale, *ctx.format, ctx.x_dtype)
-        grad_x = grad @ weight
-    return grad_x, None, None, None, _bias_gradient(grad) if ctx.has_bias else None, None, None, None, None
+def _differentiable(x: Tensor, biases: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(b is not None and b.requires_grad for b in biases))
 
 
-def _linear_tiled_setup(ctx, inputs, output) -> None:
-    _, tiled, input_vector, _, ctx.has_bias, ctx.grids, _, ctx.groups, ctx.block = inputs
-    ctx.save_for_backward(*tiled, input_vector)
+class _Linear(torch.autograd.Function):
+    """dx = dy @ W^; the packed tensors are constants. ``register_autograd`` would take 50 us longer for each call."""
+
+    @staticmethod
+    def forward(ctx, x, indices, scales, column_scale, bias, *fmt):
+        ctx.format, ctx.x_dtype = fmt, x.dtype
+        ctx.save_for_backward(indices, scales, column_scale)
+        return _below_autograd("linear", x, indices, scales, column_scale, bias, *fmt)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ dequantize(*ctx.saved_tensors, *ctx.format, ctx.x_dtype)
+        return grad_x, None, None, None, _bias_gradient(grad) if ctx.needs_input_grad[4] else None, *[None] * 4
 
 
-def _linear_tiled_backward(ctx, grads):
-    *tiled, input_vector = ctx.saved_tensors
-    used = [i for i, grad in enumerate(grads) if grad is not None]
-    grad_x = None
-    if ctx.needs_input_grad[0] and used:
-        grad_x = torch.ops.higgs.linear_tiled_grad(
-            [grads[i] for i in used], [tiled[i] for i in used], input_vector,
-            [ctx.grids[i] for i in used], [ctx.groups[i] for i in used], ctx.block,
-        )  # fmt: skip
-    of_biases = [grad for grad, has_bias in zip(grads, ctx.has_bias, strict=True) if has_bias]
-    biases = [
-        _bias_gradient(grad) if needed and grad is not None else None
-        for grad, needed in zip(of_biases, ctx.needs_input_grad[3], strict=True)
-    ]
-    return grad_x, [None] * len(tiled), None, biases, None, None, None, None, None
+class _LinearTiled(torch.autograd.Function):
+    """The same for :func:`linear_tiled`, whose lists autograd does not look into: biases come one by one, last."""
+
+    @staticmethod
+    def forward(ctx, x, tiled, input_vector, has_bias, grids, rows, groups, block, *biases):
+        ctx.has_bias, ctx.grids, ctx.groups, ctx.block = has_bias, grids, groups, block
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tiled, input_vector)
+        call = (x, tiled, input_vector, list(biases), has_bias, grids, rows, groups, block)
+        return tuple(_below_autograd("linear_tiled", *call))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *tiled, input_vector = ctx.saved_tensors
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        grad_x = None
+        if ctx.needs_input_grad[0] and used:
+            grad_x = torch.ops.higgs.linear_tiled_grad(
+                [grads[i] for i in used], [tiled[i] for i in used], input_vector,
+                [ctx.grids[i] for i in used], [ctx.groups[i] for i in used], ctx.block,
+            )  # fmt: skip
+        of_biases = [grad for grad, has_bias in zip(grads, ctx.has_bias, strict=True) if has_bias]
+        biases = [
+            _bias_gradient(grad) if needed and grad is not None else None
+            for grad, needed in zip(of_biases, ctx.needs_input_grad[8:], strict=True)
+        ]
+        return grad_x, *[None] * 7, *biases
+
+
+def _below_autograd(name: str, x: Tensor, *arguments: Any) -> Any:
+    if direct(x):
+        device = _cuda if name == "linear_tiled" else _DEVICES[x.device.type]
+        return getattr(device, name)(x, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.higgs, name)(x, *arguments)
 
 
 def _bias_gradient(grad: Tensor) -> Tensor:
     return grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
 
 
-torch.library.register_autograd("higgs::linear", _linear_backward, setup_context=_linear_setup, lib=_library)
-torch.library.register_autograd(
-    "higgs::linear_tiled", _linear_tiled_backward, setup_context=_linear_tiled_setup, lib=_library
-)
+def _linear_autograd(x, indices, scales, column_scale, bias, *fmt):
+    if _differentiable(x, [bias]):
+        return _Linear.apply(x, indices, scales, column_scale, bias, *fmt)
+    return _below_autograd("linear", x, indices, scales, column_scale, bias, *fmt)
 
 
-def direct(x: Tensor) -> bool:
-    """Whether an operator may be called as the function it is. The dispatcher takes longer than a kernel for one token,
-    and without gradients, tracing or a dispatch mode it has nothing to do."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack()
-    )
+def _linear_tiled_autograd(x, tiled, input_vector, biases, *rest):
+    if _differentiable(x, biases):
+        return list(_LinearTiled.apply(x, tiled, input_vector, *rest, *biases))
+    return _below_autograd("linear_tiled", x, tiled, input_vector, biases, *rest)
 
 
-linear = torch.ops.higgs.linear
-linear_tiled = torch.ops.higgs.linear_tiled
+_library.impl("linear", _linear_autograd, "Autograd")
+_library.impl("linear_tiled", _linear_tiled_autograd, "Autograd")
+
+
+def linear(x: Tensor, *arguments: Any) -> Tensor:
+    """``torch.ops.higgs.linear`` without its dispatcher where that has nothing to do."""
+    return (_linear_autograd if direct(x) else torch.ops.higgs.linear)(x, *arguments)
+
+
+def linear_tiled(x: Tensor, *arguments: Any) -> list[Tensor]:
+    """``torch.ops.higgs.linear_tiled`` without its dispatcher where that has nothing to do."""
+    return (_linear_tiled_autograd if direct(x) else torch.ops.higgs.linear_tiled)(x, *arguments)
+
+
 dequantize = torch.ops.higgs.dequantize

@@ -15,7 +15,7 @@ from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .devices import pick_device
 from .errors import FormatError, UnsupportedError
+from .linear import as_linear, is_conv1d
 from .moe import projections, recorded_inputs
 from .progress import NullProgress, Progress
 
@@ -197,18 +198,23 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """:func:`linear_layers`, and the Conv1D of transformers."""
+    return {**linear_layers(model), **{name: m for name, m in model.named_modules() if is_conv1d(m)}}
+
+
 @torch.inference_mode()
 def gather_energies(
     model: nn.Module, token_ids: Tensor, *, source: str = "random", progress: Progress | None = None
 ) -> Energies:
     """Runs ``token_ids`` [windows, context] through ``model`` and averages x_j^2 over all tokens but each window's
-    first for every Linear layer, and for the experts of mixtures over the tokens that they get.
+    first for every Linear (or Conv1D) layer, and for the experts of mixtures over the tokens that they get.
 
     Layers share an input if in the first batch their hooks saw the same tensor (same storage, shape and strides).
     """
     progress = progress or NullProgress()
-    layers = linear_layers(model)
-    widths = {name: layer.in_features for name, layer in layers.items()}
+    layers = quantizable_layers(model)
+    widths = {name: as_linear(m).in_features for name, m in layers.items()}
     widths.update({name: layer.in_features for name, layer in projections(model).items()})
     if not widths:
         raise UnsupportedError("the model has no Linear layers to gather input energies of")
@@ -298,10 +304,11 @@ def own_energies(
     model: nn.Module, source: str, *, tokens: int = 8192, seed: int = 0, progress: Progress | None = None
 ) -> Energies:
     """Energies without data: over text the model samples itself ("self"), or over "random" tokens."""
+    positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 512
     if source == "self":
-        ids = self_tokens(model, tokens, seed=seed, progress=progress)
+        ids = self_tokens(model, tokens, min(256, positions), seed=seed, progress=progress)
     else:
-        ids = random_tokens(_vocab_size(model), tokens, seed=seed)
+        ids = random_tokens(_vocab_size(model), tokens, min(512, positions), seed=seed)
     return gather_energies(model, ids, source=source, progress=progress)
 
 

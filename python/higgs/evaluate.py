@@ -1,10 +1,10 @@
-"""Perplexity, KL divergence and text generation of a checkpoint."""
+"""Perplexity, KL divergence, lm-eval tasks and text generation of a checkpoint."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .devices import pick_device
 from .errors import HiggsError
-from .linear import HiggsLinear
+from .linear import HiggsLinear, as_linear
 from .progress import NullProgress, Progress
 
 
@@ -108,7 +108,7 @@ def score(
 
 def effective_bits(model: nn.Module) -> float:
     """Bits per weight of the Linear layers (the output head excepted unless it is quantized), scales counted."""
-    from .energies import linear_layers
+    from .energies import quantizable_layers
 
     bits = weights = 0.0
     for module in model.modules():
@@ -116,9 +116,10 @@ def effective_bits(model: nn.Module) -> float:
             n = module.in_features * module.out_features
             bits += module.bits() * n
             weights += n
-    for linear in linear_layers(model).values():
-        bits += 8 * linear.weight.element_size() * linear.weight.numel()
-        weights += linear.weight.numel()
+    for layer in quantizable_layers(model).values():
+        weight = as_linear(layer).weight
+        bits += 8 * weight.element_size() * weight.numel()
+        weights += weight.numel()
     return bits / weights if weights else 0.0
 
 
@@ -145,6 +146,46 @@ def evaluate(
     base_model = load(base, device=chosen)[0] if base is not None else None
     result: dict[str, Any] = score(model, ids, base_model, progress)
     return {**result, "bits": effective_bits(model), "windows": len(ids), "context": context}
+
+
+def evaluate_tasks(
+    model_dir: str | Path,
+    tasks: Sequence[str],
+    *,
+    task_dir: str | Path | None = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    batch_size: int = 1,
+    device: str = "cpu",
+) -> dict[str, dict[str, Any]]:
+    """Results of lm-eval (``pip install lm-eval``) for a checkpoint: {task: {"metric,filter": value}}.
+
+    ``tasks``: names that lm-eval knows, or of YAML files in ``task_dir``. ``limit``: documents of each task.
+    ``few_shot``: examples in the prompt, if not what the task says. fp32 arithmetic on the CPU, bfloat16 on a CUDA
+    device. Raises HiggsError without lm-eval, ValueError for tasks that it does not know.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise HiggsError(f"tasks need lm-eval: pip install 'higgs-quant[eval]' ({e})") from e
+    manager = TaskManager(include_path=None if task_dir is None else str(task_dir))
+    known = set(manager.all_tasks)
+    unknown = [task for task in tasks if task not in known]
+    if unknown or not tasks:
+        where = "" if task_dir is None else f" and {task_dir} has not"
+        raise ValueError(
+            f"tasks {', '.join(unknown) or '(none)'}: lm-eval has no such tasks{where}; see `lm-eval ls tasks`"
+        )
+    chosen = pick_device(device)
+    model, tokenizer = load(model_dir, torch.float32 if chosen.type == "cpu" else torch.bfloat16, chosen)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = simple_evaluate(
+        lm, tasks=list(tasks), limit=limit, num_fewshot=few_shot, task_manager=manager, log_samples=False,
+        bootstrap_iters=1000,
+    )  # fmt: skip
+    return {task: {k: v for k, v in metrics.items() if k != "alias"} for task, metrics in found["results"].items()}
 
 
 @torch.inference_mode()

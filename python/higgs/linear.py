@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import _core, _cuda, _ops
 from ._formats import LayerFormat
+from .errors import UnsupportedError
+
+# An x and its y of layers that were computed together (shared_inputs). No attribute of the layer: compiled code would
+# write it anew in every call.
+pending: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
 
 class HiggsLinear(nn.Module):
@@ -33,6 +38,7 @@ class HiggsLinear(nn.Module):
     bias: nn.Parameter | None
     tiled: nn.Parameter | None
     input_vector: Tensor | None
+    _hf_quantized_needs_local_tp = True  # transformers: tensor parallelism hands on plain tensors
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class HiggsLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.format = fmt.k, fmt.n, fmt
+        self.is_conv1d = False  # whether an unquantized model has a Conv1D in its place
 
         def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
             return constant(torch.empty(*shape, dtype=dtype, device=device))
@@ -57,13 +64,26 @@ class HiggsLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(fmt.n, dtype=dtype, device=device)) if bias else None)
         self.register_parameter("tiled", None)
         self.register_buffer("input_vector", None, persistent=False)
+        self.sharding: tuple[Any, int] | None = None  # of a shard of tensor parallelism: mesh, dimension
         self.input_key: tuple | None = None  # of a tiled layer: equal for layers that rotate x alike
+
+    @property
+    def format(self) -> LayerFormat:
+        return self._format
+
+    @format.setter
+    def format(self, fmt: LayerFormat) -> None:
+        """Compiled code compares one tuple in every call, rather than the fields of an object."""
+        self._format, self._arguments = fmt, (fmt.grid, fmt.block, fmt.group, fmt.seed)
+        self._launch = (fmt.grid, fmt.n, fmt.group, fmt.block)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, fmt: LayerFormat, column_scale: Tensor | None = None
+        cls, linear: nn.Module, fmt: LayerFormat, column_scale: Tensor | None = None
     ) -> tuple[HiggsLinear, float]:
-        """Quantizes ``linear`` on its device; returns the new module and its t2. The bias is shared, not copied."""
+        """Quantizes ``linear`` (an nn.Linear or a Conv1D of transformers) on its device; returns the new module and its
+        t2. The bias is shared, not copied."""
+        original, linear = linear, as_linear(linear)
         indices, scales, t2 = _ops.quantize(linear.weight, fmt, column_scale)
         module = cls(fmt, column_scale=column_scale is not None, device="meta")
         module.indices, module.scales = constant(indices), constant(scales)
@@ -71,14 +91,19 @@ class HiggsLinear(nn.Module):
             # A copy: layers that share a column scale are saved each with its own.
             module.column_scale = constant(column_scale.to(indices.device, copy=True))
         module.bias = linear.bias
-        module.train(linear.training)
+        module.stand_for(original)
         module.tile_()
         return module, t2
+
+    def stand_for(self, original: nn.Module) -> HiggsLinear:
+        """Takes over from ``original`` what is not in tensors; returns the module."""
+        self.is_conv1d = is_conv1d(original)
+        return self.train(original.training)
 
     def tile_(self) -> HiggsLinear:
         """Changes to the layout of the CUDA kernels, if the module is on a CUDA device; returns the module.
 
-        A shard of tensor parallelism stays as it is, as do all modules where higgs was built without CUDA.
+        Where higgs was built without CUDA, modules stay as they are.
         """
         f = self.format
         if not _core.with_cuda or self.indices is None or self.scales is None or not self.indices.is_cuda:
@@ -86,7 +111,7 @@ class HiggsLinear(nn.Module):
         if tuple(self.indices.shape) == (f.n, f.row_bytes):
             self.tiled = constant(_cuda.repack(self.indices, self.scales, f))
             self.input_vector = _cuda.input_vector(self.column_scale, f, self.indices.device)
-            self.input_key = (f.k, f.block, f.seed, _digest(self.column_scale))
+            self.input_key = (f.k, f.block, f.seed, digest(self.column_scale))
             self.indices = self.scales = None
         return self
 
@@ -104,26 +129,27 @@ class HiggsLinear(nn.Module):
         assert self.indices is not None and self.scales is not None
         return self.indices, self.scales
 
-    def _arguments(self) -> tuple[str, int, int, int]:
-        return self.format.grid, self.format.block, self.format.group, self.format.seed
-
     def forward(self, x: Tensor) -> Tensor:
+        if self in pending and pending[self][0] is x:
+            return pending[self][1]
         x = _autocast(x)
         if self.tiled is not None:
             return _linear_tiled(x, [self])[0]
-        return _ops.linear(x, self.indices, self.scales, self.column_scale, self.bias, *self._arguments())
+        return _ops.linear(x, self.indices, self.scales, self.column_scale, self.bias, *self._arguments)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W^ [out_features, in_features]."""
-        return _ops.dequantize(*self.stored(), self.column_scale, *self._arguments(), dtype)
+        """W^ [out_features, in_features]. Raises UnsupportedError for a shard of tensor parallelism."""
+        if self.sharding is not None:
+            raise UnsupportedError("a shard of tensor parallelism cannot be dequantized; load the model without")
+        return _ops.dequantize(*self.stored(), self.column_scale, *self._arguments, dtype)
 
-    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """An ordinary Linear with the dequantized weight."""
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """An ordinary Linear (or Conv1D, if that is what was quantized) with the dequantized weight."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.dequantize(dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype))
-        return linear.train(self.training)
+        return (_as_conv1d(linear) if self.is_conv1d else linear).train(self.training)
 
     def bits(self) -> float:
         """Effective bits per weight, scales counted."""
@@ -148,6 +174,12 @@ class HiggsLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if destination.pop(f"{prefix}tiled", None) is not None:
             destination[f"{prefix}indices"], destination[f"{prefix}scales"] = self.stored()
+        if self.sharding is not None:
+            from .integrations.tensor_parallel import gathered
+
+            for name in ("indices", "scales", "column_scale")[: 2 + self.sharding[1]]:
+                if f"{prefix}{name}" in destination:
+                    destination[f"{prefix}{name}"] = gathered(destination[f"{prefix}{name}"], self.sharding)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.untile_()
@@ -180,24 +212,51 @@ def linear_shared(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
     On a CUDA device, layers with the same in_features, block, seed and column scale are one call, in which neighbours
     whose grids share a decoder share a launch and the rotation of x; other layers, and the CPU, are called one by one.
     """
-    x = _autocast(x)
-    key = layers[0].input_key
-    if key is None or any(layer.input_key != key for layer in layers):
-        return [layer(x) for layer in layers]
-    return _linear_tiled(x, layers)
+    return _linear_tiled(_autocast(x), layers) if can_share(layers) else [layer(x) for layer in layers]
+
+
+def can_share(layers: Sequence[nn.Module]) -> TypeGuard[Sequence[HiggsLinear]]:
+    """Whether :func:`linear_shared` computes ``layers`` in one call."""
+    key = getattr(layers[0], "input_key", None)
+    return key is not None and all(isinstance(layer, HiggsLinear) and layer.input_key == key for layer in layers)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D (GPT-2): a Linear whose weight is [in_features, out_features]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """``module``; of a Conv1D, a Linear that shares its tensors."""
+    if not is_conv1d(module):
+        return cast(nn.Linear, module)
+    weight, bias = cast(Tensor, module.weight), cast(nn.Parameter, module.bias)
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    linear.weight, linear.bias = constant(weight.detach().T), bias
+    return linear.train(module.training)
+
+
+def _as_conv1d(linear: nn.Linear) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(0, 0)
+    conv.nx, conv.nf = linear.in_features, linear.out_features
+    conv.weight, conv.bias = nn.Parameter(linear.weight.detach().T.contiguous()), linear.bias
+    return conv
 
 
 def _linear_tiled(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
-    formats, biases = [layer.format for layer in layers], [layer.bias for layer in layers]
-    call: Any = _cuda.linear_tiled if _ops.direct(x) else _ops.linear_tiled
-    return call(
+    biases = [layer.bias for layer in layers]
+    grids, rows, groups, blocks = zip(*[layer._launch for layer in layers], strict=True)
+    return _ops.linear_tiled(
         x, [layer.tiled for layer in layers], layers[0].input_vector,
         [bias for bias in biases if bias is not None], [bias is not None for bias in biases],
-        [f.grid for f in formats], [f.n for f in formats], [f.group for f in formats], formats[0].block,
+        list(grids), list(rows), list(groups), blocks[0],
     )  # fmt: skip
 
 
-def _digest(tensor: Tensor | None) -> str | None:
+def digest(tensor: Tensor | None) -> str | None:
     return None if tensor is None else hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
 
 

@@ -16,17 +16,18 @@ from ._ops import LayerFormat, layer_format
 from .config import LayerConfig, QuantizationConfig
 from .energies import (
     Energies,
-    linear_layers,
     own_energies,
     pooled_column_scales,
+    quantizable_layers,
     weight_energy,
 )
 from .errors import UnsupportedError
-from .linear import HiggsLinear
+from .linear import HiggsLinear, as_linear, is_conv1d
 from .moe import HiggsExperts, HiggsGrouped, Projection, other_experts, place_layers, projections, require_pairs
 from .progress import NullProgress, Progress
 from .report import LayerReport, Report
 from .seeds import layer_seeds
+from .shared_inputs import share_inputs_
 
 
 def quantize_(
@@ -35,6 +36,7 @@ def quantize_(
     bits: float | None = None,
     grid: str | None = None,
     allocation: Mapping[str, str] | None = None,
+    lm_head_grid: str | None = None,
     scales: str | Energies = "self",
     scale_exponent: float = 0.25,
     skip: Iterable[str] = (),
@@ -44,12 +46,13 @@ def quantize_(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Replaces the Linear modules of ``model`` by :class:`HiggsLinear`, and experts of a mixture that transformers
-    keeps as 3-D parameters by :class:`~higgs.moe.HiggsExperts`, in place (arXiv 2411.17525, algorithm 1).
+    """Replaces the Linear modules of ``model``, and the Conv1D of transformers, by :class:`HiggsLinear`, and experts of
+    a mixture that transformers keeps as 3-D parameters by :class:`~higgs.moe.HiggsExperts`, in place (arXiv 2411.17525,
+    algorithm 1).
 
     Exactly one of ``bits`` (the uniform grid of that rate), ``grid`` (its name) and ``allocation`` ({layer name: grid
-    name}; other layers stay) says what to use. The output head is left alone unless ``allocation`` names it, and so are
-    layers whose name matches a regular expression in ``skip``.
+    name}; other layers stay) says what to use. The output head is left alone unless ``lm_head_grid`` says what for (or
+    ``allocation`` names it), and so are layers whose name matches a regular expression in ``skip``.
 
     ``scales``: column scales from input energies over text that the model samples ("self") or over "random" tokens
     (quicker, a little worse), for both of which it is run; from an :class:`~higgs.energies.Energies`; or "none".
@@ -60,8 +63,8 @@ def quantize_(
     progress = progress or NullProgress()
     report = Report()
     formats, report.skipped = plan_formats(
-        model, bits=bits, grid=grid, allocation=allocation, skip=skip, block=block, group=group, seed=seed,
-        strict=strict,
+        model, bits=bits, grid=grid, allocation=allocation, lm_head_grid=lm_head_grid, skip=skip, block=block,
+        group=group, seed=seed, strict=strict,
     )  # fmt: skip
     layers = unquantized_layers(model)
 
@@ -70,7 +73,7 @@ def quantize_(
     if energies is not None:
         seeds = layer_seeds(seed, formats, energies)
         formats = {name: replace(fmt, seed=seeds[name]) for name, fmt in formats.items()}
-        weight_energies = {name: weight_energy(layers[name].weight) for name in formats}
+        weight_energies = {name: weight_energy(as_linear(layers[name]).weight) for name in formats}
         blocks = {name: f.block for name, f in formats.items()}
         column_scales = pooled_column_scales(energies, weight_energies, blocks, scale_exponent)
 
@@ -85,6 +88,7 @@ def quantize_(
         progress.advance()
     progress.finish()
     place_layers(model, replacements)
+    share_inputs_(model)
     _attach_config(model)
     return report
 
@@ -95,6 +99,7 @@ def plan_formats(
     bits: float | None = None,
     grid: str | None = None,
     allocation: Mapping[str, str] | None = None,
+    lm_head_grid: str | None = None,
     skip: Iterable[str] = (),
     block: int | None = None,
     group: int | None = None,
@@ -105,10 +110,12 @@ def plan_formats(
     reason} for those it leaves alone. Reads names and shapes only; the model may be on the meta device."""
     formats: dict[str, LayerFormat] = {}
     skipped: dict[str, str] = {}
-    grids = _grids_of_layers(model, grid_of_all(bits, grid, allocation), allocation, list(skip))
+    grids = _grids_of_layers(model, grid_of_all(bits, grid, allocation, lm_head_grid), allocation, list(skip))
+    if lm_head_grid is not None:
+        grids[head_name(model)] = lm_head_grid
     layers = unquantized_layers(model)
     for name, grid_name in grids.items():
-        layer = layers[name]
+        layer = as_linear(layers[name])
         if layer.in_features % 64 != 0:
             skipped[name] = f"in_features = {layer.in_features} is not a multiple of 64"
             if strict:
@@ -125,19 +132,33 @@ def plan_formats(
     for name in require_pairs(projections(model), formats, skipped):
         del formats[name]
     if not formats:
-        raise UnsupportedError(_nothing_to_quantize(model))
+        raise UnsupportedError("the model has no Linear layer that can be quantized")
     seeds = layer_seeds(seed, formats)
     return {name: replace(fmt, seed=seeds[name]) for name, fmt in formats.items()}, skipped
 
 
-def grid_of_all(bits: float | None, grid: str | None, allocation: Mapping[str, str] | None) -> str | None:
+def head_name(model: nn.Module) -> str:
+    """The name of the output head. Raises UnsupportedError if there is none, or none that is a Linear."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    for name, module in model.named_modules():
+        if module is head and type(module) is nn.Linear:
+            return name
+    raise UnsupportedError("lm_head_grid: the model has no output head that is a Linear layer")
+
+
+def grid_of_all(
+    bits: float | None, grid: str | None, allocation: Mapping[str, str] | None, lm_head_grid: str | None = None
+) -> str | None:
     """The one grid that ``bits`` or ``grid`` asks for, None with an ``allocation``.
 
     Raises ValueError unless exactly one is given, and for grids and rates that do not exist.
     """
     if sum(option is not None for option in (bits, grid, allocation)) != 1:
         raise ValueError("give exactly one of bits, grid and allocation")
-    for name in (allocation or {}).values():
+    if lm_head_grid is not None and allocation is not None:
+        raise ValueError("lm_head_grid and allocation: name the head in the allocation")
+    for name in [*(allocation or {}).values(), *([] if lm_head_grid is None else [lm_head_grid])]:
         _core.find_grid(name)
     if allocation is not None:
         return None
@@ -155,18 +176,19 @@ def _grids_of_layers(
             if name not in known:
                 raise ValueError(f"allocation names {name!r}, which is no Linear layer of the model")
         return dict(allocation)
-    layers = [*linear_layers(model), *projections(model)]
+    layers = [*quantizable_layers(model), *projections(model)]
     return {name: cast(str, grid) for name in layers if not any(re.search(pattern, name) for pattern in skip)}
 
 
-def unquantized_layers(model: nn.Module) -> dict[str, nn.Linear | Projection]:
-    """All that can be quantized, the output head too."""
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-    return {**linears, **projections(model)}
+def unquantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All that can be quantized, the output head too: Linear and Conv1D modules, and a
+    :class:`~higgs.moe.Projection` for each projection of experts."""
+    modules = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)}
+    return {**modules, **cast(dict[str, nn.Module], projections(model))}
 
 
 def quantized_layer(
-    name: str, layer: nn.Linear | Projection, fmt: LayerFormat, column_scale: Tensor | None = None
+    name: str, layer: nn.Module | Projection, fmt: LayerFormat, column_scale: Tensor | None = None
 ) -> tuple[HiggsLinear, float]:
     """The quantized layer and its t2; errors tell the layer."""
     try:
@@ -175,14 +197,6 @@ def quantized_layer(
         return HiggsLinear.from_linear(layer, fmt, column_scale)
     except ValueError as e:
         raise ValueError(f"layer {name}: {e}") from e
-
-
-def _nothing_to_quantize(model: nn.Module) -> str:
-    message = "the model has no Linear layer that can be quantized"
-    transposed = [name for name, m in model.named_modules() if type(m).__name__ == "Conv1D"]
-    if transposed:
-        message += f"; Conv1D is not supported, and its layers are that ({transposed[0]}, ...)"
-    return message
 
 
 def _energies(model: nn.Module, scales: str | Energies, seed: int, progress: Progress) -> Energies | None:
@@ -227,6 +241,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             model.set_submodule(name, module.to_experts(dtype))
         elif isinstance(module, HiggsLinear) and not isinstance(module, HiggsGrouped):
             model.set_submodule(name, module.to_linear(dtype))
+    share_inputs_(model, False)
     if hasattr(model, "save_pretrained"):
         from .integrations.transformers import detach
 

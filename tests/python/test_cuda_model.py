@@ -117,6 +117,27 @@ def test_adapter_training(model: LlamaForCausalLM) -> None:
     assert expected.norm() > 0 and (on_device - expected).norm() <= 1e-3 * expected.norm()
 
 
+def test_shared_inputs(model: LlamaForCausalLM) -> None:
+    """q/k/v and gate/up in one launch: the same logits and gradients, compiled or not."""
+    higgs.quantize_(model, bits=4)
+    model.cuda().requires_grad_(False)
+    ids, embedding = IDS.cuda(), model.model.embed_tokens.weight.requires_grad_()
+
+    def logits_and_gradient(forward) -> list[torch.Tensor]:
+        embedding.grad = None
+        output = forward(input_ids=ids, labels=ids)
+        output.loss.backward()
+        with torch.no_grad():
+            return [output.logits.detach(), embedding.grad.clone(), forward(input_ids=ids[:, :1]).logits]
+
+    assert len(higgs.share_inputs_(model)) == 4
+    shared = logits_and_gradient(model)
+    compiled = logits_and_gradient(torch.compile(model, fullgraph=True, dynamic=False))
+    higgs.share_inputs_(model, False)
+    for found in (logits_and_gradient(model), compiled):
+        assert all((a - b).norm() <= 1e-4 * b.norm() > 0 for a, b in zip(found, shared, strict=True))
+
+
 def test_checkpoint_quantized_on_the_device(tmp_path: Path) -> None:
     from higgs.checkpoint import quantize_checkpoint
 

@@ -119,6 +119,30 @@ def test_gradient_of_x_and_bias() -> None:
     assert torch.allclose(bias.grad, grad.sum(0), atol=1e-5)
 
 
+def test_without_the_dispatcher_the_same() -> None:
+    """A call that needs no dispatcher skips it; one under a mode, in a transform or for another device does not."""
+    _, fmt, indices, scales, scale = packed(16, 128, "p2_n256", column_scale=True)
+    x, bias = torch.randn(3, 128), torch.randn(16)
+    rest = (indices, scales, scale, bias, *arguments(fmt))
+    expected = torch.ops.higgs.linear(x, *rest)
+    assert _ops.direct(x) and not _ops.linear(x, *rest).requires_grad
+    assert torch.equal(_ops.linear(x, *rest), expected)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):  # a dispatch mode
+        assert not _ops.direct(x) and torch.equal(_ops.linear(x, *rest), expected)
+    found = torch.func.vmap(lambda x: (_ops.direct(x), _ops.linear(x, *rest))[1])(x)
+    assert torch.allclose(found, expected)
+    assert not _ops.direct(x.to("meta")) and not _ops.direct(torch.nn.Parameter(x))
+    with torch.autograd.forward_ad.dual_level():
+        assert not _ops.direct(x)
+    for needs in (x, bias):
+        needs.requires_grad_()
+        assert _ops.linear(x, *rest).requires_grad and torch.ops.higgs.linear(x, *rest).requires_grad
+        with torch.no_grad():
+            assert not _ops.linear(x, *rest).requires_grad
+        torch.library.opcheck(torch.ops.higgs.linear, (x, *rest))
+        needs.requires_grad_(False)
+
+
 def test_errors_name_the_value_and_what_is_allowed() -> None:
     _, fmt, indices, scales, _ = packed(4, 128, "p2_n256")
     call = arguments(fmt)

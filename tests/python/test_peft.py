@@ -90,6 +90,34 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: PreTrainedModel,
         assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-7) for name in expected)
 
 
+@pytest.mark.parametrize("use_gradient_checkpointing", [True, False])
+def test_prepare_model_for_kbit_training(
+    model: PreTrainedModel, ids: torch.Tensor, use_gradient_checkpointing: bool
+) -> None:
+    """The scales stay as they are, norms and embeddings become float32, and the loss falls."""
+    higgs.dequantize_(model)
+    higgs.quantize_(model, bits=4, scales="random")
+    model.to(torch.bfloat16)
+    packed = {name: p.clone() for name, p in model.named_parameters() if name.endswith(("indices", "scales", "_scale"))}
+    assert len(packed) == 3 * 6 * 5
+    prepared = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=use_gradient_checkpointing)
+    assert prepared is model and model.model.gradient_checkpointing == use_gradient_checkpointing
+    assert not hasattr(model, "is_loaded_in_4bit")
+    for name, p in model.named_parameters():
+        assert not p.requires_grad
+        assert torch.equal(p, packed[name]) if name in packed else p.dtype == torch.float32
+    tuned = adapted(model).train()
+    optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = tuned(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1, losses
+
+
 def test_what_needs_the_weights_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(higgs.UnsupportedError, match="use_dora=True needs the weight"):
         adapted(model, use_dora=True)
@@ -107,6 +135,7 @@ def test_merging_is_refused(model: PreTrainedModel) -> None:
 
 def test_registered_whichever_is_imported_first() -> None:
     check = "from peft.tuners.lora import model; assert model.dispatch_default.__module__.startswith('higgs')"
+    check += "; assert all(m.prepare_model_for_kbit_training.__wrapped__ for m in (peft, peft.utils, peft.utils.other))"
     for imports in ("import higgs, peft", "import peft, higgs"):
         process = run_python(f"{imports}; {check}")
         assert process.wait() == 0, process.stderr

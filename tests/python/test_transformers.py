@@ -10,9 +10,12 @@ import higgs
 import pytest
 import torch
 import transformers
+from conftest import run_python
 from higgs import HiggsQuantConfig
+from higgs.evaluate import effective_bits
 from torch import nn
-from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, PreTrainedModel
+from transformers.generation import ContinuousBatchingConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +36,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "mistral": ("Mistral", {"sliding_window": 16}, 7, 0),
     "phi3-fused": ("Phi3", {}, 4, 0),
     "opt": ("OPT", OPT, 6, 0),
+    "gpt2-conv1d": ("GPT2", {"n_inner": 192}, 4, 0),
 }  # fmt: skip
 
 
@@ -41,7 +45,7 @@ def make(family: str, path: Path) -> Path:
     kind, sizes, _, _ = FAMILIES[family]
     config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config_class(**{**SIZES, **sizes}))
+    model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **sizes}))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else 0.05)
     model.save_pretrained(path)
@@ -74,7 +78,7 @@ def test_architectures(family: str, tmp_path: Path) -> None:
     path = make(family, tmp_path / "original")
     original = load(path)
     biases = {name: p.clone() for name, p in original.named_parameters() if name.endswith("bias")}
-    assert bool(biases) == (family in ("qwen2-biases", "opt"))
+    assert bool(biases) == (family in ("qwen2-biases", "opt", "gpt2-conv1d"))
     expected = original(IDS).logits
     report = higgs.quantize_(original, bits=6, scales="none")
     _, _, quantized, left = FAMILIES[family]
@@ -95,15 +99,23 @@ def test_architectures(family: str, tmp_path: Path) -> None:
     assert tokens(loaded) == tokens(model) == tokens(original)
 
 
-def test_conv1d_is_refused(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(vocab_size=256, n_embd=128, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
-    model = transformers.GPT2LMHeadModel(config)
-    model.save_pretrained(tmp_path)
-    message = r"no Linear layer .* Conv1D is not supported, .* \(transformer.h.0.attn.c_attn, ...\)"
-    with pytest.raises(higgs.UnsupportedError, match=message):
-        higgs.quantize_(model, bits=4)
-    with pytest.raises(higgs.UnsupportedError, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HiggsQuantConfig(bits=4))
+def test_conv1d_becomes_conv1d_again(tmp_path: Path) -> None:
+    """Its weight is [in, out]: square ones would not even be noticed."""
+    path = make("gpt2-conv1d", tmp_path / "original")
+    expected, original = load(path)(IDS).logits, load(path).state_dict()
+    model = load(path, quantization_config=HiggsQuantConfig(bits=8, scales="random"))
+    assert effective_bits(model) < 9
+    model.save_pretrained(tmp_path / "quantized")
+    model = load(tmp_path / "quantized").dequantize()
+    model.save_pretrained(tmp_path / "dequantized")
+    restored = load(tmp_path / "dequantized")
+    assert (
+        restored.state_dict().keys() == original.keys()
+        and type(restored.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    )
+    errors = {name: (t - original[name]).norm() / original[name].norm() for name, t in restored.state_dict().items()}
+    assert max(errors.values()) < 0.01 and sum(error > 0 for error in errors.values()) == 8
+    assert (restored(IDS).logits - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -112,6 +124,7 @@ def test_conv1d_is_refused(tmp_path: Path) -> None:
         {"grid": "p1_n256", "seed": 3, "skip": ["down_proj"], "block": 64},
         {"bits": 3, "scales": "random"},
         {"allocation": {"lm_head": "p2_n64", "model.layers.1.mlp.up_proj": "p2_n256"}},
+        {"bits": 4, "lm_head_grid": "ch8"},
     ],
 )
 @pytest.mark.parametrize("family", ["llama-narrow", "qwen2-biases"])
@@ -122,6 +135,9 @@ def test_every_option_while_loading(family: str, options: dict[str, Any], dtype:
     higgs.quantize_(expected, **{"scales": "none", **options})
     model = load(path, dtype=dtype, quantization_config=HiggsQuantConfig(**options))
     assert_same(model, expected)
+    head = options.get("lm_head_grid", options.get("allocation", {}).get("lm_head"))
+    assert isinstance(model.lm_head, higgs.HiggsLinear) == (head is not None)
+    assert head is None or model.lm_head.format.grid == head
     assert model.model.embed_tokens.weight.dtype == dtype
     model.save_pretrained(tmp_path / "quantized", max_shard_size="40KB")
     assert_same(load(tmp_path / "quantized", dtype=dtype), expected)
@@ -164,6 +180,16 @@ def test_weights_are_quantized_one_by_one(tmp_path: Path, monkeypatch) -> None:
     assert unquantized == [0] * 14
 
 
+def test_automatic_device_map(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    path = make("llama", tmp_path / "original")
+    expected = load(path, quantization_config=HiggsQuantConfig(bits=4))
+    expected.save_pretrained(tmp_path / "quantized", max_shard_size="40KB")
+    for source, options in ((path, {"quantization_config": HiggsQuantConfig(bits=4)}), (tmp_path / "quantized", {})):
+        model = AutoModelForCausalLM.from_pretrained(source, device_map="auto", **options)
+        assert_same(model.to("cpu") if model.device.type != "cpu" else model, expected)
+
+
 def test_layers_on_disk(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     path = make("qwen2-biases", tmp_path / "original")
@@ -192,6 +218,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
         HiggsQuantConfig(grid="p9")
     with pytest.raises(ValueError, match="p9"):
         HiggsQuantConfig(allocation={"lm_head": "p9"})
+    with pytest.raises(ValueError, match="p9"):
+        HiggsQuantConfig(bits=4, lm_head_grid="p9")
+    with pytest.raises(ValueError, match="lm_head_grid and allocation: name the head in the allocation"):
+        HiggsQuantConfig(allocation={"lm_head": "p2_n64"}, lm_head_grid="ch8")
     with pytest.raises(ValueError, match="7"):
         HiggsQuantConfig(bits=7)
     with pytest.raises(ValueError, match="scales 'text' is not supported; use 'none', 'self' or 'random'"):
@@ -227,3 +257,35 @@ def test_static_cache_and_compilation_give_the_same_tokens(tmp_path: Path) -> No
     compilation._compile_all_devices = True
     assert tokens(model, cache_implementation="static", compile_config=compilation) == expected
     assert hasattr(model, "_compiled_call")
+
+
+def test_continuous_batching_gives_the_same_tokens(tmp_path: Path) -> None:
+    """Paged attention, prompts of different lengths in one batch."""
+    model = load(make("llama", tmp_path), quantization_config=HiggsQuantConfig(bits=4))
+    prompts = [[5, 7, 9], IDS[0, 1:].tolist(), [100]]  # without the padding token
+    options = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=2)
+    expected = [model.generate(torch.tensor([p]), generation_config=options)[0, len(p) :].tolist() for p in prompts]
+    memory = ContinuousBatchingConfig(block_size=16, num_blocks=16, max_batch_tokens=64)  # default: all there is
+    found = model.generate_batch(prompts, generation_config=options, continuous_batching_config=memory)
+    assert [output.generated_tokens for output in found.values()] == expected
+
+
+WITHOUT_HIGGS = """
+import sys
+from transformers import AutoModelForCausalLM
+
+_, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(name.split(".")[0] == "higgs" for name in sys.modules)
+print(len(info["missing_keys"]), len(info["unexpected_keys"]))
+"""
+
+
+def test_without_import_higgs(tmp_path: Path) -> None:
+    """transformers says that it does not know the quantization, lists every layer as missing, and goes on."""
+    higgs.quantize_(model := load(make("llama", tmp_path / "o")), bits=4, scales="none")
+    model.save_pretrained(tmp_path / "q")
+    process = run_python(WITHOUT_HIGGS, tmp_path / "q")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and out.split() == ["14", "28"], err
+    assert "Unknown quantization type, got higgs_quant" in err
+    assert "MISSING" in err and "UNEXPECTED" in err and "self_attn.q_proj.indices" in err

@@ -182,28 +182,66 @@ app.command()(allocation.report)
 @guarded
 def evaluate_command(
     model: Model,
-    text: Annotated[Path, typer.Option(help="Text file to measure on.")],
+    text: Annotated[MaybePath, typer.Option(help="Text file to measure on.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     windows: Annotated[int, typer.Option(help="Number of windows, from the start of the text.")] = 16,
     base: Annotated[MaybePath, typer.Option(help="Original model: also measure the KL divergence from it.")] = None,
+    tasks: Annotated[MaybeText, typer.Option(metavar="NAME,...", help="Tasks of lm-eval to run.")] = None,
+    task_dir: Annotated[MaybePath, typer.Option(metavar="DIR", help="More tasks: YAML files of lm-eval.")] = None,
+    limit: Annotated[MaybeInt, typer.Option(min=1, help="Documents of each task (default: all).")] = None,
+    few_shot: Annotated[
+        MaybeInt, typer.Option(min=0, help="Examples in prompts (default: as the task has it).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents at once in tasks.")] = 1,
     device: Device = "auto",
     json_output: Json = False,
 ) -> None:
-    """Measure the perplexity of MODEL on a text, tokens per second, effective bits, and KL against --base."""
-    from ..evaluate import evaluate
+    """Measure the perplexity of MODEL on a text, tokens per second, effective bits, and KL against --base; or its
+    results in tasks of lm-eval, whose data must be local (or cached)."""
+    from ..evaluate import evaluate, evaluate_tasks
 
-    _text_file(text)
+    if text is None and tasks is None:
+        raise ValueError("nothing to measure; give --text FILE, --tasks NAME,... or both")
+    result: dict[str, Any] = {}
+    lines = []
     with working(json_output) as progress:
         _quiet_transformers()
-        base_dir = None if base is None else _local_model(base)
-        result = evaluate(_local_model(model), text, context, windows, base=base_dir, device=device, progress=progress)
-    text_out = f"perplexity {result['perplexity']:.4f}, {result['tokens_per_s']:.0f} tokens/s"
+        _local_model(model)
+        if text is not None:
+            base_dir = None if base is None else _local_model(base)
+            result = evaluate(
+                model, _text_file(text), context, windows, base=base_dir, device=device, progress=progress
+            )
+            lines.append(_perplexity_text(result))
+        if tasks is not None:
+            os.environ["HF_DATASETS_OFFLINE"] = "1"
+            result["tasks"] = evaluate_tasks(
+                model, tasks.split(","), task_dir=task_dir, limit=limit, few_shot=few_shot, batch_size=batch_size,
+                device=device,
+            )  # fmt: skip
+            lines += _task_lines(result["tasks"])
+    _emit(json_output, result, "\n".join(lines))
+
+
+def _perplexity_text(result: dict[str, Any]) -> str:
+    text = f"perplexity {result['perplexity']:.4f}, {result['tokens_per_s']:.0f} tokens/s"
     if result.get("bits") is not None:
-        text_out += f", {result['bits']:.3f} bits a weight"
+        text += f", {result['bits']:.3f} bits a weight"
     if result.get("kl") is not None:
-        text_out += f", KL {result['kl']:.5f}"
-    text_out += f" ({result['windows']} windows of {result['context']})"
-    _emit(json_output, result, text_out)
+        text += f", KL {result['kl']:.5f}"
+    return f"{text} ({result['windows']} windows of {result['context']})"
+
+
+def _task_lines(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """``task metric value +- standard error`` for every metric."""
+    lines = []
+    for task, metrics in tasks.items():
+        for key, value in metrics.items():
+            name, _, kind = key.partition(",")
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                error = metrics.get(f"{name}_stderr,{kind}")
+                lines.append(f"{task} {name} {value:.4f}" + (f" +- {error:.4f}" if isinstance(error, float) else ""))
+    return lines
 
 
 @app.command()

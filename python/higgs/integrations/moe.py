@@ -14,6 +14,7 @@ from ..config import QuantizationConfig
 from ..errors import FormatError, UnsupportedError
 from ..linear import HiggsLinear
 from ..moe import PROJECTIONS, HiggsExperts, is_experts
+from .layers import check_shapes, replace_layer
 
 
 def name_in_file(model: Any, layer: str) -> str:
@@ -34,24 +35,10 @@ def place_layer(model: nn.Module, name: str, formats: Mapping[str, LayerFormat])
         pair = {layer: formats[f"{parent}.{layer}"] for layer in PROJECTIONS.values()}
         model.set_submodule(parent, HiggsExperts.without_weights(place, pair))
         return
-    linear: Any = model.get_submodule(name)
+    original: Any = model.get_submodule(name)
     module = HiggsLinear(formats[name], device="meta")
-    module.bias = linear.bias
-    model.set_submodule(name, module.train(linear.training))
-
-
-def check_shapes(name: str, module: HiggsLinear, stored: dict[str, tuple[int, ...]] | None) -> None:
-    """The tensors of ``module`` have these shapes in the file, where they are known."""
-    if stored is None:
-        return
-    for part, parameter in module.named_parameters():
-        tensor, expected = f"{name}.{part}", list(parameter.shape)
-        if tensor not in stored:
-            raise FormatError(f"the checkpoint has no tensor {tensor}, which its quantization_config promises")
-        if list(stored[tensor]) != expected:
-            raise FormatError(
-                f"tensor {tensor} has shape {list(stored[tensor])}, its quantization_config says {expected}"
-            )
+    module.bias = original.bias
+    replace_layer(model, name, original, module)
 
 
 def place_experts(model: Any, config: QuantizationConfig, stored: dict[str, tuple[int, ...]] | None) -> None:

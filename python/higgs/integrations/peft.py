@@ -1,16 +1,20 @@
 """LoRA (PEFT) on :class:`HiggsLinear`: adapters train on top of constant quantized weights.
 
 Imported by ``import higgs`` as soon as ``peft.tuners.lora.model`` is there. PEFT keeps no registry of layer types, so
-two of its functions are wrapped: the last dispatcher, and the search for what "all-linear" means (which would leave out
-the quantized layers without a word). ``LoraConfig`` and ``PeftModel.from_pretrained`` then work as ever.
+three of its functions are wrapped: the last dispatcher, the search for what "all-linear" means (which would leave out
+the quantized layers without a word) and ``prepare_model_for_kbit_training``. ``LoraConfig`` and
+``PeftModel.from_pretrained`` then work as ever.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from typing import Any, cast
 
+import peft
+from peft import utils
 from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.config import LoraConfig
@@ -72,8 +76,29 @@ def _include_all_linear(config: Any, model: nn.Module) -> Any:
     return config
 
 
+def _prepare(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``prepare_model_for_kbit_training``, which casts every float16 parameter to float32 (scales must not be) and
+    switches gradient checkpointing on only for kinds of quantization that it knows, as bitsandbytes' 4 bits."""
+    layers = [module for module in model.modules() if isinstance(module, HiggsLinear)]
+    packed = [p for layer in layers for p in (layer.scales, layer.column_scale) if p is not None]
+    data = [p.data for p in packed]
+    if layers:
+        model.is_loaded_in_4bit = True
+    try:
+        return _prepare_others(model, *args, **kwargs)
+    finally:
+        if layers:
+            del model.is_loaded_in_4bit
+        for parameter, constant in zip(packed, data, strict=True):
+            parameter.data = constant
+
+
 _dispatch_others = lora_model.dispatch_default
 _include_all_others = tuners_utils._maybe_include_all_linear_layers
+_prepare_others = utils.other.prepare_model_for_kbit_training
+for _module in (utils.other, utils, peft):  # one imports it from the other, maybe later
+    if hasattr(_module, "prepare_model_for_kbit_training"):
+        _module.prepare_model_for_kbit_training = functools.wraps(_prepare_others)(_prepare)  # type: ignore[attr-defined]
 if "config" in inspect.signature(_dispatch_others).parameters:  # an older PEFT refuses HiggsLinear by itself
     lora_model.dispatch_default = _dispatch  # type: ignore[assignment]
     tuners_utils._maybe_include_all_linear_layers = _include_all_linear  # type: ignore[assignment]

@@ -23,10 +23,13 @@ from .._ops import LayerFormat, quantize
 from ..checkpoint.layers import layer_name, module_keys
 from ..config import QUANT_METHOD, QuantizationConfig
 from ..errors import FormatError, UnsupportedError
-from ..linear import HiggsLinear, constant
+from ..linear import HiggsLinear, as_linear, constant
 from ..model import grid_of_all, plan_formats, quantization_config, quantize_, quantized_layer, unquantized_layers
 from ..moe import layer_of, place_layers
-from .moe import check_shapes, name_in_file, place_experts, place_layer
+from ..shared_inputs import share_inputs_
+from . import tensor_parallel
+from .layers import check_shapes, replace_layer
+from .moe import name_in_file, place_experts, place_layer
 
 logger = logging.get_logger(__name__)
 
@@ -36,10 +39,11 @@ class HiggsQuantConfig(QuantizationConfigMixin):
     """``quantization_config`` as transformers sees it, in two uses.
 
     To quantize while loading: ``from_pretrained(path, quantization_config=HiggsQuantConfig(bits=4))``. Exactly one of
-    ``bits``, ``grid`` and ``allocation``, and ``scales``, ``skip``, ``block``, ``group``, ``seed`` and ``strict`` as in
-    :func:`higgs.quantize_`, whose result on the loaded model this is, bit for bit. With ``scales`` "none", the default
-    here, every weight is quantized as it is read, so that memory holds one unquantized layer at a time. Column scales
-    ("self" or "random": better, above all for small models) come from running the model, which is loaded whole first.
+    ``bits``, ``grid`` and ``allocation``, and ``lm_head_grid``, ``scales``, ``skip``, ``block``, ``group``, ``seed``
+    and ``strict`` as in :func:`higgs.quantize_`, whose result on the loaded model this is, bit for bit. With ``scales``
+    "none", the default here, every weight is quantized as it is read, so that memory holds one unquantized layer at a
+    time. Column scales ("self" or "random": better, above all for small models) come from running the model, which is
+    loaded whole first.
 
     In a checkpoint: ``layers``, ``format_version`` and ``quant_method`` (FORMAT.md). They win over the above.
 
@@ -56,6 +60,7 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         bits: float | None = None,
         grid: str | None = None,
         allocation: Mapping[str, str] | None = None,
+        lm_head_grid: str | None = None,
         scales: str = "none",
         skip: Iterable[str] = (),
         block: int | None = None,
@@ -77,10 +82,11 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         self.scales = scales
         self.plan: dict[str, Any] = {
             "bits": bits, "grid": grid, "allocation": None if allocation is None else dict(allocation),
-            "skip": list(skip), "block": block, "group": group, "seed": seed, "strict": strict,
+            "lm_head_grid": lm_head_grid, "skip": list(skip), "block": block, "group": group, "seed": seed,
+            "strict": strict,
         }  # fmt: skip
         if layers is None and any(option is not None for option in (bits, grid, allocation)):
-            grid_of_all(bits, grid, allocation)
+            grid_of_all(bits, grid, allocation, lm_head_grid)
 
     def parsed(self) -> QuantizationConfig:
         return QuantizationConfig.from_dict(self.__dict__)
@@ -113,8 +119,9 @@ class _Quantize:
             if missing_keys is not None:
                 missing_keys.discard(key)
             place_layer(model, name, self.formats)
+            conv1d = cast(HiggsLinear, model.get_submodule(name)).is_conv1d
             try:
-                indices, scales, _t2 = quantize(weight.flatten(0, -2), self.formats[name])
+                indices, scales, _t2 = quantize(weight.T if conv1d else weight.flatten(0, -2), self.formats[name])
             except ValueError as e:
                 self.failures[name] = e
                 continue
@@ -159,11 +166,12 @@ class HiggsHfQuantizer(HfQuantizer):
                 continue
             module_name = keys.get(f"{name}.weight", name).removesuffix(".weight")
             try:
-                linear = model.get_submodule(module_name)
+                original = model.get_submodule(module_name)
             except AttributeError as e:
                 raise FormatError(f"quantization_config names layer {name}, which the model does not have") from e
+            linear = as_linear(original)
             if not isinstance(linear, nn.Linear):
-                raise FormatError(f"quantization_config names layer {name}, which is a {type(linear).__name__}")
+                raise FormatError(f"quantization_config names layer {name}, which is a {type(original).__name__}")
             fmt = layer.format(name, linear.out_features, linear.in_features)
             module = HiggsLinear(
                 fmt,
@@ -173,10 +181,12 @@ class HiggsHfQuantizer(HfQuantizer):
                 device="meta",
             )
             check_shapes(name, module, stored)
-            model.set_submodule(module_name, module.train(linear.training))
+            if _distributed(model):
+                tensor_parallel.before_loading(module)
+            replace_layer(model, module_name, original, module)
 
     def _plan(self, model: nn.Module) -> None:
-        if getattr(model.config, "distributed_config", None) is not None:
+        if _distributed(model):
             raise UnsupportedError(
                 "quantizing while loading is not supported with distributed_config or tp_plan: "
                 "save the quantized model, then load that"
@@ -216,9 +226,12 @@ class HiggsHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._quantize_rest(model)
         for name, module in model.named_modules():
+            if isinstance(module, HiggsLinear) and _distributed(model):
+                tensor_parallel.after_loading(name, module)
             if isinstance(module, HiggsLinear) and not module.stored()[0].is_meta:  # meta: offloaded
-                _check_scales(name, module)
+                check_scales(name, module)
                 module.tile_()
+        share_inputs_(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -239,6 +252,10 @@ class HiggsHfQuantizer(HfQuantizer):
         return True
 
 
+def _distributed(model: Any) -> bool:
+    return getattr(model.config, "distributed_config", None) is not None
+
+
 def _stored_shapes(files: list[str] | None) -> dict[str, tuple[int, ...]] | None:
     """Shapes in the safetensors headers: transformers does not compare shapes when a quantizer is active."""
     if not files or not all(str(f).endswith(".safetensors") for f in files):
@@ -251,7 +268,7 @@ def _stored_shapes(files: list[str] | None) -> dict[str, tuple[int, ...]] | None
     return shapes
 
 
-def _check_scales(name: str, module: HiggsLinear) -> None:
+def check_scales(name: str, module: HiggsLinear) -> None:
     _, scales = module.stored()
     if not (scales.isfinite() & (scales >= 0)).all():
         raise FormatError(f"tensor {name}.scales holds NaN, inf or negative values")
