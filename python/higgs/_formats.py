@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from . import _core
 
+_TRELLIS_COLUMNS = 256
+_NEXT_SIGNS = 0x9E3779B97F4A7C15  # what the seed grows by from 64 signs to the next (FORMAT.md, "From bytes to weights")
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -45,11 +48,28 @@ class LayerFormat:
     def with_rows(self, n: int) -> LayerFormat:
         return replace(self, n=n)
 
+    def with_columns(self, first: int, k: int) -> LayerFormat:
+        """The format of columns ``first`` to ``first + k - 1``, a shard of tensor parallelism, whose bytes are a slice
+        of this one's. The seed moves on to the signs of these columns and may become negative (it counts mod 2^64).
+
+        Raises ValueError if the shard cuts a scale group or, in a trellis grid, a group of 256 columns in two.
+        """
+        step = self.group
+        if _core.find_grid(self.grid).family == "trellis":
+            step = math.lcm(step, _TRELLIS_COLUMNS)
+        if first % step or (k % step and first + k != self.k):
+            raise ValueError(
+                f"columns {first} to {first + k} of {self.k} cannot be split off: on grid {self.grid} with scale group "
+                f"{self.group} (block {self.block}) a shard starts and ends at a multiple of {step} columns"
+            )
+        seed = self.seed + first // 64 * _NEXT_SIGNS
+        return replace(self, k=k, seed=(seed + 2**63) % 2**64 - 2**63)  # the operators take signed 64 bits
+
 
 @cache
 def core_format(fmt: LayerFormat) -> _core.Format:
     """The C++ counterpart. Raises ValueError if the format is not legal."""
-    return _core.Format(fmt.grid, fmt.n, fmt.k, fmt.block, fmt.group, fmt.seed)
+    return _core.Format(fmt.grid, fmt.n, fmt.k, fmt.block, fmt.group, fmt.seed % 2**64)
 
 
 def layer_format(

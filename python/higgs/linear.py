@@ -86,7 +86,7 @@ class HiggsLinear(nn.Module):
         if tuple(self.indices.shape) == (f.n, f.row_bytes):
             self.tiled = constant(_cuda.repack(self.indices, self.scales, f))
             self.input_vector = _cuda.input_vector(self.column_scale, f, self.indices.device)
-            self.input_key = (f.k, f.block, f.seed, _digest(self.column_scale))
+            self.input_key = (f.k, f.block, f.seed, digest(self.column_scale))
             self.indices = self.scales = None
         return self
 
@@ -197,7 +197,7 @@ def _linear_tiled(x: Tensor, layers: Sequence[HiggsLinear]) -> list[Tensor]:
     )  # fmt: skip
 
 
-def _digest(tensor: Tensor | None) -> str | None:
+def digest(tensor: Tensor | None) -> str | None:
     return None if tensor is None else hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
 
 

@@ -215,7 +215,7 @@ class HiggsHfQuantizer(HfQuantizer):
             self._quantize_rest(model)
         for name, module in model.named_modules():
             if isinstance(module, HiggsLinear) and not module.stored()[0].is_meta:  # meta: offloaded
-                _check_scales(name, module)
+                check_scales(name, module)
                 module.tile_()
         return model
 
@@ -258,7 +258,7 @@ def _check_shape(name: str, expected: tuple[int, ...], stored: dict[str, tuple[i
         )
 
 
-def _check_scales(name: str, module: HiggsLinear) -> None:
+def check_scales(name: str, module: HiggsLinear) -> None:
     _, scales = module.stored()
     if not (scales.isfinite() & (scales >= 0)).all():
         raise FormatError(f"tensor {name}.scales holds NaN, inf or negative values")
