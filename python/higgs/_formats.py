@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _core
 
 _TRELLIS_COLUMNS = 256
-_NEXT_SIGNS = 0x9E3779B97F4A7C15  # what the seed grows by from 64 signs to the next (FORMAT.md, "From bytes to weights")
+_NEXT_SIGNS = 0x9E3779B97F4A7C15  # by which the seed grows from 64 signs to the next (FORMAT.md)
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 

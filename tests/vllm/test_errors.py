@@ -10,7 +10,7 @@ import higgs
 import pytest
 import torch
 import transformers
-from conftest import engine, overrides
+from engines import engine, overrides
 from higgs import FormatError, UnsupportedError
 from safetensors.torch import load_file, save_file
 from test_transformers import SIZES, load, make
@@ -86,7 +86,7 @@ def test_layer_that_the_model_does_not_have(stored: Path) -> None:
 
 
 def test_nothing_says_how_to_quantize(source: Path) -> None:
-    message = r'(?s)not quantized, and nothing says how.*hf_overrides={"quantization_config_dict_json": .*"bits": 4'
+    message = r'(?s)not quantized, and nothing says how.*hf_overrides={"quantization_config": .*"bits": 4'
     refused(source, ValueError, message, quantization="higgs_quant")
 
 

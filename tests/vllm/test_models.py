@@ -10,7 +10,7 @@ import higgs
 import pytest
 import torch
 import transformers
-from conftest import engine, expected_tokens, overrides, served_tokens
+from engines import engine, expected_tokens, overrides, served_tokens
 from higgs import HiggsLinear, HiggsQuantConfig
 from test_transformers import SIZES, load, make
 from torch import nn

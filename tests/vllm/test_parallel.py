@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import engine, expected_tokens, overrides, served_tokens
+from engines import engine, expected_tokens, overrides, served_tokens
 from higgs import HiggsQuantConfig
 from test_models import mixed, quantized
 from test_transformers import OPT, SIZES, load

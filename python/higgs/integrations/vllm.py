@@ -64,16 +64,15 @@ class _Part:
     def load(self, kind: str, tensor: Tensor, device: torch.device) -> None:
         """Takes this part's share of the checkpoint's tensor ``NAME.kind``; a float ``weight`` is quantized."""
         whole, own = self.whole, self.module.format
-        shapes = {
-            "indices": (whole.n, whole.row_bytes), "scales": (whole.n, whole.row_groups), "weight": (whole.n, whole.k),
-            "column_scale": (whole.k,),
-        }  # fmt: skip
-        dtype = tensor.dtype if kind == "weight" else getattr(self.module, kind).dtype
-        if tuple(tensor.shape) != shapes[kind] or tensor.dtype != dtype:
-            raise FormatError(
-                f"tensor {self.name}.{kind} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} "
-                f"{list(shapes[kind])}"
-            )
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        expected = {
+            "indices": f"{torch.uint8} {[whole.n, whole.row_bytes]}",
+            "scales": f"{torch.float16} {[whole.n, whole.row_groups]}",
+            "column_scale": "none" if self.module.column_scale is None else f"{torch.float16} {[whole.k]}",
+            "weight": f"{tensor.dtype} {[whole.n, whole.k]}",
+        }
+        if found != expected[kind]:
+            raise FormatError(f"tensor {self.name}.{kind} is {found}, expected {expected[kind]}")
         first = self.first_column
         if kind == "scales":
             columns = slice(first // whole.group, first // whole.group + own.row_groups)
@@ -98,13 +97,6 @@ class _Part:
             raise ValueError(f"layer {self.name}: {e}") from e
         self.module.indices, self.module.scales = constant(indices), constant(scales)
 
-    def check(self) -> None:
-        """Raises FormatError if a tensor has not come or holds values that it cannot."""
-        for kind, tensor in self.module.named_parameters():
-            if tensor.is_meta:
-                raise FormatError(f"the checkpoint has no tensor {self.name}.{kind} (or weight to quantize)")
-        check_scales(self.name, self.module)
-
 
 class HiggsLinearMethod(LinearMethodBase):
     """The parts of one layer of vLLM. ``configs`` are the checkpoint's layers in it, in their order."""
@@ -115,11 +107,11 @@ class HiggsLinearMethod(LinearMethodBase):
         if any(config.column_scale for config in configs.values()):
             self.kinds.append("column_scale")
         self.parts: list[_Part] = []
-        self.tied: nn.Module | None = None
+        self.tied: Any = None
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -165,29 +157,34 @@ class HiggsLinearMethod(LinearMethodBase):
         for part, share in zip(parts, tensors, strict=True):
             part.load(kind, share, parameter.device)
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-        """A tied head that is quantized has tensors of its own, made from the embedding's if the checkpoint has none."""
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """A quantized head has tensors of its own; they are made of the embedding's if the checkpoint has none."""
         self.tied = embed_tokens if self.owner.plan is not None else None
         return layer
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         self.owner.check_all_found()
         if self.tied is not None:
             self.parts[0].quantize(self.tied.weight.detach())
         for part in self.parts:
-            part.check()
+            missing = next((kind for kind, tensor in part.module.named_parameters() if tensor.is_meta), None)
+            if missing is not None:
+                raise FormatError(
+                    f"the checkpoint has no tensor {part.name}.{'weight' if 'weight' in self.kinds else missing}"
+                )
+            check_scales(part.name, part.module)
         for kind in self.kinds:
             delattr(layer, kind)
         layer.higgs = nn.ModuleList(module.tile_() for module in _joined([part.module for part in self.parts]))
         self.parts, self.tied = [], None
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         ys = linear_shared(x, list(layer.higgs))
         y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
         return y if bias is None else y + bias
 
 
-def _rows(layer: nn.Module, i: int, n: int) -> tuple[int, int]:
+def _rows(layer: Any, i: int, n: int) -> tuple[int, int]:
     """The first row of this rank's ``n`` rows of part ``i``, and all rows of that part in the checkpoint."""
     if isinstance(layer, ParallelLMHead):
         return layer.shard_indices.org_vocab_start_index, layer.org_vocab_size
@@ -227,7 +224,7 @@ class HiggsVllmConfig(QuantizationConfig):
         if layers is None and plan is None:  # what vLLM makes of `quantization="higgs_quant"` alone
             raise ValueError(
                 "this checkpoint is not quantized, and nothing says how to quantize it; give the arguments of "
-                """HiggsQuantConfig as JSON: hf_overrides={"quantization_config_dict_json": '{"bits": 4}'}"""
+                'HiggsQuantConfig: hf_overrides={"quantization_config": {"quant_method": "higgs_quant", "bits": 4}}'
             )
         self.layers, self.plan = layers or {}, plan
         self.found: set[str] = set()
@@ -271,7 +268,7 @@ class HiggsVllmConfig(QuantizationConfig):
         if self.plan is not None and self.plan["allocation"] is not None:
             self.plan = {**self.plan, "allocation": mapper.apply_dict(self.plan["allocation"])}
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
             if self.plan is not None or any(name.startswith(f"{prefix}.") for name in self._named()):
                 raise UnsupportedError(f"{prefix}: quantized experts of a mixture are not supported in vLLM")
@@ -307,7 +304,7 @@ class HiggsVllmConfig(QuantizationConfig):
         """Layers that are named one by one."""
         return self.layers if self.plan is None else self.plan["allocation"] or {}
 
-    def _config_of(self, name: str, layer: nn.Module) -> LayerConfig | None:
+    def _config_of(self, name: str, layer: Any) -> LayerConfig | None:
         """How the layer of this name is quantized; None if it is not."""
         plan = self.plan
         if plan is None:

@@ -1,4 +1,4 @@
-"""Tiny engines of vLLM in this process, one after the other. Run by tests/run-vllm."""
+"""Tiny engines of vLLM in this process, one after the other."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # errors come as they are raised, and the model can be looked at
-)  # fmt: skip
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))  # for its models
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # errors come as they are raised, and the model can be looked at
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))  # for the models of its tests
 
 import torch
 import vllm
