@@ -81,8 +81,8 @@ def test_half_of_a_fused_layer(stored: Path) -> None:
 
 def test_layer_that_the_model_does_not_have(stored: Path) -> None:
     entry = {"grid": "p2_n256", "block": 64, "group": 64, "seed": 0}
-    edit_config(stored, lambda config: config["layers"].update({"model.layers.7.mlp.experts.up_proj": entry}))
-    refused(stored, FormatError, r"names model.layers.7.mlp.experts.up_proj \(1 such\), which vLLM does not have")
+    edit_config(stored, lambda config: config["layers"].update({"model.layers.7.mlp.up_proj": entry}))
+    refused(stored, FormatError, r"names model.layers.7.mlp.up_proj \(1 such\), which vLLM does not have")
 
 
 def test_nothing_says_how_to_quantize(source: Path) -> None:
@@ -123,7 +123,11 @@ def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
 
 def test_experts(tmp_path: Path) -> None:
     transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4)).save_pretrained(tmp_path)
-    refused(tmp_path, UnsupportedError, "quantized experts of a mixture are not supported", **overrides(bits=4))
+    message = "quantized experts of a mixture are not supported"
+    refused(tmp_path, UnsupportedError, message, **overrides(bits=4))
+    entry = {"grid": "p2_n256", "block": 64, "group": 64, "seed": 0}
+    config = {"quant_method": "higgs_quant", "format_version": 1, "layers": {"model.layers.0.mlp.experts.down": entry}}
+    refused(tmp_path, UnsupportedError, message, hf_overrides={"quantization_config": config})
 
 
 def test_ranks_that_cut_scale_groups(stored: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:

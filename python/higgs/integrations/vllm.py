@@ -45,6 +45,8 @@ from .transformers import HiggsQuantConfig, check_scales
 
 logger = init_logger(f"vllm.plugins.{__name__}")
 _QKV = {"q": 0, "k": 1, "v": 2}
+_EXPERTS = re.compile(r"(^|\.)experts\.")
+_PLAN = ("bits", "grid", "allocation", "skip", "block", "group", "seed", "strict")  # of HiggsQuantConfig
 
 
 def register() -> None:
@@ -179,6 +181,7 @@ class HiggsLinearMethod(LinearMethodBase):
         self.parts, self.tied = [], None
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., k of this rank] -> y [..., rows of this rank], in the dtype of x."""
         ys = linear_shared(x, list(layer.higgs))
         y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
         return y if bias is None else y + bias
@@ -242,6 +245,9 @@ class HiggsVllmConfig(QuantizationConfig):
                 f"scales={arguments.scales!r} needs the whole model, which vLLM does not have while it loads; "
                 "use 'none', or quantize with `higgs quantize` and serve the result"
             )
+        unknown = [key for key, value in arguments.plan.items() if value and key not in _PLAN]
+        if unknown:
+            raise UnsupportedError(f"{', '.join(unknown)} cannot be used while vLLM loads; use {', '.join(_PLAN)}")
         return cls(plan=arguments.plan)
 
     @classmethod
@@ -270,7 +276,7 @@ class HiggsVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
-            if self.plan is not None or any(name.startswith(f"{prefix}.") for name in self._named()):
+            if self.plan is not None or any(_EXPERTS.search(name) for name in self.layers):
                 raise UnsupportedError(f"{prefix}: quantized experts of a mixture are not supported in vLLM")
             return None
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
