@@ -12,6 +12,8 @@ class Grid:
     index_bits: int
     window_bits: int
     family: str
+    run_group: int
+    runs: int
     t2: float
     rate: float
     points: list[list[float]]

@@ -57,6 +57,11 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("index_bits", &higgs::Grid::index_bits, "bits stored per p weights")
       .def_readonly("window_bits", &higgs::Grid::window_bits, "bits that choose a point")
       .def_property_readonly("family", [](const higgs::Grid& g) { return g.trellis == nullptr ? "vector" : "trellis"; })
+      .def_property_readonly(
+          "run_group", [](const higgs::Grid& g) { return g.trellis ? g.trellis->run_group : 0; },
+          "columns of a group of runs of a trellis grid (packed_format.h), else 0")
+      .def_property_readonly(
+          "runs", [](const higgs::Grid& g) { return g.trellis ? g.trellis->runs : 0; }, "of a group")
       .def_readonly("t2", &higgs::Grid::t2, "E ||x - Q(x)||^2 / p for x ~ N(0, I_p)")
       .def_property_readonly("rate", &higgs::Grid::rate, "bits per weight without scales")
       .def_property_readonly("points",
