@@ -28,21 +28,26 @@ def median_ms(calls: list[Callable[[], object]], repeats: int = 40) -> float:
     return 1e3 * statistics.median(times[len(calls) :])
 
 
-def bench_quantize(grid: str, n: int, k: int) -> float:
-    """Million weights a second, in memory, from fp32."""
+def quantize_call(grid: str, n: int, k: int) -> Callable[[], object]:
     weight = torch.randn(n, k)
     fmt = higgs.layer_format(n, k, grid)
     _ops.quantize(weight[:8], fmt.with_rows(8))  # builds the search table
-    return n * k / median_ms([lambda: _ops.quantize(weight, fmt)], 5) / 1e3
+    return lambda: _ops.quantize(weight, fmt)
 
 
-def bench_linear(grid: str, n: int, k: int) -> float:
+def bench_quantize(grid: str, n: int, k: int) -> float:
+    """Million weights a second, in memory, from fp32."""
+    return n * k / median_ms([quantize_call(grid, n, k)], 5) / 1e3
+
+
+def linear_calls(grid: str, n: int, k: int) -> list[Callable[[], object]]:
+    """m = 1, each call with another copy of the weights."""
     fmt = higgs.layer_format(n, k, grid)
     indices, scales, _ = _ops.quantize(torch.randn(n, k), fmt)
     copies = [(indices.clone(), scales.clone()) for _ in range(max(2, int(COPIES_BYTES / indices.numel())))]
     x = torch.randn(1, k, dtype=torch.bfloat16)
     args = (fmt.grid, fmt.block, fmt.group, fmt.seed)
-    return median_ms([lambda c=c: _ops.linear(x, *c, None, None, *args) for c in copies])
+    return [lambda c=c: _ops.linear(x, *c, None, None, *args) for c in copies]
 
 
 def bench_torch(dtype: torch.dtype, n: int, k: int) -> float:
@@ -68,7 +73,7 @@ def main() -> None:
             fp32, bf16 = (bench_torch(dtype, args.n, args.k) for dtype in (torch.float32, torch.bfloat16))
             print(f"m = 1, {args.n} x {args.k}, {threads} threads: torch fp32 {fp32:.3f} ms, bf16 {bf16:.3f} ms")
             for grid in ("p1_n16", "p2_n64", "p2_n256", "p2_n1024", "p4_n256", "p1_n256"):
-                ms = bench_linear(grid, args.n, args.k)
+                ms = median_ms(linear_calls(grid, args.n, args.k))
                 print(f"  {grid:9} {ms:.3f} ms, {fp32 / ms:.1f} x fp32, {bf16 / ms:.1f} x bf16")
 
 

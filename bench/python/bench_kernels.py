@@ -1,15 +1,19 @@
-"""Time the CUDA kernels next to torch bf16, torch's int4 kernel and a read-only kernel over the same bytes.
+"""Time the CUDA kernels next to torch bf16, other libraries' int4 kernels and a read-only kernel over the same bytes.
 
     cmake --build BUILD --target higgs_cuda_bench
     python bench/python/bench_kernels.py BUILD/cuda/libhiggs_cuda_bench.so --shapes 8b_gate_up 8b_o --m 1 8 16
 
 Every number is the median over replays of a CUDA graph of dependent launches that walks over enough copies of the
 weights to defeat the L2 cache; the rotation of x is part of each call. Columns: us per call, GB/s of stored bytes,
-share of the memory limit (read kernel / ours), times faster than bf16 linear and than the int4 kernel (tinygemm).
+share of the memory limit (read kernel / ours), times faster than bf16 linear, the int4 peers (torch's tinygemm and,
+where installed, humming: `pip install humming-kernels`; both multiply x as it is), times faster than the best of them.
+
+To follow one kernel while it is tuned: test_speed.py beside this file.
 """
 
 import argparse
 import ctypes
+import importlib.util
 import pathlib
 import sys
 
@@ -21,7 +25,7 @@ from shapes import BITS, MAIN, SHAPES
 L2_BYTES = 256 << 20  # walk over at least this much
 CALLS = 24  # per graph, at least
 WARM_MS = 30  # of replays before those that count
-MAX_INT4_ROWS = 64  # tinygemm's time grows with m
+MAX_TINYGEMM_ROWS = 64  # tinygemm's time grows with m
 
 
 class Kernels:
@@ -57,8 +61,8 @@ def pointers(tensors: list[torch.Tensor]) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
-def graph_us(calls: list, replays: int = 15) -> float:
-    """Median microseconds per call of a graph of all calls."""
+def captured(calls: list) -> torch.cuda.CUDAGraph:
+    """A graph of all calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -69,19 +73,30 @@ def graph_us(calls: list, replays: int = 15) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    return graph
 
-    def replay() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
 
+def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def warm_up(graph: torch.cuda.CUDAGraph) -> None:
+    """An idle GPU needs a while to raise its clocks."""
     warm = 0.0
-    while warm < WARM_MS:  # an idle GPU needs a while to raise its clocks
-        warm += replay()
-    return sorted(replay() for _ in range(replays))[replays // 2] * 1e3 / len(calls)
+    while warm < WARM_MS:
+        warm += replay_ms(graph)
+
+
+def graph_us(calls: list, replays: int = 15) -> float:
+    """Median microseconds per call of a graph of all calls."""
+    graph = captured(calls)
+    warm_up(graph)
+    return sorted(replay_ms(graph) for _ in range(replays))[replays // 2] * 1e3 / len(calls)
 
 
 def cycle(copies: int, make) -> list:
@@ -107,6 +122,7 @@ def time_bf16(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float]:
 
 def time_tinygemm(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float]:
     n, group = sum(ns), 128
+    ms = [m for m in ms if m <= MAX_TINYGEMM_ROWS]
     if k % 1024 != 0:
         return {}
     copies = copies_for(n * k // 2)
@@ -122,6 +138,29 @@ def time_tinygemm(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float
     return out
 
 
+def time_humming(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float]:
+    """int4, group 128, the kernels that the library's heuristics choose; layers that share x as one matrix."""
+    if importlib.util.find_spec("humming") is None or k % 128 != 0:
+        return {}
+    from humming.layer import HummingLayer
+
+    def layer() -> torch.nn.Module:
+        made = HummingLayer(sum(ns), k, {"dtype": "int4", "group_size": 128}, torch_dtype=torch.bfloat16).cuda()
+        made.load_from_unquantized(torch.randn(sum(ns), k, device="cuda", dtype=torch.bfloat16))
+        made.transform()
+        return made
+
+    layers = [layer() for _ in range(copies_for(sum(ns) * k // 2))]
+    out = {}
+    for m in ms:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        out[m] = graph_us(cycle(len(layers), lambda i, x=x: lambda: layers[i](x)))
+    return out
+
+
+PEERS = {"tinygemm": time_tinygemm, "humming": time_humming}
+
+
 def time_read(kernels: Kernels, bytes_each: int) -> float:
     buffers = [
         torch.empty(bytes_each, device="cuda", dtype=torch.uint8).random_() for _ in range(copies_for(bytes_each))
@@ -130,13 +169,11 @@ def time_read(kernels: Kernels, bytes_each: int) -> float:
     return graph_us(cycle(len(buffers), lambda i: lambda: kernels.call("higgs_read", buffers[i], bytes_each, sink)))
 
 
-def time_linear(
-    kernels: Kernels, grid: str, ns: tuple[int, ...], k: int, ms: list[int], dtype: torch.dtype
-) -> dict[int, float]:
+def tiled_copies(kernels: Kernels, grid: str, ns: tuple[int, ...], k: int) -> list[list[torch.Tensor]]:
+    """Random weights, tiled: one tensor for each n in each copy."""
     stored = sum(kernels.sizes(grid, n, k)[3] for n in ns)
-    copies = copies_for(stored)
-    tiled = []
-    for _ in range(copies):
+    copies = []
+    for _ in range(copies_for(stored)):
         parts = []
         for n in ns:
             index_bytes, scale_bytes, tiled_bytes, _ = kernels.sizes(grid, n, k)
@@ -145,32 +182,42 @@ def time_linear(
             buffer = torch.empty(tiled_bytes, device="cuda", dtype=torch.uint8)
             kernels.call("higgs_repack", grid, n, k, indices, scales, buffer)
             parts.append(buffer)
-        tiled.append(parts)
+        copies.append(parts)
+    return copies
+
+
+def linear_calls(
+    kernels: Kernels, grid: str, ns: tuple[int, ...], k: int, m: int, dtype: torch.dtype,
+    tiled: list[list[torch.Tensor]],
+) -> list:  # fmt: skip
     d = torch.empty(k, device="cuda")
     kernels.call("higgs_vector", k, d)
     code = ctypes.c_int({torch.float16: 1, torch.bfloat16: 2}[dtype])
     n_array = (ctypes.c_longlong * len(ns))(*ns)
-    out = {}
-    for m in ms:
-        bytes_needed = ctypes.c_longlong()
-        kernels.check(
-            "higgs_linear_workspace", grid.encode(), len(ns), n_array, ctypes.c_longlong(k), code, ctypes.c_longlong(m),
-            ctypes.byref(bytes_needed),
-        )  # fmt: skip
-        workspace = torch.empty(max(16, bytes_needed.value), device="cuda", dtype=torch.uint8)
-        x = torch.randn(m, k, device="cuda", dtype=dtype)
-        ys = [torch.empty(m, n, device="cuda", dtype=dtype) for n in ns]
-        y_array, keep = pointers(ys), [x, ys]
+    bytes_needed = ctypes.c_longlong()
+    kernels.check(
+        "higgs_linear_workspace", grid.encode(), len(ns), n_array, ctypes.c_longlong(k), code, ctypes.c_longlong(m),
+        ctypes.byref(bytes_needed),
+    )  # fmt: skip
+    workspace = torch.empty(max(16, bytes_needed.value), device="cuda", dtype=torch.uint8)
+    x = torch.randn(m, k, device="cuda", dtype=dtype)
+    ys = [torch.empty(m, n, device="cuda", dtype=dtype) for n in ns]
+    y_array, keep = pointers(ys), [x, ys]
 
-        def make(i: int, m: int = m, x: torch.Tensor = x, y_array: ctypes.Array = y_array, keep: list = keep,
-                 workspace: torch.Tensor = workspace):  # fmt: skip
-            tiled_array = pointers(tiled[i])
-            return lambda: kernels.call(
-                "higgs_linear", grid, ctypes.c_int(len(ns)), n_array, k, code, m, x, d, tiled_array, y_array, workspace
-            )
+    def make(i: int, keep: list = keep):
+        tiled_array = pointers(tiled[i])
+        return lambda: kernels.call(
+            "higgs_linear", grid, ctypes.c_int(len(ns)), n_array, k, code, m, x, d, tiled_array, y_array, workspace
+        )
 
-        out[m] = graph_us(cycle(copies, make))
-    return out
+    return cycle(len(tiled), make)
+
+
+def time_linear(
+    kernels: Kernels, grid: str, ns: tuple[int, ...], k: int, ms: list[int], dtype: torch.dtype
+) -> dict[int, float]:
+    tiled = tiled_copies(kernels, grid, ns, k)
+    return {m: graph_us(linear_calls(kernels, grid, ns, k, m, dtype, tiled)) for m in ms}
 
 
 def bench_quantize(kernels: Kernels, grid: str) -> None:
@@ -196,25 +243,28 @@ def main() -> None:
         "--plan-for", nargs=2, type=int, metavar=("SM", "KB"), default=[0, 0],
         help="plan as for another architecture: 80 163, 86 99, ...",
     )  # fmt: skip
-    parser.add_argument("--no-peers", action="store_true", help="skip the int4 kernel of torch")
+    parser.add_argument("--no-peers", action="store_true", help="skip the other libraries' int4 kernels")
     args = parser.parse_args()
     kernels = Kernels(args.library)
+    peers = {} if args.no_peers else PEERS
     kernels.check("higgs_plan_for", *(ctypes.c_int(v) for v in args.plan_for))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.dtype}")
     print(
         f"{'shape':16}{'grid':9}{'m':>5}{'us':>8}{'GB/s':>7}{'limit':>8}{'of it':>7}"
-        f"{'bf16':>8}{'x bf16':>8}{'int4':>8}{'x int4':>8}"
+        f"{'bf16':>8}{'x bf16':>8}" + "".join(f"{peer:>10}" for peer in peers) + f"{'x best':>8}"
     )
     for name in args.shapes:
         ns, k = SHAPES[name]
         bf16 = time_bf16(ns, k, args.m)
-        int4 = {} if args.no_peers else time_tinygemm(ns, k, [m for m in args.m if m <= MAX_INT4_ROWS])
+        theirs = {peer: time_peer(ns, k, args.m) for peer, time_peer in peers.items()}
         for grid in args.grids:
             stored = sum(kernels.sizes(grid, n, k)[3] for n in ns)
             limit = time_read(kernels, stored // 16 * 16)
             ours = time_linear(kernels, grid, ns, k, args.m, getattr(torch, args.dtype))
             for m in args.m:
-                peer = f"{int4[m]:8.1f}{int4[m] / ours[m]:8.2f}" if m in int4 else ""
+                peer = "".join(f"{us[m]:10.2f}" if m in us else f"{'-':>10}" for us in theirs.values())
+                best = min((us[m] for us in theirs.values() if m in us), default=None)
+                peer += f"{best / ours[m]:8.2f}" if best is not None else ""
                 print(
                     f"{name:16}{grid:9}{m:5}{ours[m]:8.2f}{stored / ours[m] / 1e3:7.0f}{limit:8.2f}"
                     f"{limit / ours[m]:7.2f}{bf16[m]:8.1f}{bf16[m] / ours[m]:8.2f}{peer}",

@@ -5,7 +5,8 @@
 // - f16(bits), fp16 bits -> float;
 // - Decoder<B, P> with chunk(bytes, valid, sink): decodes 64 indices, of which the first `valid` are in the row (the
 //   rest may be anything, x is zero there), and calls sink(offset, Vec) for 64 * P floats in decode order;
-// - TrellisDecoder<B, P> with chunk(bytes, steps, sink) for a run of a trellis grid, such as WindowDecoder with
+// - TrellisDecoder<B, P> with chunk(bytes, steps, from, to, sink) for steps of a run of a trellis grid, both multiples
+//   of 16 if the run is not taken as a whole; such as WindowDecoder with
 // - look_up<P>(points, halves, windows): kLanes / P points, given both as floats and as fp16 bits.
 //
 // The sums run in the same order in dot_rows and dot_tile: one chain of fma per (row of w, row of x, scale group), in
@@ -32,7 +33,7 @@ struct Chunks {
   [[nodiscard]] static std::int64_t cols(std::int64_t) { return kChunk * P; }
 };
 
-// Decodes a run, in its order, by the table of all windows.
+// Decodes runs, in their order, by the table of all windows.
 template <class Isa, int B, int P>
 struct WindowDecoder {
   static constexpr int kSteps = Isa::kLanes / P;
@@ -46,55 +47,62 @@ struct WindowDecoder {
         mask(static_cast<std::uint32_t>(w.format.grid->n_points) - 1) {}
 
   template <typename Sink>
-  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+  void chunk(const std::uint8_t* bytes, int steps, int from, int to, const Sink& sink) const {
     constexpr int kWrapped = 4;  // bytes: a window and the bits before it in its first byte
-    std::uint8_t stream[(kRunGroup / 4 / P + kSteps) * B / 8 + kWrapped] = {};  // with the first bytes again at the end
-    const int length = valid * B / 8;
+    // The run with its first bytes again at the end.
+    std::uint8_t stream[(kMaxRunColumns / P + kSteps) * B / 8 + kWrapped] = {};
+    const int length = steps * B / 8;
     std::memcpy(stream, bytes, static_cast<std::size_t>(length));
     for (int i = 0; i < kWrapped; ++i) stream[length + i] = bytes[i % length];
-    for (int t = 0; t < valid; t += kSteps) {
+    for (int t = from; t < to; t += kSteps) {
       std::uint32_t windows[kSteps];
       for (int i = 0; i < kSteps; ++i) {
         std::uint32_t word;
         std::memcpy(&word, stream + (t + i) * B / 8, sizeof word);
         windows[i] = word >> ((t + i) * B % 8) & mask;
       }
-      sink(t * P, Isa::template look_up<P>(points, halves, windows));
+      sink((t - from) * P, Isa::template look_up<P>(points, halves, windows));
     }
   }
 };
 
-// Decodes run groups of a trellis grid: four runs into column order.
+// Decodes run groups of a trellis grid into column order.
 template <class Isa, int B, int P>
 struct GroupDecoder {
+  using Vec = typename Isa::Vec;
   typename Isa::template TrellisDecoder<B, P> decoder;
+  const Trellis& trellis;
   std::int64_t k;
 
-  explicit GroupDecoder(const PackedView& w) : decoder(w), k(w.format.k) {}
+  explicit GroupDecoder(const PackedView& w) : decoder(w), trellis(*w.format.grid->trellis), k(w.format.k) {}
 
   // `valid` indices' worth of columns from those of index `index` on, which lie in one run group.
   template <typename Sink>
   void chunk(const std::uint8_t* row, std::int64_t index, int valid, const Sink& sink) const {
-    const std::int64_t group = index * P / kRunGroup * kRunGroup;
-    const int columns = static_cast<int>(std::min<std::int64_t>(kRunGroup, k - group)) / 4;  // of a run
-    const std::uint8_t* run = row + group / P * B / 8;
-    float out[kRunGroup];
-    for (int t = 0; t < 4; ++t, run += columns / P * B / 8) {
-      float values[kRunGroup / 4 + 32];  // decoders finish what they take at once
-      decoder.chunk(run, columns / P, [&](int offset, typename Isa::Vec v) { Isa::store(values + offset, v); });
-      for (int i = 0; i < columns; i += 4) std::memcpy(out + 4 * i + 4 * t, values + i, 4 * sizeof(float));
+    const RunGroup group = run_group(trellis, k, index * P);
+    const std::uint8_t* run = row + group.first / P * B / 8;
+    const int steps = group.run_columns() / P;
+    const auto first = static_cast<int>(index - group.first / P);
+    if (group.runs == 1) return decoder.chunk(run, steps, first, first + valid, sink);
+    constexpr int kMost = 256;  // columns
+    float out[kMost];
+    for (int t = 0; t < group.runs; ++t, run += steps * B / 8) {
+      float values[kMost / 4 + 32];  // decoders finish what they take at once
+      decoder.chunk(run, steps, 0, steps, [&](int offset, Vec v) { Isa::store(values + offset, v); });
+      for (int i = 0; i < steps * P; i += 4) std::memcpy(out + group.column(t, i), values + i, 4 * sizeof(float));
     }
-    const auto first = static_cast<int>(index * P - group);
-    for (int c = 0; c < valid * P; c += Isa::kLanes) sink(c, Isa::load(out + first + c));
+    for (int c = 0; c < valid * P; c += Isa::kLanes) sink(c, Isa::load(out + first * P + c));
   }
 };
 
 // Trellis grids: what a scale group and a run group have in common. i: index within the row.
 template <int P>
 struct Runs {
-  explicit Runs(const LayerFormat&) {}
-  [[nodiscard]] static std::int64_t count(std::int64_t i, std::int64_t left) {
-    return std::min(left, (kRunGroup - i * P % kRunGroup) / P);
+  const LayerFormat& format;
+  explicit Runs(const LayerFormat& f) : format(f) {}
+  [[nodiscard]] std::int64_t count(std::int64_t i, std::int64_t left) const {
+    const RunGroup group = run_group(*format.grid->trellis, format.k, i * P);
+    return std::min(left, (group.first + group.columns) / P - i);
   }
   [[nodiscard]] static std::int64_t cols(std::int64_t indices) { return indices * P; }
 };

@@ -57,8 +57,9 @@ void add_trellis_grids(std::vector<Grid>& list) {
   for (int i = 0; i < detail::kTrellisDataCount; ++i) {
     const detail::TrellisData& d = detail::kTrellisData[i];
     if (tables.empty() || tables.back().trellis.table.data() != d.table) {
-      const int columns = d.kind == Trellis::Kind::additive ? 2 * d.p : d.p;
-      const Trellis t{d.kind, d.multiplier, d.rows, {d.table, static_cast<std::size_t>(d.rows * columns)}};
+      const bool additive = d.kind == Trellis::Kind::additive;
+      const auto size = static_cast<std::size_t>(d.rows * d.p * (additive ? 2 : 1));
+      const Trellis t{d.kind, d.multiplier, d.rows, {d.table, size}, additive ? 256 : 512, additive ? 4 : 1};
       tables.push_back({t, trellis_points(t, d.p, d.window_bits)});
     }
     const Expanded& e = tables.back();

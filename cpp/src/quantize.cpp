@@ -127,8 +127,10 @@ class Quantizer {
         normalize(rows[r]->v.data() + first, count, inverse(rms[r].back()), u[r].data() + first);
       }
     }
-    for (std::int64_t first = 0; first < format_.k; first += kRunGroup) {
-      for (int t = 0; t < 4; ++t) encode_runs(rows, first + 4 * t, u);
+    for (std::int64_t first = 0; first < format_.k;) {
+      const RunGroup group = run_group(*format_.grid->trellis, format_.k, first);
+      for (int t = 0; t < group.runs; ++t) encode_runs(rows, group, t, u);
+      first += group.columns;
     }
     for (int r = 0; r < kRows; ++r) {
       if (r > 0 && rows[r] == rows[r - 1]) continue;
@@ -154,30 +156,28 @@ class Quantizer {
       if (rounds) u[i] = std::nearbyint(std::clamp(u[i] / kStep, -kMost, kMost)) * kStep;
     }
   }
-  // The runs of all rows that have column `first` as their first.
-  void encode_runs(RowInProgress* const* rows, std::int64_t first, std::vector<float>* u) const {
+  // Run t of a group, of all rows.
+  void encode_runs(RowInProgress* const* rows, const RunGroup& group, int t, std::vector<float>* u) const {
     constexpr int kRows = detail::kTrellisRuns;
-    constexpr std::int64_t kMost = kRunGroup / 4;
     const detail::TrellisTable& table = detail::trellis_table(*format_.grid);
-    const int p = format_.grid->p;
-    const StreamPlace place = stream_place(format_.k, p, first);
-    const int columns = place.steps * p;
+    const int columns = group.run_columns();
+    const std::int64_t first_index = (group.first + t * columns) / format_.grid->p;
     thread_local std::vector<float> costs;
-    costs.resize(static_cast<std::size_t>(detail::trellis_costs(table, kMost)));
-    float values[kRows][kMost];
-    float points[kRows][kMost];
+    costs.resize(std::max(costs.size(), static_cast<std::size_t>(detail::trellis_costs(table, columns))));
+    float values[kRows][kMaxRunColumns];
+    float points[kRows][kMaxRunColumns];
     const float* values_at[kRows];
     float* points_at[kRows];
     std::uint16_t* indices_at[kRows];
     for (int r = 0; r < kRows; ++r) {
-      for (int i = 0; i < columns; ++i) values[r][i] = u[r][first + i / 4 * 16 + i % 4];
+      for (int i = 0; i < columns; ++i) values[r][i] = u[r][group.first + group.column(t, i)];
       values_at[r] = values[r];
       points_at[r] = points[r];
-      indices_at[r] = rows[r]->indices.data() + place.first;
+      indices_at[r] = rows[r]->indices.data() + first_index;
     }
     kernels_.encode_runs(table, values_at, columns, costs.data(), indices_at, points_at);
     for (int r = 0; r < kRows; ++r) {
-      for (int i = 0; i < columns; ++i) u[r][first + i / 4 * 16 + i % 4] = points[r][i];
+      for (int i = 0; i < columns; ++i) u[r][group.first + group.column(t, i)] = points[r][i];
     }
   }
   [[nodiscard]] double energy(const RowInProgress& row, std::int64_t first, std::int64_t count) const {
@@ -207,7 +207,7 @@ void unpack_points(const LayerFormat& f, const std::uint8_t* bytes, std::span<st
     return;
   }
   for (std::int64_t j = 0; j < f.k; j += grid.p) {
-    const StreamPlace place = stream_place(f.k, grid.p, j);
+    const StreamPlace place = stream_place(grid, f.k, j);
     std::uint32_t window = 0;
     for (int i = 0; i * grid.index_bits < grid.window_bits; ++i) {
       const std::uint16_t index = indices[place.first + (place.step + i) % place.steps];

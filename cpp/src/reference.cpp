@@ -33,7 +33,7 @@ std::vector<double> dequantize(const PackedView& packed) {
     const std::uint8_t* bytes = packed.indices + i * f.row_bytes();
     for (std::int64_t j = 0; j < f.k; ++j) {
       std::size_t point = 0;
-      const StreamPlace place = f.grid->trellis != nullptr ? stream_place(f.k, p, j) : StreamPlace{j / p, 1, 0};
+      const StreamPlace place = f.grid->trellis != nullptr ? stream_place(*f.grid, f.k, j) : StreamPlace{j / p, 1, 0};
       for (int b = 0; b < f.grid->window_bits; ++b) {
         const std::int64_t at = place.first * bits + (place.step * bits + b) % (place.steps * bits);
         point |= static_cast<std::size_t>(bytes[at / 8] >> (at % 8) & 1) << b;

@@ -37,12 +37,20 @@ struct TrellisTable {
 // fp16 bits of the points [n_points, p] of a trellis grid; kept like the table.
 [[nodiscard]] const std::uint16_t* trellis_halves(const Grid& grid);
 
-// Rows of costs of a search: after each step of a run, or of the way around it and half as far again.
-[[nodiscard]] constexpr int trellis_rows(int steps) noexcept { return steps / 2 * 3 + 2; }
+// Steps to each side of the bite that the search for it takes in: around a short run, partly twice.
+[[nodiscard]] constexpr int bite_side(int index_bits, int steps) noexcept {
+  constexpr int kBits = 192;
+  return std::min((kBits + index_bits - 1) / index_bits, steps / 4 * 3);
+}
+
+// Rows of costs of a search: before the first step and after each.
+[[nodiscard]] constexpr int trellis_rows(int index_bits, int steps) noexcept {
+  return std::max(steps, 2 * bite_side(index_bits, steps)) + 1;
+}
 
 // Floats of scratch for encode_runs with runs of up to `columns` columns.
 [[nodiscard]] inline std::int64_t trellis_costs(const TrellisTable& table, int columns) noexcept {
-  return std::int64_t{kTrellisRuns} * trellis_rows(columns / table.grid->p) * table.states;
+  return std::int64_t{kTrellisRuns} * trellis_rows(table.grid->index_bits, columns / table.grid->p) * table.states;
 }
 
 }  // namespace higgs::detail

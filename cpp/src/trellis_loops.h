@@ -24,10 +24,12 @@ template <int P>
 struct TrellisSearch {
   const TrellisTable& table;
   int steps;     // of a run
-  float* costs;  // [run, trellis_rows(steps), state]
+  float* costs;  // [run, rows, state]
+  int side = bite_side(table.grid->index_bits, steps);
+  int rows = trellis_rows(table.grid->index_bits, steps);
 
   [[nodiscard]] float* row(int run, int k) const {
-    return costs + (static_cast<std::int64_t>(run) * trellis_rows(steps) + k) * table.states;
+    return costs + (static_cast<std::int64_t>(run) * rows + k) * table.states;
   }
 
   // One step of every run, from costs row k to row k + 1.
@@ -108,10 +110,6 @@ struct TrellisSearch {
 
   // The state at the bite: on the best path through the steps around it, with free ends.
   void find_bites(const float* const* values, int* bites) const {
-    constexpr int kSideBits = 192;  // to each side
-    const int bits = table.grid->index_bits;
-    const int wanted = (kSideBits + bits - 1) / bits;
-    const int side = wanted < steps / 4 * 3 ? wanted : steps / 4 * 3;  // around a short run, partly twice
     for (int r = 0; r < kTrellisRuns; ++r) bites[r] = -1;
     forward(values, steps - side, 2 * side, bites);
     for (int r = 0; r < kTrellisRuns; ++r) {

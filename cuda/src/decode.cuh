@@ -11,6 +11,7 @@
 //   PairDecoder<9..12>    9..12         SHF LOP3 LDS; 32, 16, 8, 4 copies of the table: some conflicts from 10 bits
 //   QuadDecoder<4, 6, 8>  2, 3, 4       PRMT LDS LDS (one 64-bit load would need moves, as the halves of an entry are
 //                                       not neighbours in the A operand), 0.1-0.4 more to assemble fields below 8 bits
+//   the same in bytes     2, 3, 4       PRMT LDS (byte_fragment)
 //   SingleDecoder         16            PRMT LDS, and a PRMT per pair
 //
 // Order of the fields of a lane (rows g and g + 8, columns 16 step + 4 t + 0..3 for steps 0..7 of a unit):
@@ -201,6 +202,22 @@ struct QuadDecoder {
       a[2 + r] = look_up(table, at + kSecondHalf);
     }
   }
+
+  // The A fragment of steps 2 i and 2 i + 1 for the integer MMA, from a ByteTable.
+  __device__ __forceinline__ void byte_fragment(int i, const uint8_t* table, uint32_t offset, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[j] = look_up(table, byte_address(words[i], j, offset));
+  }
+};
+
+// A table of four bytes an entry, replicated for the lanes.
+template <int Bits>
+struct ByteTable {
+  static constexpr FieldShape kShape{Bits, 2};  // as entries of two 16-bit values
+  static constexpr int kStrideLog = 8;
+  static constexpr int kTableEntries = 256;
+  static constexpr int kTableBytes = kTableEntries << kStrideLog;
+  static constexpr int kCopies = 32;
 };
 
 struct SingleDecoder {

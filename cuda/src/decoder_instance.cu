@@ -4,6 +4,7 @@
 #include "gemm_sm90.cuh"
 #include "gemv.cuh"
 #include "gemv_trellis.cuh"
+#include "grouped.cuh"
 #include "launch.h"
 #include "repack.cuh"
 #include "repack_trellis.cuh"
@@ -45,9 +46,15 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
   if constexpr (D::kShape.trellis()) {
     gemv_trellis<T>(plan, params, stream);
   } else if (plan.paired) {
+    if constexpr (uses_bytes(D::kShape, true)) {
+      if (plan.token_tiles == 4) return gemv<T, 4, Loop::paired>(plan, params, stream);
+    }
     plan.token_tiles == 1 ? gemv<T, 1, Loop::paired>(plan, params, stream)
                           : gemv<T, 2, Loop::paired>(plan, params, stream);
   } else if (plan.regular) {
+    if constexpr (uses_bytes(D::kShape, true)) {
+      if (plan.token_tiles == 2) return gemv<T, 2, Loop::held>(plan, params, stream);
+    }
     if constexpr (holds_x(D::kShape)) gemv<T, 1, Loop::held>(plan, params, stream);
   } else {
     plan.token_tiles == 1 ? gemv<T, 1, Loop::general>(plan, params, stream)
@@ -92,6 +99,23 @@ void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
 
 void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
   plan.dtype == DType::f16 ? gemm<__half>(plan, params, stream) : gemm<__nv_bfloat16>(plan, params, stream);
+}
+
+template <typename T, int TokenTiles>
+void grouped(const GroupedPlan& plan, const GroupedParams& params, Stream stream) {
+  launch_dependent<grouped_kernel<GroupedConfig<D, T, TokenTiles>>>({plan.ctas, plan.threads(), plan.shared_bytes},
+                                                                    stream, params);
+}
+
+template <typename T>
+void grouped(const GroupedPlan& plan, const GroupedParams& params, Stream stream) {
+  if constexpr (!D::kShape.trellis()) {
+    plan.token_tiles == 1 ? grouped<T, 1>(plan, params, stream) : grouped<T, 2>(plan, params, stream);
+  }
+}
+
+void grouped(const GroupedPlan& plan, const GroupedParams& params, Stream stream) {
+  plan.dtype == DType::f16 ? grouped<__half>(plan, params, stream) : grouped<__nv_bfloat16>(plan, params, stream);
 }
 
 constexpr int kThreads = 128;
@@ -141,7 +165,7 @@ void dequantize_rotated(const TiledLayer& layer, const uint8_t* tiled, void* out
 #define HIGGS_CONCAT(a, b) HIGGS_CONCAT_(a, b)
 
 extern const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME);
-const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape, gemv,        gemm,
-                                                        repack<D>, unrepack<D>, dequantize_rotated};
+const DecoderOps HIGGS_CONCAT(ops_, HIGGS_DECODER_NAME){D::kShape,         gemv, gemm, grouped, repack<D>, unrepack<D>,
+                                                        dequantize_rotated};
 
 }  // namespace higgs::cuda

@@ -5,6 +5,8 @@
 
 #include "gemm_params.h"
 #include "gemv_params.h"
+#include "grouped_params.h"
+#include "higgs/cuda/grouped.h"
 #include "higgs/cuda/plan.h"
 #include "higgs/cuda/tiled_format.h"
 
@@ -23,6 +25,7 @@ struct DecoderOps {
   FieldShape field;
   void (*gemv)(const LaunchPlan& plan, const GemvParams& params, Stream stream);
   void (*gemm)(const GemmPlan& plan, const GemmParams& params, Stream stream);
+  void (*grouped)(const GroupedPlan& plan, const GroupedParams& params, Stream stream);  // not of a trellis
   void (*repack)(const TiledLayer& layer, const std::uint8_t* indices, std::uint8_t* weights, Stream stream);
   void (*unrepack)(const TiledLayer& layer, const std::uint8_t* weights, std::uint8_t* indices, Stream stream);
   void (*dequantize_rotated)(const TiledLayer& layer, const std::uint8_t* tiled, void* out, DType dtype, Stream stream);

@@ -27,7 +27,7 @@ struct StoredLayer {
   uint64_t seed;
 };
 
-// The values of a grid in shared memory and what a stored row says about a column, without its scale.
+// The values of a grid in shared memory and what a stored row says about a column, without its scale, and about 32.
 template <int Capacity>
 __device__ __forceinline__ void fill_table(const GridPoints<Capacity>& points, uint16_t* table) {
   for (int i = threadIdx.x; i < points.p << points.index_bits; i += blockDim.x) table[i] = points.values[i];
@@ -51,6 +51,38 @@ __device__ __forceinline__ float stored_value(const TrellisTable& trellis, const
   const int lo = entries[run.window(step * trellis.bits) * 4 + 2];
   const int hi = entries[run.window((step + trellis.shift) * trellis.bits) * 4];
   return static_cast<float>(lo + hi) * kTrellisStep;
+}
+
+template <typename Points>
+__device__ __forceinline__ void stored_values(const Points& points, const uint16_t* table, const StoredLayer& layer,
+                                              const uint8_t* bytes, int64_t column, float scale, float (&v)[32]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) v[i] = __fmul_rn(scale, stored_value(points, table, layer, bytes, column + i));
+}
+__device__ __forceinline__ void fill_table(const HashedTrellis& trellis, uint16_t* table) {
+  for (int i = threadIdx.x; i < trellis.p * trellis.rows; i += blockDim.x) table[i] = trellis.values[i];
+}
+// One window, one multiplication and p / 2 look-ups of two weights a step.
+__device__ __forceinline__ void stored_values(const HashedTrellis& trellis, const uint16_t* table,
+                                              const StoredLayer& layer, const uint8_t* bytes, int64_t column,
+                                              float scale, float (&v)[32]) {
+  const LongRun run(bytes, layer.k, column, trellis.p, trellis.bits);
+  const auto* pairs = reinterpret_cast<const uint32_t*>(table);
+  const int pairs_per_step = trellis.p / 2;
+  int position = static_cast<int>(column - run.first) / trellis.p * trellis.bits;
+  uint32_t hash = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int c = i & (pairs_per_step - 1);
+    if (c == 0) {
+      hash = run.window(position) * trellis.multiplier;
+      position += trellis.bits;
+    }
+    const uint32_t signs = (hash << c) & 0x80008000u;
+    const uint32_t pair = pairs[(hash >> 16 & (trellis.rows - 1)) * pairs_per_step + c] ^ signs;
+    v[2 * i] = __fmul_rn(scale, __half2float(__ushort_as_half(static_cast<uint16_t>(pair))));
+    v[2 * i + 1] = __fmul_rn(scale, __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16))));
+  }
 }
 
 template <typename Points, typename T, bool Unrotate>
@@ -77,8 +109,7 @@ __global__ void __launch_bounds__(kWarps * 32)
       const uint8_t* bytes = layer.indices + row * layer.row_bytes;
       const uint16_t scale_bits = layer.scales[row * layer.row_groups + column / layer.group];
       const float scale = __half2float(__ushort_as_half(scale_bits));
-#pragma unroll
-      for (int i = 0; i < 32; ++i) v[i] = __fmul_rn(scale, stored_value(points, table, layer, bytes, column + i));
+      stored_values(points, table, layer, bytes, column, scale, v);
     }
     if constexpr (Unrotate) {
       warp_transform(v, transform, scratch + warp * kChunkScratch, lane);
@@ -127,8 +158,10 @@ void launch_dequantize(const char* op, const PackedView& packed, void* out, DTyp
           <<<blocks, kWarps * 32, kShared, to_stream(stream)>>>(points, transform, layer, static_cast<T*>(out));
     });
   };
-  if (f.grid->trellis != nullptr) {
+  if (is_additive(*f.grid)) {
     launch(make_trellis_table(*f.grid));
+  } else if (f.grid->trellis != nullptr) {
+    launch(make_hashed_trellis(*f.grid));
   } else {
     with_points(*f.grid, launch);
   }

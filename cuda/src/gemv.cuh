@@ -22,17 +22,23 @@
 //            wait in griddepcontrol.wait for x
 //   general  slices that are not full, or several scale groups in one
 //
+// Halves or bytes. Where a look-up yields four weights (quads) it yields them as bytes in held and paired loops: 128
+// weights from 128 bytes of shared memory, which are the A operand of the integer MMA as they are. A row of x then
+// takes two columns, the digits of 16-bit integers, and sums within an iteration are exact. Otherwise look-ups yield
+// fp16 or bf16.
+//
 // Before griddepcontrol.wait, while the previous kernel still runs: loads of table, d and first weights, table fill.
 // After it: rotation.
 //
-// Shared memory: Decoder::kTableBytes
+// Shared memory: Table::kTableBytes
 //   + 16 + 4 * inbox_floats          sums sent by the other CTAs of the cluster
-//   + m * xs_stride(chunks) * 2      rotated x
+//   + SharedX                        rotated x
 //   + batch * warps * m * 4 * kPartialStride   partial sums of a row block
 #pragma once
 
 #include "decode.cuh"
 #include "gemv_config.cuh"
+#include "gemv_operands.cuh"
 #include "gemv_params.h"
 #include "gemv_reduce.cuh"
 #include "numeric.cuh"
@@ -40,149 +46,6 @@
 #include "rotate_x.cuh"
 
 namespace higgs::cuda {
-
-// What a warp works on, the same for all its row blocks.
-struct WarpRole {
-  int lane = 0;
-  int slice = 0;
-  int units = 0;              // 0: this warp has no columns
-  int loads = 0;              // 16-byte loads of the slice and row tile
-  int first_group = 0;        // scale group of the slice's first column
-  int segments = 0;           // scale groups the slice touches
-  uint32_t segment_ends = 0;  // bit h: a scale group (or the slice) ends after half unit h
-};
-
-template <typename Config>
-__device__ __forceinline__ WarpRole make_role(const GemvParams& p, int slice, int lane) {
-  WarpRole role;
-  role.lane = lane;
-  role.slice = slice;
-  if (slice >= p.slices) return role;
-  role.units = slice == p.slices - 1 ? p.last_units : p.units_per_slice;
-  role.loads = (role.units * Config::kUnitWords + 3) / 4;
-  const int first = slice * p.units_per_slice * kUnitColumns;
-  role.first_group = small_divide(first / kMinBlock, p.group / kMinBlock);
-  if constexpr (!Config::kRegular) {
-    for (int h = 0; h < 2 * role.units; ++h) {
-      const int end = first + (h + 1) * (kUnitColumns / 2);
-      const bool ends = h == 2 * role.units - 1 || (end % p.group == 0 && end < p.k);
-      role.segments += ends;
-      role.segment_ends |= static_cast<uint32_t>(ends) << h;
-    }
-  }
-  return role;
-}
-
-// The row blocks of a warp. Where a row block has no second row tile the first is read twice; those sums are not
-// stored.
-struct RowBlocks {
-  int count;  // 0 if the warp has no columns
-  bool odd;   // the last one has no second row tile
-
-  // Distance of the second row tile of row block `i` of the warp.
-  __device__ __forceinline__ int second(int i) const { return odd && i == count - 1 ? 0 : 1; }
-};
-
-// Scales of a row tile for one slice. Regular: those of rows g and g + 8. Otherwise lane l holds values 4 l .. 4 l + 3
-// of [segment][16 rows], to be handed out by shuffles.
-template <typename Config>
-struct TileScales {
-  uint2 raw = {};
-
-  static __device__ __forceinline__ int first(int lane) { return Config::kRegular ? lane / 4 : lane * 4; }
-  // s: value first(lane) of the slice's first scale group.
-  __device__ __forceinline__ void load(const uint16_t* s, const WarpRole& role) {
-    if constexpr (Config::kRegular) {
-      raw.x = __ldg(s);
-      raw.y = __ldg(s + 8);
-    } else if (role.lane * 4 < role.segments * kTileRows) {
-      raw = __ldg(reinterpret_cast<const uint2*>(s));
-    }
-  }
-  __device__ __forceinline__ float2 rows(int segment, int lane) const {
-    if constexpr (Config::kRegular) {
-      return {half_bits(raw.x), half_bits(raw.y)};
-    } else {
-      const int g = lane / 4;
-      const uint32_t shift = (g & 1) * 16;
-      float2 out;
-      const int source = segment * 4 + g / 4;
-      uint32_t lo = __shfl_sync(~0u, raw.x, source), hi = __shfl_sync(~0u, raw.y, source);
-      out.x = half_bits(((g & 2) != 0 ? hi : lo) >> shift);
-      lo = __shfl_sync(~0u, raw.x, source + 2), hi = __shfl_sync(~0u, raw.y, source + 2);
-      out.y = half_bits(((g & 2) != 0 ? hi : lo) >> shift);
-      return out;
-    }
-  }
-  static __device__ __forceinline__ float half_bits(uint32_t bits) {
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits & 0xffffu)));
-  }
-};
-
-// The next kWindow 16-byte loads of each row tile, in registers: load i of an iteration lives in q[i % kWindow], and is
-// replaced as soon as it has been consumed.
-template <typename Config>
-struct WordWindow {
-  uint4 q[Config::kTiles][Config::kWindow];
-  const uint8_t* at;  // this lane's words of the iteration, first row tile
-  int to_second;      // bytes from the first row tile of the next iteration's row block to the second
-  int left;           // iterations after this one
-  int iteration;      // within the row block
-
-  // Load i of the iteration at `from`.
-  __device__ __forceinline__ void load(int r, int i, const uint8_t* from, const WarpRole& role) {
-    if (Config::kRegular || i < role.loads) {
-      q[r][i % Config::kWindow] =
-          load_streaming(reinterpret_cast<const uint4*>(from + (r == 0 ? 0 : to_second)) + i * kLanes);
-    }
-  }
-  // Load i has been consumed.
-  __device__ __forceinline__ void replace(int r, int i, const uint8_t* next, const WarpRole& role) {
-    const int ahead = i + Config::kWindow;
-    if (ahead < Config::kLoads) {
-      load(r, ahead, at, role);
-    } else if (left > 0) {
-      load(r, ahead - Config::kLoads, next, role);
-    }
-  }
-  __device__ __forceinline__ const uint8_t* next(const GemvPart& part, int iterations) const {
-    const uint8_t* end = at + Config::kLoads * 16 * kLanes;
-    return iteration + 1 == iterations ? end + part.to_next_block : end;
-  }
-  __device__ __forceinline__ void advance(const uint8_t* next, const RowBlocks& blocks, int iterations) {
-    at = next;
-    --left;
-    if (++iteration == iterations) iteration = 0;
-    if (blocks.odd && left == iterations) to_second = 0;
-  }
-  __device__ __forceinline__ uint32_t word(int r, int i) const {
-    const uint4& v = q[r][i / 4 % Config::kWindow];
-    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
-  }
-};
-
-// The B fragments of two steps each: of a whole slice in registers, or from shared memory as they are needed.
-template <typename Config>
-struct XFragments {
-  static constexpr int kCount = Config::kHeld ? Config::kUnits * kSteps / 2 : 1;
-  const typename Config::T* from[Config::kTokenTiles];  // the lane's first fragment of the iteration
-  uint4 held[kCount];
-
-  __device__ __forceinline__ void hold() {
-    if constexpr (Config::kHeld) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) held[i] = *reinterpret_cast<const uint4*>(from[0] + i * 32);
-    }
-  }
-  __device__ __forceinline__ uint4 of(int tile, int unit, int pair) const {
-    if constexpr (Config::kHeld) return held[unit * (kSteps / 2) + pair];
-    return *reinterpret_cast<const uint4*>(from[tile] + unit * kUnitColumns + pair * 32);
-  }
-  __device__ __forceinline__ void move(int iterations) {
-#pragma unroll
-    for (int t = 0; t < Config::kTokenTiles; ++t) from[t] += iterations * Config::kUnits * kUnitColumns;
-  }
-};
 
 // Which part of x a warp rotates: chunks of 1024 columns `chunk`, + chunk_step, ... of rows `row`, + row_step, ...
 template <typename T>
@@ -205,14 +68,8 @@ struct RotateRole {
     row_step = small_divide(p.rotate_warps, chunk_step);
     if (row >= row_step || row >= p.m) chunk = chunks;  // nothing to do
   }
-  // Waits for x. One copy of the code: a launch starts with cold instruction caches, every instruction before the main
-  // loop counts.
-  __device__ __forceinline__ void run(const GemvParams& p, T* xs, int lane) const {
-    run(p, lane, [&](const uint2(&raw)[8], const float4(&d)[8], int r, int c) {
-      rotation.rotate(raw, d, xs + r * xs_stride(p.chunks) + c * kChunk, lane);
-    });
-  }
-  // finish(raw, d, row, chunk) rotates and stores.
+  // Waits for x. finish(raw, d, row, chunk) rotates and stores. One copy of the code: a launch starts with cold
+  // instruction caches, every instruction before the main loop counts.
   template <typename Finish>
   __device__ __forceinline__ void run(const GemvParams& p, int lane, const Finish& finish) const {
     int c = chunk;
@@ -237,36 +94,6 @@ struct RotateRole {
   }
 };
 
-// Sums of a row block, before and after multiplication with the scales.
-template <typename Config>
-struct BlockSums {
-  // Two independent accumulators at least hide the latency of the MMA.
-  static constexpr int kChains = Config::kTiles * Config::kTokenTiles == 1 ? 2 : 1;
-  float acc[kChains][Config::kTiles][Config::kTokenTiles][4] = {};
-  float sum[Config::kTiles][Config::kTokenTiles][4] = {};
-
-  // A scale group ends.
-  __device__ __forceinline__ void flush(const TileScales<Config> (&scales)[Config::kTiles], int segment, float norm,
-                                        int lane) {
-#pragma unroll
-    for (int r = 0; r < Config::kTiles; ++r) {
-      float2 s = scales[r].rows(segment, lane);
-      s.x *= norm;
-      s.y *= norm;
-#pragma unroll
-      for (int t = 0; t < Config::kTokenTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float value = kChains == 2 ? acc[0][r][t][i] + acc[kChains - 1][r][t][i] : acc[0][r][t][i];
-          sum[r][t][i] = fmaf(value, i < 2 ? s.x : s.y, sum[r][t][i]);
-#pragma unroll
-          for (int c = 0; c < kChains; ++c) acc[c][r][t][i] = 0;
-        }
-      }
-    }
-  }
-};
-
 // One iteration: kUnits units of a row block.
 template <typename Config>
 __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_t* next, const WarpRole& role,
@@ -287,28 +114,26 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
     using Decoder = typename Config::Decoder;
     const Decoder decoders[2] = {Decoder(w[0]), Decoder(w[Config::kTiles - 1])};
 #pragma unroll
-    for (int pair = 0; pair < kSteps / 2; ++pair) {
-      uint4 b[Config::kTokenTiles];  // the B fragments of two steps
+    for (int piece = 0; piece < Config::kPieces; ++piece) {
+      uint4 b[Config::kTokenTiles];  // the B fragments of two MMAs
 #pragma unroll
-      for (int t = 0; t < Config::kTokenTiles; ++t) {
-        b[t] = x.of(t, u, pair);
-      }
+      for (int t = 0; t < Config::kTokenTiles; ++t) b[t] = x.of(t, u, piece);
 #pragma unroll
-      for (int step = 2 * pair; step < 2 * pair + 2; ++step) {
+      for (int i = 2 * piece; i < 2 * piece + 2; ++i) {
 #pragma unroll
         for (int r = 0; r < Config::kTiles; ++r) {
           uint32_t a[4];
-          decoders[r].fragment(step, table, offset, a);
-#pragma unroll
-          for (int t = 0; t < Config::kTokenTiles; ++t) {
-            mma_m16n8k16<typename Config::T>(sums.acc[step % sums.kChains][r][t], a,
-                                             step % 2 == 0 ? make_uint2(b[t].x, b[t].y) : make_uint2(b[t].z, b[t].w));
+          if constexpr (Config::kBytes) {
+            decoders[r].byte_fragment(i, table, offset, a);
+          } else {
+            decoders[r].fragment(i, table, offset, a);
           }
+          sums.multiply(i, r, a, b);
         }
       }
       if constexpr (!Config::kRegular) {
-        if (pair % 2 == 1 && (role.segment_ends >> (2 * u + pair / 2) & 1) != 0)
-          sums.flush(scales, segment++, norm, role.lane);
+        if (piece % 2 == 1 && (role.segment_ends >> (2 * u + piece / 2) & 1) != 0)
+          sums.flush(scales, segment++, norm, {}, role.lane);
       }
     }
     const int consumed = u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4;
@@ -331,7 +156,7 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads)
     gemv_kernel(const __grid_constant__ GemvParams p) {
   using T = typename Config::T;
-  using Decoder = typename Config::Decoder;
+  using Table = typename Config::Table;
   extern __shared__ __align__(1024) uint8_t shared[];
   launch_dependents();
   const int lane = threadIdx.x % 32;
@@ -390,12 +215,12 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   const int warps = p.cta_slices * p.cta_row_groups;
   // While some warps rotate x the others, if there are enough of them, fill the table.
   const int first_fill = 2 * p.rotate_warps <= warps ? p.rotate_warps : 0;
-  TableFill<Decoder> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x) - first_fill * kLanes,
-                           (warps - first_fill) * kLanes);
+  TableFill<Table> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x) - first_fill * kLanes,
+                         (warps - first_fill) * kLanes);
 
-  auto* barrier = reinterpret_cast<uint64_t*>(shared + Decoder::kTableBytes);
+  auto* barrier = reinterpret_cast<uint64_t*>(shared + Table::kTableBytes);
   auto* inbox = reinterpret_cast<float4*>(barrier + 2);
-  T* xs = reinterpret_cast<T*>(reinterpret_cast<float*>(inbox) + p.inbox_floats);
+  const SharedX<Config> xs(reinterpret_cast<float*>(inbox) + p.inbox_floats, p.m, p.chunks);
   if (p.cluster > 1) {
     if (threadIdx.x == 0) mbarrier_init(barrier);
     __syncthreads();
@@ -403,21 +228,24 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   }
   const RotateRole<T> rotate(p, first_slice, warp, lane);
   table.store(shared);
-  rotate.run(p, xs, lane);
+  rotate.run(p, lane, [&](const uint2(&raw)[8], const float4(&d)[8], int r, int c) {
+    xs.store(rotate.rotation, raw, d, r, c, lane);
+  });
   __syncthreads();
   if (p.cluster > 1) cluster_wait();  // the other CTAs have started: their inboxes may be written
 
   XFragments<Config> x;
+  const int first_column = role.slice * p.units_per_slice * kUnitColumns - rotate.chunk0 * kChunk;  // in shared memory
 #pragma unroll
   for (int t = 0; t < Config::kTokenTiles; ++t) {
     // Rows beyond m: the sums of any other row do.
-    x.from[t] = xs + min(t * 8 + lane / 4, p.m - 1) * xs_stride(p.chunks) +
-                role.slice * p.units_per_slice * kUnitColumns - rotate.chunk0 * kChunk + lane % 4 * 8;
+    const uint8_t* row = xs.row(min(t * 8 + lane / 4, p.m * Config::kDigits - 1));
+    x.from[t] = row + first_column * (2 / Config::kDigits) + lane % 4 * 16;
   }
   if (role.units > 0) x.hold();
-  auto* partials = reinterpret_cast<float*>(xs + p.m * xs_stride(p.chunks));
+  auto* partials = reinterpret_cast<float*>(xs.end(p.m));
   const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
-  const uint32_t offset = Decoder::lane_offset(lane);
+  const uint32_t offset = Config::kBytes ? lane * 4 : Config::Decoder::lane_offset(lane);
   uint32_t parity = 0;
   for (int round = 0; round < part.rounds; round += p.batch, parity ^= 1) {
     const int rounds = min(p.batch, part.rounds - round);
@@ -431,24 +259,15 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
           multiply<Config>(words, next, role, scales, shared, offset, p.norm, x, sums);
           words.advance(next, blocks, iterations);
           x.move(1);
-        }
-        x.move(-iterations);
-        if constexpr (Config::kRegular) sums.flush(scales, 0, p.norm, lane);
-      }
-      float* out = partials + (slot * warps + warp) * p.m * Config::kPartialStride + lane / 4;
-#pragma unroll
-      for (int t = 0; t < Config::kTokenTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int token = t * 8 + lane % 4 * 2 + i;
-          if (token >= p.m) continue;
-#pragma unroll
-          for (int r = 0; r < Config::kTiles; ++r) {
-            out[token * Config::kPartialStride + r * kTileRows] = sums.sum[r][t][i];
-            out[token * Config::kPartialStride + r * kTileRows + 8] = sums.sum[r][t][2 + i];
+          if constexpr (Config::kBytes) {
+            const int chunk = (first_column + i * Config::kUnits * kUnitColumns) / kChunk;
+            sums.flush(scales, 0, p.norm, xs.scales_of(chunk, p.m, lane), lane);
           }
         }
+        x.move(-iterations);
+        if constexpr (Config::kRegular && !Config::kBytes) sums.flush(scales, 0, p.norm, {}, lane);
       }
+      sums.write(partials + (slot * warps + warp) * p.m * Config::kPartialStride, p.m, lane);
     }
     reduce_batch<Config>(p, part, reduction, round, rounds, stride, parity);
   }

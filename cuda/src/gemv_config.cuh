@@ -10,19 +10,26 @@
 
 namespace higgs::cuda {
 
-// See gemv.cuh. token_tiles = 1 (m <= 8) or 2 (m <= 16; not held, for want of registers).
+// See gemv.cuh. Halves: token_tiles = 1 (m <= 8) or 2 (m <= 16; not held, for want of registers). Bytes: 1 (m <= 4), 2
+// (m <= 8) or 4 (m <= 16; not held).
 enum class Loop { general, held, paired };
 
 template <typename Decoder_, typename T_, int TokenTiles_, Loop kLoop>
 struct GemvConfig {
   using Decoder = Decoder_;
   using T = T_;
+  static constexpr bool kBytes = uses_bytes(Decoder::kShape, kLoop != Loop::general);
+  static constexpr int kDigits = kBytes ? 2 : 1;  // of a row of x: columns of the MMA
   static constexpr int kTokenTiles = TokenTiles_;
-  static constexpr int kTableBytes =  // tables in the tiled buffer: fp16, then bf16, then the scales
-      (Decoder::kShape.entries() * Decoder::kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
-      kTiledAlignment;
-  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableBytes;
-  static constexpr int kScalesOffset = 2 * kTableBytes;
+  static constexpr int kTokens = 8 / kDigits;  // rows of x in a token tile
+  static constexpr int kLaneTokens = 2 / kDigits;
+  static constexpr int kPieces = kUnitColumns * 2 / kDigits / 64;  // of 64 bytes, of a unit of a row of x
+  // Tables in the tiled buffer: fp16, bf16, bytes, then the scales.
+  static constexpr int kTableBytes = (Decoder::kShape.entries() * Decoder::kShape.entry_bytes() + kTiledAlignment - 1) /
+                                     kTiledAlignment * kTiledAlignment;
+  static constexpr int kTableOffset = kBytes ? 2 * kTableBytes : std::is_same_v<T_, __half> ? 0 : kTableBytes;
+  static constexpr int kScalesOffset = 2 * kTableBytes + Decoder::kShape.byte_tables_bytes();
+  using Table = std::conditional_t<kBytes, ByteTable<Decoder::kShape.bits>, Decoder>;
   static constexpr bool kRegular = kLoop != Loop::general;
   static constexpr int kUnitWords = Decoder::kShape.unit_words();
   static constexpr bool kPaired = kLoop == Loop::paired;
@@ -34,9 +41,9 @@ struct GemvConfig {
   static constexpr int kWindow = kHeld ? held_window(Decoder::kShape) : kLoads;  // loads in flight per row tile
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
-  static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && !kHeld));
+  static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && (kBytes || !kHeld)) || (TokenTiles_ == 4 && kBytes && !kHeld));
   static_assert(sizeof(T_) == 2);
-  static_assert(Decoder::kTableBytes == 65536);
+  static_assert(Table::kTableBytes == 65536);
 };
 
 // a / b for 0 <= a < 2^16 and small b, without the integer division sequence.

@@ -38,15 +38,6 @@ struct TrellisConfig {
   static_assert(Regular_ || Tokens == 16);
 };
 
-// A table of four bytes, replicated for the lanes.
-struct ByteTable {
-  static constexpr FieldShape kShape{8, 2};
-  static constexpr int kStrideLog = 8;
-  static constexpr int kTableEntries = 256;
-  static constexpr int kTableBytes = kTableEntries << kStrideLog;
-  static constexpr int kCopies = 32;
-};
-
 // The words of a lane for one unit. Places as in slice_word.
 template <typename Config>
 struct UnitWords {
@@ -354,10 +345,10 @@ __global__ void __launch_bounds__(512, 1) gemv_trellis_kernel(const __grid_const
   }
   const int warps = p.cta_slices * p.cta_row_groups;
   const int first_fill = 2 * p.rotate_warps <= warps ? p.rotate_warps : 0;
-  TableFill<ByteTable> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x) - first_fill * kLanes,
-                             (warps - first_fill) * kLanes);
+  TableFill<ByteTable<8>> table(part.data + Config::kTableOffset, static_cast<int>(threadIdx.x) - first_fill * kLanes,
+                                (warps - first_fill) * kLanes);
 
-  auto* barrier = reinterpret_cast<uint64_t*>(shared + ByteTable::kTableBytes);
+  auto* barrier = reinterpret_cast<uint64_t*>(shared + ByteTable<8>::kTableBytes);
   auto* inbox = reinterpret_cast<float4*>(barrier + 2);
   auto* x_scales = reinterpret_cast<float*>(inbox) + p.inbox_floats;
   auto* xs = reinterpret_cast<uint8_t*>(x_scales + (p.m * p.chunks + 3) / 4 * 4);

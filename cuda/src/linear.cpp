@@ -79,7 +79,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.tile_bytes = static_cast<int>(t.tile_bytes);
   p.inbox_floats = plan.inbox_floats;
   p.row_groups_of_scales = static_cast<std::uint16_t>(t.row_groups);
-  p.norm = remaining_norm(f.block) * (t.field.trellis() ? kTrellisStep : 1.0f);
+  p.norm = remaining_norm(f.block) * (t.field.trellis() ? kTrellisStep : plan.bytes() ? kQuadStep : 1.0f);
   p.layout_units = static_cast<std::uint8_t>(tiled_format(f).units_per_slice / 2);
   p.iterations = static_cast<std::uint8_t>(plan.paired ? t.units_per_slice / iteration_units(t.field, true) : 1);
   p.slices = static_cast<std::uint16_t>(t.slices);
@@ -120,11 +120,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
 bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts, const DeviceProperties& device) {
   constexpr std::int64_t kLarge = std::int64_t{1} << 26;  // weights
   const LayerFormat& f = parts[0].weights.format;
-  const bool is_trellis =
-      std::ranges::any_of(parts, [](const LinearPart& p) { return p.weights.format.grid->trellis != nullptr; });
-  if (!supports_block(f.block)) return true;
-  if (is_trellis && !has_wgmma(device)) return false;  // the decode kernel, for some rows at a time
-  if (m > kMaxDecodeRows) return true;
+  if (m > kMaxDecodeRows || !supports_block(f.block)) return true;
   std::int64_t rows = 0;
   for (const LinearPart& part : parts) rows += part.weights.format.n;
   return m > kMaxDecodeRows / 2 && rows * f.k > kLarge && has_wgmma(device);
@@ -230,9 +226,11 @@ void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std:
 
 }  // namespace
 
-std::int64_t linear_max_rows(DType dtype) {
-  if (dtype == DType::f32) return 0;
-  return has_wgmma(current_device()) ? kMaxLinearRows : kMaxMmaRows;
+std::int64_t linear_max_rows(DType dtype, const LayerFormat& format, const DeviceProperties& device) {
+  if (dtype == DType::f32 || !supports_grid(*format.grid)) return 0;
+  if (has_wgmma(device)) return kMaxLinearRows;
+  if (format.grid->trellis == nullptr) return kMaxMmaRows;
+  return supports_block(format.block) ? kMaxDecodeRows : 0;
 }
 
 std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts,

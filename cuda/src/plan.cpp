@@ -40,10 +40,13 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
   return static_cast<int>(chunks);
 }
 
-// Rotated x in shared memory and what it needs beside it. A trellis kernel keeps scales with x (trellis.cuh).
+// Rotated x in shared memory. Integers, as those of a trellis kernel, have scales (trellis.cuh).
 int x_bytes(const LaunchPlan& p) {
   const int columns = p.chunks * kChunkColumns;
-  return p.rows * 2 * (p.field.trellis() ? columns + 64 : columns + 32);
+  return p.rows * 2 * (p.field.trellis() || p.bytes() ? columns + 64 : columns + 32);
+}
+int x_scales_bytes(const LaunchPlan& p) {
+  return p.field.trellis() || p.bytes() ? ceil_div(p.rows * p.chunks, 4) * 16 : 0;
 }
 
 SharedUse shared_use(const LaunchPlan& p, int budget) {
@@ -55,10 +58,8 @@ SharedUse shared_use(const LaunchPlan& p, int budget) {
   for (use.batch = std::min(p.rounds, kMaxBatch); use.batch > 0; --use.batch) {
     // A cluster's inbox: a sum of every CTA for the outputs this CTA owns, 4 for each of 32 threads in turn.
     use.inbox_floats = p.cluster == 1 ? 0 : ceil_div(use.batch * outputs, 128 * p.cluster) * 128 * p.cluster;
-    use.bytes = 16 + 4 * use.inbox_floats + xs + use.batch * partials;
-    if (p.field.trellis()) {  // partial sums take the place of x
-      use.bytes += ceil_div(p.rows * p.chunks, 4) * 16 - std::min(xs, use.batch * partials);
-    }
+    use.bytes = 16 + 4 * use.inbox_floats + x_scales_bytes(p) + xs + use.batch * partials;
+    if (p.field.trellis()) use.bytes -= std::min(xs, use.batch * partials);  // partial sums take the place of x
     if (use.bytes <= budget) return use;
   }
   return {};
@@ -119,24 +120,29 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
 }
 
 // Cycles of a launch, roughly; what the partitions differ in. The constants are a fit to about 700 partitions of 8
-// shapes on an H200 (14 % rms; the cheapest partition is 0.7 % slower than the fastest, on average).
+// shapes on an H200 (14 % rms; the cheapest partition is 0.7 % slower than the fastest, on average), and with bytes to
+// 79 of 4 shapes (10 %; 0.9 %).
 double cost(const LaunchPlan& p, const DeviceProperties& device) {
   const int tiles = block_tiles(p.field, p.paired);
   const int warps = p.slices * p.row_groups;
   const bool alone = p.max_threads() > 256 || p.shared_bytes > (device.shared_bytes_per_block - kReservedShared) / 2;
   // Main loop: cycles of the load unit for an MMA step (16 x 16 weights): look-ups, x, and 8 for 16 bytes a lane of
   // weights; a warp alone waits for latencies. Larger clusters come to share multiprocessors where that is possible.
-  const double lookups = p.field.weights == 1 ? 8 : 4;
-  const double x = p.paired || !p.regular ? 2.0 * p.token_tiles / tiles : 0;
+  const double lookups = p.bytes() ? 2 : p.field.weights == 1 ? 8 : 4;
+  const double x = p.paired || !p.regular ? (p.bytes() ? 1.0 : 2.0) * p.token_tiles / tiles : 0;
   const double weights = p.field.unit_words() / 4.0;
-  const double step = std::max(1.14 * warps * (lookups + x + weights), 58.0) * (!alone && p.cluster > 2 ? 1.16 : 1);
+  const double products = p.bytes() ? 0.1 * (p.token_tiles - 1) : 0;
+  const double step =
+      std::max(1.14 * warps * (lookups + x + weights + products), 58.0) * (!alone && p.cluster > 2 ? 1.16 : 1);
   const double main = step * 8 * p.units * tiles * p.rounds;
   const int chunks = p.chunks * p.rows;
-  const double rotation = 920.0 * ceil_div(chunks, warps) + 115.0 * chunks;
+  // To bytes it takes more instructions, which the warps of a scheduler issue in turn.
+  const double rotation =
+      p.bytes() ? 500.0 * ceil_div(chunks, warps) + 220.0 * chunks : 920.0 * ceil_div(chunks, warps) + 115.0 * chunks;
   // Partial sums go through shared memory; each batch waits for its slowest warp.
   const double sums = p.rounds * (375 + warps * tiles * p.rows * (p.cluster > 1 ? 1.2 : 0.6));
   const double batches = std::ceil(static_cast<double>(p.rounds) / p.batch) * (p.cluster > 1 ? 2220 : 1060);
-  return p.k_launches * (main + rotation + sums + batches + (alone ? 1770 : 0));
+  return p.k_launches * (main + rotation + sums + batches + (!alone ? 0 : p.bytes() ? 2700 : 1770));
 }
 
 // The cheapest partition of the launches' kind (rows, paired) into `launches` launches; cost 0 if none fits.
@@ -173,7 +179,7 @@ double best_of_kind(LaunchPlan& p, const LinearProblem& problem, const TiledForm
 LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const TiledFormat& t,
                           const DeviceProperties& device) {
   for (p.rows = static_cast<int>(problem.m); p.rows > 0; p.rows /= 2) {
-    p.token_tiles = p.rows > 8 ? 2 : 1;
+    p.token_tiles = (p.rows > 8 ? 2 : 1) * (p.bytes() && p.rows > 4 ? 2 : 1);
     LaunchPlan held = p;
     p.paired = p.regular && !p.field.trellis();
     for (int launches = 1; launches <= t.slices * t.units_per_slice; ++launches) {
@@ -181,7 +187,7 @@ LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const Tile
       const double cost_paired = best_of_kind(paired, problem, t, launches, device);
       LaunchPlan other = held;
       const double cost_held =
-          p.paired && p.token_tiles == 1 && holds_x(p.field) ? best_of_kind(other, problem, t, launches, device) : 0;
+          p.paired && p.rows <= 8 && holds_x(p.field) ? best_of_kind(other, problem, t, launches, device) : 0;
       if (cost_held > 0 && (cost_paired == 0 || cost_held < cost_paired)) return other;
       if (cost_paired > 0) return paired;
     }

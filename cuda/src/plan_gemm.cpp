@@ -59,8 +59,9 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
   p.dtype = problem.dtype;
   p.regular = t.regular(problem.matrices[0]);
   if (p.field.trellis() && !has_wgmma(device)) {
-    throw Error(ErrorCode::unsupported,
-                "linear: the GEMM of trellis grids needs sm_90, not sm_" + std::to_string(device.sm()));
+    throw Error(ErrorCode::unsupported, "linear: the GEMM of trellis grids needs sm_90, not sm_" +
+                                            std::to_string(device.sm()) +
+                                            "; use rotate, dequantize_rotated and a GEMM");
   }
   if (has_wgmma(device)) {
     set_wgmma_tile(p, problem, device);

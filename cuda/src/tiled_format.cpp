@@ -40,8 +40,9 @@ FieldShape field_shape(const Grid& grid) {
   if (shape.bits > 0) return shape;
   throw Error(ErrorCode::unsupported,
               "grid " + std::string(grid.name) +
-                  " has no CUDA decoder; p = 1 supports 2-6 and 8 index bits, p = 2 supports "
-                  "2-12, p = 4 supports 4, 6 and 8, of trellis grids a2_b4 to a2_b8 are supported");
+                  " has no CUDA kernel that multiplies; p = 1 supports 2-6 and 8 index bits, p = 2 supports 2-12, "
+                  "p = 4 supports 4, 6 and 8, of trellis grids a2_b4 to a2_b8 are supported; for the others use "
+                  "rotate, dequantize_rotated and a GEMM");
 }
 
 bool supports_grid(const Grid& grid) noexcept { return find_shape(grid).bits > 0; }
@@ -49,6 +50,11 @@ bool supports_grid(const Grid& grid) noexcept { return find_shape(grid).bits > 0
 TiledFormat tiled_format(const LayerFormat& format) {
   validate(format);
   TiledFormat t;
+  if (!supports_grid(*format.grid)) {
+    t.weights = align(2 * format.n * format.row_groups());
+    t.bytes = t.weights + align(format.index_bytes());
+    return t;
+  }
   t.field = field_shape(*format.grid);
   t.row_tiles = ceil_div(format.n, kTileRows);
   t.row_groups = format.row_groups();
@@ -64,7 +70,7 @@ TiledFormat tiled_format(const LayerFormat& format) {
   t.table_f16 = 0;
   t.table_bf16 = table;
   t.table_bytes = 2 * table;
-  t.scales = 2 * table + align(t.field.byte_tables_bytes());
+  t.scales = 2 * table + t.field.byte_tables_bytes();
   t.weights = t.scales + align(t.row_tiles * t.row_groups * kTileRows * 2);
   t.bytes = t.weights + align(t.row_tiles * t.tile_bytes);
   return t;

@@ -1,4 +1,4 @@
-// Additive trellis grids as a kernel argument.
+// Trellis grids as kernel arguments.
 #pragma once
 
 #include <cmath>
@@ -7,6 +7,7 @@
 
 #include "higgs/cuda/tiled_format.h"
 #include "higgs/error.h"
+#include "higgs/numeric.h"
 
 namespace higgs::cuda {
 
@@ -41,6 +42,22 @@ struct TrellisTable {
       t.entries[w] |= static_cast<std::uint32_t>(static_cast<int>(entry) & 0xff) << (8 * c);
     }
   }
+  return t;
+}
+
+// A hashed grid: what Trellis (grid.h) says of it, magnitudes in fp16.
+struct HashedTrellis {
+  static constexpr int kCapacity = 2048;
+  int p = 0;
+  int bits = 0;
+  int rows = 0;  // a power of two
+  std::uint32_t multiplier = 0;
+  alignas(16) std::uint16_t values[kCapacity] = {};
+};
+
+[[nodiscard]] inline HashedTrellis make_hashed_trellis(const Grid& grid) {
+  HashedTrellis t{grid.p, grid.index_bits, grid.trellis->rows, grid.trellis->multiplier};
+  for (std::size_t i = 0; i < grid.trellis->table.size(); ++i) t.values[i] = f32_to_f16(grid.trellis->table[i]);
   return t;
 }
 

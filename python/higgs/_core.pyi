@@ -12,6 +12,8 @@ class Grid:
     index_bits: int
     window_bits: int
     family: str
+    run_group: int
+    runs: int
     t2: float
     rate: float
     points: list[list[float]]
@@ -31,6 +33,18 @@ def quantize(fmt: Format, w: int, w_dtype: int, column_scale: int, indices: int,
 def dequantize(fmt: Format, indices: int, scales: int, column_scale: int, out: int, out_dtype: int) -> None: ...
 def linear(
     fmt: Format, indices: int, scales: int, column_scale: int, x: int, dtype: int, rows: int, bias: int, y: int
+) -> None: ...
+def grouped_linear(
+    fmt: Format,
+    indices: int,
+    scales: int,
+    column_scale: int,
+    x: int,
+    dtype: int,
+    rows: int,
+    offsets: int,
+    experts: int,
+    y: int,
 ) -> None: ...
 def rotate(data: int, dtype: int, rows: int, cols: int, block: int, seed: int, out: int) -> None: ...
 def unrotate(data: int, rows: int, cols: int, block: int, seed: int, out: int) -> None: ...
@@ -95,7 +109,7 @@ def cuda_rotate(
     out_dtype: int,
     stream: int,
 ) -> None: ...
-def cuda_linear_max_rows(dtype: int) -> int: ...
+def cuda_linear_max_rows(fmt: Format, dtype: int) -> int: ...
 def cuda_linear_workspace_bytes(formats: Sequence[Format], rows: int, dtype: int) -> int: ...
 def cuda_linear(
     formats: Sequence[Format],
@@ -110,3 +124,18 @@ def cuda_linear(
     stream: int,
 ) -> None: ...
 def cuda_plan(formats: Sequence[Format], rows: int, dtype: int) -> str: ...
+def cuda_grouped_linear(
+    fmt: Format,
+    experts: int,
+    tiled: int,
+    x: int,
+    dtype: int,
+    rows: int,
+    input_vector: int,
+    offsets: int,
+    y: int,
+    workspace: int,
+    stream: int,
+) -> None: ...
+def cuda_grouped_linear_max_rows(fmt: Format, experts: int, dtype: int) -> int: ...
+def cuda_grouped_plan(fmt: Format, experts: int, rows: int, dtype: int) -> str: ...

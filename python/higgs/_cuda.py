@@ -66,7 +66,8 @@ def quantize(weight: Tensor, fmt: LayerFormat, column_scale: Tensor | None) -> t
     except UnsupportedError:
         if not _core.with_cuda:
             raise
-        return _quantize_on_the_cpu(weight, fmt, column_scale)  # a row does not fit in shared memory
+        # A trellis grid by hash, or a row that does not fit in shared memory.
+        return _quantize_on_the_cpu(weight, fmt, column_scale)
     error, energy = stats.sum(0).tolist()
     if not (math.isfinite(error) and math.isfinite(energy)):
         _explain(weight, stats)
@@ -148,8 +149,9 @@ def linear_tiled(
     x: Tensor, tiled: list[Tensor], input_vector: Tensor, biases: list[Tensor], has_bias: list[bool],
     grids: list[str], rows: list[int], groups: list[int], block: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Up to ``linear_max_rows`` rows of x: the kernels. More (for float32 and, on other GPUs than sm_90,
-    m > 512): x is rotated once, the weights are decoded in pieces of at most 64 MiB and multiplied by torch."""
+    """Up to ``linear_max_rows`` rows of x: the kernels. More (for float32, for trellis grids by hash and, on other GPUs
+    than sm_90, for m > 512, 16 of a trellis): x is rotated once, the weights are decoded in pieces of at most 64 MiB
+    and multiplied by torch."""
     k = input_vector.shape[0]
     check_x(x, k, input_vector)
     check("input_vector", input_vector, (k,), _VECTOR, x)
@@ -158,7 +160,7 @@ def linear_tiled(
     prepared = [_prepared_bias(next(given), n, x) if has else None for has, n in zip(has_bias, rows, strict=True)]
     x = _aligned(x)
     m, code = x.numel() // k, DTYPE_CODES[x.dtype]
-    if m > _max_rows(code, x.device.index):
+    if m > _max_rows(formats, code, x.device.index):
         rotated = _rotate(x.view(-1, k), input_vector, block, x.dtype)
         parts = zip(formats, tiled, prepared, rows, strict=True)
         ys = [_matmul_rotated(rotated, core, weights, bias, n) for core, weights, bias, n in parts]
@@ -210,10 +212,10 @@ def _tiled_formats(
     return tuple(formats)
 
 
-@cache
-def _max_rows(code: int, device: int) -> int:
+@lru_cache(maxsize=4096)
+def _max_rows(formats: tuple[_core.Format, ...], code: int, device: int) -> int:
     with torch.cuda.device(device):
-        return _core.cuda_linear_max_rows(code)
+        return min(_core.cuda_linear_max_rows(core, code) for core in formats)
 
 
 @lru_cache(maxsize=4096)

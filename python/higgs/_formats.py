@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import _core
 
-_TRELLIS_COLUMNS = 256
 _NEXT_SIGNS = 0x9E3779B97F4A7C15  # by which the seed grows from 64 signs to the next (FORMAT.md)
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -52,15 +51,16 @@ class LayerFormat:
         """The format of columns ``first`` to ``first + k - 1``, a shard of tensor parallelism, whose bytes are a slice
         of this one's. The seed moves on to the signs of these columns and may become negative (it counts mod 2^64).
 
-        Raises ValueError if the shard cuts a scale group or, in a trellis grid, a group of 256 columns in two.
+        Raises ValueError if the shard cuts a scale group in two or, in a trellis grid, runs.
         """
-        step = self.group
-        if _core.find_grid(self.grid).family == "trellis":
-            step = math.lcm(step, _TRELLIS_COLUMNS)
-        if first % step or (k % step and first + k != self.k):
+        grid, rest = _core.find_grid(self.grid), self.k - first - k
+        step = math.lcm(self.group, grid.run_group or 1)
+        tail = grid.run_group if grid.runs == 1 else 0  # less than that belongs to the run before it
+        if first % step or (rest and (k % step or rest < tail)):
             raise ValueError(
                 f"columns {first} to {first + k} of {self.k} cannot be split off: on grid {self.grid} with scale group "
                 f"{self.group} (block {self.block}) a shard starts and ends at a multiple of {step} columns"
+                + (f", {tail} or more before the end" if tail else "")
             )
         seed = self.seed + first // 64 * _NEXT_SIGNS
         return replace(self, k=k, seed=(seed + 2**63) % 2**64 - 2**63)  # the operators take signed 64 bits

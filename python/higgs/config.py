@@ -14,13 +14,19 @@ QUANT_METHOD = "higgs_quant"
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Grid, block, scale group, key of the signs and presence of a column scale of one layer."""
+    """Grid, block, scale group, key of the signs and presence of a column scale of one layer; ``experts``: how many
+    matrices of a mixture lie one below the other in it."""
 
     grid: str
     block: int
     group: int
     seed: int
     column_scale: bool = False
+    experts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.experts is not None and (type(self.experts) is not int or self.experts < 1):
+            raise ValueError(f"experts is {self.experts!r}, expected a positive integer")
 
     def format(self, name: str, n: int, k: int) -> LayerFormat:
         try:
@@ -29,8 +35,11 @@ class LayerConfig:
             raise FormatError(f"quantization_config of layer {name} [{n}, {k}]: {e}") from e
 
     @classmethod
-    def of(cls, fmt: LayerFormat, *, column_scale: bool) -> LayerConfig:
-        return cls(fmt.grid, fmt.block, fmt.group, fmt.seed, column_scale)
+    def of(cls, fmt: LayerFormat, *, column_scale: bool, experts: int | None = None) -> LayerConfig:
+        return cls(fmt.grid, fmt.block, fmt.group, fmt.seed, column_scale, experts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "experts" or value is not None}
 
 
 @dataclass
@@ -43,7 +52,7 @@ class QuantizationConfig:
         return {
             "quant_method": QUANT_METHOD,
             "format_version": _core.format_version,
-            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
         }
 
     @classmethod
@@ -66,7 +75,7 @@ class QuantizationConfig:
                 layers[name] = LayerConfig(**entry)
                 _core.find_grid(layers[name].grid)
             except TypeError:
-                expected = "grid, block, group, seed and, optionally, column_scale"
+                expected = "grid, block, group, seed and, optionally, column_scale and experts"
                 raise FormatError(f"quantization_config of layer {name} is {entry!r}, expected {expected}") from None
             except ValueError as e:
                 raise FormatError(f"quantization_config of layer {name}: {e}") from e

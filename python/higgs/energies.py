@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .devices import pick_device
 from .errors import FormatError, UnsupportedError
 from .linear import as_linear, is_conv1d
+from .moe import projections, recorded_inputs
 from .progress import NullProgress, Progress
 
 _FORMAT = "higgs_energies"
@@ -108,9 +109,10 @@ def self_tokens(
 
 
 def weight_energy(weight: Tensor) -> Tensor:
-    """Sum over rows of w_ij^2: float32 [k], on the CPU."""
-    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for rows in weight.detach().split(max(1, 2**18 // weight.shape[1])):  # fp64 copies stay small
+    """Sum over rows (and matrices, of [experts, n, k]) of w_ij^2: float32 [k], on the CPU."""
+    k = weight.shape[-1]
+    total = torch.zeros(k, dtype=torch.float64, device=weight.device)
+    for rows in weight.detach().flatten(0, -2).split(max(1, 2**18 // k)):  # fp64 copies stay small
         total += rows.double().square().sum(0)
     return total.float().cpu()
 
@@ -206,16 +208,18 @@ def gather_energies(
     model: nn.Module, token_ids: Tensor, *, source: str = "random", progress: Progress | None = None
 ) -> Energies:
     """Runs ``token_ids`` [windows, context] through ``model`` and averages x_j^2 over all tokens but each window's
-    first for every Linear (or Conv1D) layer.
+    first for every Linear (or Conv1D) layer, and for the experts of mixtures over the tokens that they get.
 
     Layers share an input if in the first batch their hooks saw the same tensor (same storage, shape and strides).
     """
     progress = progress or NullProgress()
     layers = quantizable_layers(model)
-    if not layers:
+    widths = {name: as_linear(m).in_features for name, m in layers.items()}
+    widths.update({name: layer.in_features for name, layer in projections(model).items()})
+    if not widths:
         raise UnsupportedError("the model has no Linear layers to gather input energies of")
-    sums = {name: torch.zeros(as_linear(m).in_features, dtype=torch.float64) for name, m in layers.items()}
-    counts = dict.fromkeys(layers, 0)
+    sums = {name: torch.zeros(k, dtype=torch.float64) for name, k in widths.items()}
+    counts = dict.fromkeys(sums, 0)
     readers: dict[tuple, list[str]] = {}
     first_inputs: list[Tensor] = []  # of the first batch, kept alive so that no address comes twice
 
@@ -225,6 +229,9 @@ def gather_energies(
             readers.setdefault((x.data_ptr(), tuple(x.shape), x.stride()), []).append(name)
         if x.dim() == 3:
             x = x[:, 1:]  # the first token is an attention sink, with massive activations like no other's
+        add(name, x)
+
+    def add(name: str, x: Tensor) -> None:
         sums[name] += x.flatten(0, -2).float().square().sum(0, dtype=torch.float64).cpu()
         counts[name] += x.numel() // x.shape[-1]
 
@@ -232,14 +239,14 @@ def gather_energies(
     device = next(model.parameters()).device
     batches = token_ids.split(max(1, _BATCH_TOKENS // token_ids.shape[1]))
     progress.start("input energies", len(batches))
-    with _recorded_inputs(layers, record):
+    with _recorded_inputs(layers, record), recorded_inputs(model, token_ids.shape[1], add):
         for i, batch in enumerate(batches):
             first_batch = i == 0
             body(batch.to(device), use_cache=False)
             first_inputs.clear()
             progress.advance()
     progress.finish()
-    energies = {name: (sums[name] / counts[name]).float() for name in layers if counts[name]}
+    energies = {name: (sums[name] / counts[name]).float() for name in sums if counts[name]}
     if not energies:
         raise UnsupportedError("no Linear layer was used in the forward pass")
     shared = list(readers.values())

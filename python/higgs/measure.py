@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import UnsupportedError
+from .moe import Projection, projections
 
 _BATCH_TOKENS = 1024
 LEVELS = (0.01, 0.02, 0.04)
@@ -41,15 +42,17 @@ LEVELS = (0.01, 0.02, 0.04)
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to measure: its module, columns per scale, and column scale (float16 [k]) or None."""
+    """A layer to measure: its module (or a projection of experts), columns per scale, and column scale (float16 [k]) or
+    None."""
 
-    linear: nn.Linear
+    linear: nn.Linear | Projection
     group: int
     column_scale: Tensor | None
 
     def noise_std(self) -> Tensor:
-        """Standard deviation of noise of relative squared error 1: float32 [n, k]."""
-        return noise_std(self.linear.weight.detach(), self.group, self.column_scale)
+        """Standard deviation of noise of relative squared error 1: float32, of the weight's shape."""
+        weight = self.linear.weight.detach()
+        return noise_std(weight.flatten(0, -2), self.group, self.column_scale).view(weight.shape)
 
 
 def noise_std(weight: Tensor, group: int, column_scale: Tensor | None = None) -> Tensor:
@@ -248,7 +251,7 @@ def find_targets(
     from . import _core
     from .energies import linear_layers
 
-    layers = dict(linear_layers(model))
+    layers: dict[str, nn.Linear | Projection] = {**linear_layers(model), **projections(model)}
     if lm_head:
         layers.update(_own_head(model))
     targets, skipped = {}, {}

@@ -23,6 +23,7 @@ from .energies import (
 )
 from .errors import UnsupportedError
 from .linear import HiggsLinear, as_linear, is_conv1d
+from .moe import HiggsExperts, HiggsGrouped, Projection, other_experts, place_layers, projections, require_pairs
 from .progress import NullProgress, Progress
 from .report import LayerReport, Report
 from .seeds import layer_seeds
@@ -45,8 +46,9 @@ def quantize_(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Replaces the Linear modules of ``model``, and the Conv1D of transformers, by :class:`HiggsLinear`, in place
-    (arXiv 2411.17525, algorithm 1).
+    """Replaces the Linear modules of ``model``, and the Conv1D of transformers, by :class:`HiggsLinear`, and experts of
+    a mixture that transformers keeps as 3-D parameters by :class:`~higgs.moe.HiggsExperts`, in place (arXiv 2411.17525,
+    algorithm 1).
 
     Exactly one of ``bits`` (the uniform grid of that rate), ``grid`` (its name) and ``allocation`` ({layer name: grid
     name}; other layers stay) says what to use. The output head is left alone unless ``lm_head_grid`` says what for (or
@@ -64,29 +66,28 @@ def quantize_(
         model, bits=bits, grid=grid, allocation=allocation, lm_head_grid=lm_head_grid, skip=skip, block=block,
         group=group, seed=seed, strict=strict,
     )  # fmt: skip
-    originals = {name: model.get_submodule(name) for name in formats}
+    layers = unquantized_layers(model)
 
     column_scales = {}
     energies = _energies(model, scales, seed, progress)
     if energies is not None:
         seeds = layer_seeds(seed, formats, energies)
         formats = {name: replace(fmt, seed=seeds[name]) for name, fmt in formats.items()}
-        weight_energies = {name: weight_energy(as_linear(m).weight) for name, m in originals.items()}
+        weight_energies = {name: weight_energy(as_linear(layers[name]).weight) for name in formats}
         blocks = {name: f.block for name, f in formats.items()}
         column_scales = pooled_column_scales(energies, weight_energies, blocks, scale_exponent)
 
-    replacements = {}
+    replacements: dict[str, HiggsLinear] = {}
     progress.start("quantize", len(formats))
     for name, fmt in formats.items():
         start = time.perf_counter()
         column_scale = column_scales.get(name)
-        replacements[name], t2 = quantized_linear(name, originals[name], fmt, column_scale)
+        replacements[name], t2 = quantized_layer(name, layers[name], fmt, column_scale)
         seconds = time.perf_counter() - start
         report.layers.append(LayerReport.of(name, fmt, column_scale=column_scale is not None, t2=t2, seconds=seconds))
         progress.advance()
     progress.finish()
-    for name, module in replacements.items():
-        model.set_submodule(name, module)
+    place_layers(model, replacements)
     share_inputs_(model)
     _attach_config(model)
     return report
@@ -112,16 +113,24 @@ def plan_formats(
     grids = _grids_of_layers(model, grid_of_all(bits, grid, allocation, lm_head_grid), allocation, list(skip))
     if lm_head_grid is not None:
         grids[head_name(model)] = lm_head_grid
+    layers = unquantized_layers(model)
     for name, grid_name in grids.items():
-        linear = as_linear(model.get_submodule(name))
-        if linear.in_features % 64 != 0:
-            skipped[name] = f"in_features = {linear.in_features} is not a multiple of 64"
+        layer = as_linear(layers[name])
+        if layer.in_features % 64 != 0:
+            skipped[name] = f"in_features = {layer.in_features} is not a multiple of 64"
             if strict:
                 raise UnsupportedError(f"layer {name} cannot be quantized: {skipped[name]}")
             continue
         formats[name] = layer_format(
-            linear.out_features, linear.in_features, grid_name, block=block, group=group, seed=seed
+            layer.out_features, layer.in_features, grid_name, block=block, group=group, seed=seed
         )
+    if allocation is None:
+        skipped.update(others := other_experts(model))
+        if others and strict:
+            name, reason = next(iter(others.items()))
+            raise UnsupportedError(f"layer {name} cannot be quantized: {reason}")
+    for name in require_pairs(projections(model), formats, skipped):
+        del formats[name]
     if not formats:
         raise UnsupportedError("the model has no Linear layer that can be quantized")
     seeds = layer_seeds(seed, formats)
@@ -162,21 +171,30 @@ def _grids_of_layers(
     if any(isinstance(m, HiggsLinear) for m in model.modules()):
         raise UnsupportedError("the model is quantized already; quantize the original, or call higgs.dequantize_ first")
     if allocation is not None:
-        known = {name for name, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)}
+        known = unquantized_layers(model)
         for name in allocation:
             if name not in known:
                 raise ValueError(f"allocation names {name!r}, which is no Linear layer of the model")
         return dict(allocation)
-    layers = quantizable_layers(model)
+    layers = [*quantizable_layers(model), *projections(model)]
     return {name: cast(str, grid) for name in layers if not any(re.search(pattern, name) for pattern in skip)}
 
 
-def quantized_linear(
-    name: str, linear: nn.Module, fmt: LayerFormat, column_scale: Tensor | None = None
+def unquantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All that can be quantized, the output head too: Linear and Conv1D modules, and a
+    :class:`~higgs.moe.Projection` for each projection of experts."""
+    modules = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)}
+    return {**modules, **cast(dict[str, nn.Module], projections(model))}
+
+
+def quantized_layer(
+    name: str, layer: nn.Module | Projection, fmt: LayerFormat, column_scale: Tensor | None = None
 ) -> tuple[HiggsLinear, float]:
-    """:meth:`HiggsLinear.from_linear` whose errors tell the layer."""
+    """The quantized layer and its t2; errors tell the layer."""
     try:
-        return HiggsLinear.from_linear(linear, fmt, column_scale)
+        if isinstance(layer, Projection):
+            return HiggsGrouped.from_weight(layer.weight, fmt, column_scale)
+        return HiggsLinear.from_linear(layer, fmt, column_scale)
     except ValueError as e:
         raise ValueError(f"layer {name}: {e}") from e
 
@@ -197,7 +215,10 @@ def quantization_config(model: nn.Module) -> QuantizationConfig:
     """What a checkpoint of ``model`` has to say about its HiggsLinear layers."""
     modules = {name: m for name, m in model.named_modules() if isinstance(m, HiggsLinear)}
     return QuantizationConfig(
-        {n: LayerConfig.of(m.format, column_scale=m.column_scale is not None) for n, m in modules.items()}
+        {
+            name: LayerConfig.of(m.format, column_scale=m.column_scale is not None, experts=getattr(m, "experts", None))
+            for name, m in modules.items()
+        }
     )
 
 
@@ -210,13 +231,15 @@ def _attach_config(model: nn.Module) -> None:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replaces every HiggsLinear by an ordinary Linear with the dequantized weight, in place, and returns ``model``.
+    """Replaces every quantized module by an ordinary one with the dequantized weights, in place, and returns ``model``.
 
     ``dtype``: of the weights; default the model's own.
     """
     dtype = dtype or getattr(model, "dtype", None) or torch.float32
     for name, module in list(model.named_modules()):
-        if isinstance(module, HiggsLinear):
+        if isinstance(module, HiggsExperts):
+            model.set_submodule(name, module.to_experts(dtype))
+        elif isinstance(module, HiggsLinear) and not isinstance(module, HiggsGrouped):
             model.set_submodule(name, module.to_linear(dtype))
     share_inputs_(model, False)
     if hasattr(model, "save_pretrained"):

@@ -57,6 +57,11 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("index_bits", &higgs::Grid::index_bits, "bits stored per p weights")
       .def_readonly("window_bits", &higgs::Grid::window_bits, "bits that choose a point")
       .def_property_readonly("family", [](const higgs::Grid& g) { return g.trellis == nullptr ? "vector" : "trellis"; })
+      .def_property_readonly(
+          "run_group", [](const higgs::Grid& g) { return g.trellis ? g.trellis->run_group : 0; },
+          "columns of a group of runs of a trellis grid (packed_format.h), else 0")
+      .def_property_readonly(
+          "runs", [](const higgs::Grid& g) { return g.trellis ? g.trellis->runs : 0; }, "of a group")
       .def_readonly("t2", &higgs::Grid::t2, "E ||x - Q(x)||^2 / p for x ~ N(0, I_p)")
       .def_property_readonly("rate", &higgs::Grid::rate, "bits per weight without scales")
       .def_property_readonly("points",
@@ -110,6 +115,15 @@ PYBIND11_MODULE(_core, m) {
          std::int64_t rows, Address bias, Address y) {
         higgs::matmul(in_view(x, dtype, rows, f.k), packed_view(f, indices, scales, column_scale),
                       pointer<const void>(bias), out_view(y, dtype, rows, f.n));
+      },
+      ReleaseGil());
+  m.def(
+      "grouped_linear",
+      [](const higgs::LayerFormat& f, Address indices, Address scales, Address column_scale, Address x, int dtype,
+         std::int64_t rows, Address offsets, int experts, Address y) {
+        const std::span ends(pointer<const std::int32_t>(offsets), static_cast<std::size_t>(experts));
+        higgs::grouped_matmul(in_view(x, dtype, rows, f.k), ends, packed_view(f, indices, scales, column_scale),
+                              out_view(y, dtype, rows, f.n / experts));
       },
       ReleaseGil());
   m.def(

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "adapt.h"
+#include "higgs/cuda/grouped.h"
 #include "higgs/cuda/ops.h"
 
 namespace {
@@ -108,7 +109,8 @@ void bind_linear(py::module_& m) {
                      pointer<void>(out), dtype_of(out_dtype), stream_of(stream));
       },
       ReleaseGil());
-  m.def("cuda_linear_max_rows", [](int dtype) { return cuda::linear_max_rows(dtype_of(dtype)); });
+  m.def("cuda_linear_max_rows",
+        [](const LayerFormat& f, int dtype) { return cuda::linear_max_rows(dtype_of(dtype), f); });
   m.def("cuda_linear_workspace_bytes", [](const Formats& formats, std::int64_t rows, int dtype) {
     const Addresses none(formats.size());
     return cuda::linear_workspace_bytes(rows, dtype_of(dtype), linear_parts(formats, none, none, none));
@@ -124,6 +126,28 @@ void bind_linear(py::module_& m) {
   m.def("cuda_plan", &plan_text, "The launch that `cuda_linear` would make on the current device, in words");
 }
 
+void bind_grouped(py::module_& m) {
+  m.def(
+      "cuda_grouped_linear",
+      [](const LayerFormat& f, int experts, Address tiled, Address x, int dtype, std::int64_t rows,
+         Address input_vector, Address offsets, Address y, Address workspace, Address stream) {
+        cuda::grouped_linear({f, experts, rows, dtype_of(dtype)}, pointer<const std::byte>(tiled),
+                             pointer<const void>(x), pointer<const float>(input_vector),
+                             pointer<const std::int32_t>(offsets), pointer<void>(y), pointer<void>(workspace),
+                             stream_of(stream));
+      },
+      ReleaseGil());
+  m.def("cuda_grouped_linear_max_rows", [](const LayerFormat& f, int experts, int dtype) {
+    return cuda::grouped_linear_max_rows(f, experts, dtype_of(dtype));
+  });
+  m.def(
+      "cuda_grouped_plan",
+      [](const LayerFormat& f, int experts, std::int64_t rows, int dtype) {
+        return cuda::plan_grouped({f, experts, rows, dtype_of(dtype)}, cuda::current_device()).to_string();
+      },
+      "The launch that `cuda_grouped_linear` would make on the current device, in words");
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -131,4 +155,5 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_current_device", &current_device);
   bind_layouts(m);
   bind_linear(m);
+  bind_grouped(m);
 }

@@ -1,4 +1,5 @@
 // The functions of higgs::cuda in a build without it.
+#include "higgs/cuda/grouped.h"
 #include "higgs/cuda/ops.h"
 #include "higgs/error.h"
 
@@ -36,7 +37,14 @@ void linear(const void*, DType, std::int64_t, const float*, std::span<const Line
             const DeviceProperties&) {
   unsupported();
 }
-std::int64_t linear_max_rows(DType) { unsupported(); }
+GroupedPlan plan_grouped(const GroupedProblem&, const DeviceProperties&) { unsupported(); }
+std::string GroupedPlan::to_string() const { unsupported(); }
+void grouped_linear(const GroupedProblem&, const std::byte*, const void*, const float*, const std::int32_t*, void*,
+                    void*, Stream, const DeviceProperties&) {
+  unsupported();
+}
+std::int64_t grouped_linear_max_rows(const LayerFormat&, int, DType, const DeviceProperties&) { unsupported(); }
+std::int64_t linear_max_rows(DType, const LayerFormat&, const DeviceProperties&) { unsupported(); }
 std::int64_t linear_workspace_bytes(std::int64_t, DType, std::span<const LinearPart>, const DeviceProperties&) {
   unsupported();
 }

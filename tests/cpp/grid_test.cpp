@@ -165,6 +165,21 @@ TEST(Grid, EveryPointIsTheNearestToItself) {
   }
 }
 
+// What kernels that look up four weights at a time rely on.
+TEST(Grid, PointsOfFourWeightsAreSignedBytes) {
+  int count = 0;
+  for (const Grid& g : test::grids_of_family(false)) {
+    const bool four = g.p == 4 || (g.index_bits * 4 / g.p == 8 && g.p <= 2);  // p1_n4, p2_n16: runs of indices
+    if (!four) continue;
+    ++count;
+    for (const float v : g.points) {
+      EXPECT_EQ(v * 32, std::nearbyint(v * 32)) << g.name;
+      EXPECT_LE(std::fabs(v * 32), 127) << g.name;
+    }
+  }
+  EXPECT_EQ(count, 5);
+}
+
 struct Published {
   const char* name;
   double t2;

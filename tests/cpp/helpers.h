@@ -319,6 +319,24 @@ inline int index_at(const std::vector<std::uint8_t>& bytes, std::int64_t row_sta
   return index;
 }
 
+// FORMAT.md, "Trellis grids": the columns of every run of a row, in the order of the stream.
+inline std::vector<std::vector<std::int64_t>> runs_of_row(const LayerFormat& f) {
+  const bool strided = f.grid->name[0] == 'a';
+  std::vector<std::vector<std::int64_t>> runs;
+  for (std::int64_t j = 0; j < f.k;) {
+    const std::int64_t left = f.k - j;
+    const std::int64_t columns = strided ? std::min<std::int64_t>(256, left) : left < 1024 ? left : 512;
+    for (int t = 0; t < (strided ? 4 : 1); ++t) {
+      runs.emplace_back();
+      for (std::int64_t c = 0; c < columns; ++c) {
+        if (!strided || c / 4 % 4 == t) runs.back().push_back(j + c);
+      }
+    }
+    j += columns;
+  }
+  return runs;
+}
+
 // The point that covers column j: the index there in a vector grid, in a trellis grid the bits of the run from its step
 // on, around the end.
 inline std::size_t point_at(const std::vector<std::uint8_t>& bytes, std::int64_t row_start, const LayerFormat& f,
@@ -326,18 +344,12 @@ inline std::size_t point_at(const std::vector<std::uint8_t>& bytes, std::int64_t
   const int p = f.grid->p;
   const int bits = f.grid->index_bits;
   if (f.grid->trellis == nullptr) return static_cast<std::size_t>(index_at(bytes, row_start, j / p, bits));
-  // The columns of the row in the order of the stream, run by run; those of column j's run.
-  std::int64_t before = 0;  // indices of the runs before
+  std::int64_t before = 0;  // indices of the runs before that of column j
   std::vector<std::int64_t> run;
-  for (std::int64_t group = 0; group < f.k; group += 256) {
-    for (int t = 0; t < 4; ++t) {
-      run.clear();
-      for (std::int64_t c = group; c < std::min(f.k, group + 256); ++c) {
-        if (c / 4 % 4 == t) run.push_back(c);
-      }
-      if (std::find(run.begin(), run.end(), j) != run.end()) group = f.k, t = 4;
-      if (t < 4) before += static_cast<std::int64_t>(run.size()) / p;
-    }
+  for (const std::vector<std::int64_t>& r : runs_of_row(f)) {
+    run = r;
+    if (std::find(run.begin(), run.end(), j) != run.end()) break;
+    before += static_cast<std::int64_t>(run.size()) / p;
   }
   std::vector<int> stream;
   for (std::int64_t i = 0; i < static_cast<std::int64_t>(run.size()) / p; ++i) {

@@ -90,6 +90,42 @@ TEST(PackedFormat, EveryGridHasWholeBytesAtEverySixtyFourColumns) {
   }
 }
 
+// The rule of FORMAT.md: helpers.h has it too, in other words.
+TEST(PackedFormat, RunsOfATrellisGrid) {
+  struct Lengths {
+    std::int64_t k;
+    std::vector<std::size_t> of_t2;
+    std::vector<std::size_t> of_a2;  // every fourth run
+  };
+  const Lengths table[] = {{64, {64}, {16}},
+                           {576, {576}, {64, 64, 16}},
+                           {960, {960}, {64, 64, 64, 48}},
+                           {1024, {512, 512}, {64, 64, 64, 64}},
+                           {1536 + 448, {512, 512, 960}, {64, 64, 64, 64, 64, 64, 64, 48}}};
+  for (const Lengths& lengths : table) {
+    for (const char* name : {"t2_b4", "a2_b8"}) {
+      const LayerFormat f = make_format(name, 1, lengths.k);
+      const auto runs = test::spec::runs_of_row(f);
+      const auto& expected = name[0] == 't' ? lengths.of_t2 : lengths.of_a2;
+      const std::size_t each = name[0] == 't' ? 1 : 4;
+      ASSERT_EQ(runs.size(), each * expected.size()) << name << " " << lengths.k;
+      std::int64_t first = 0;
+      for (std::size_t r = 0; r < runs.size(); ++r) {
+        EXPECT_EQ(runs[r].size(), expected[r / each]) << name << " " << lengths.k;
+        for (std::size_t i = 0; i < runs[r].size(); ++i) {
+          const StreamPlace place = stream_place(*f.grid, f.k, runs[r][i]);
+          EXPECT_EQ(place.first, first);
+          EXPECT_EQ(place.steps, static_cast<int>(runs[r].size()) / 2);
+          EXPECT_EQ(place.step, static_cast<int>(i) / 2);
+        }
+        first += static_cast<std::int64_t>(runs[r].size()) / 2;
+      }
+      EXPECT_EQ(first, f.row_indices());
+      EXPECT_LE(run_group(*f.grid->trellis, f.k, f.k - 1).run_columns(), kMaxRunColumns);
+    }
+  }
+}
+
 TEST(PackedFormat, IllegalKIsNamed) {
   for (const std::int64_t k :
        {std::int64_t{0}, std::int64_t{-64}, std::int64_t{1}, std::int64_t{63}, std::int64_t{100}}) {

@@ -97,6 +97,10 @@ void check_layer(const Layer& layer, std::span<const Case> cases, Ratios& ratios
     }
     const double baseline = matmul_error(x, w, expected, f, c.m, c.dtype);
     for (const DeviceProperties& device : planned_devices()) {
+      if (f.grid->trellis != nullptr && c.m > linear_max_rows(c.dtype, f, device)) {
+        EXPECT_THROW((void)run(layer, tiled, device_x, d, bias_pointer, c, device), Error) << device.name;
+        continue;
+      }
       const std::vector<std::uint8_t> y = run(layer, tiled, device_x, d, bias_pointer, c, device);
       EXPECT_EQ(run(layer, tiled, device_x, d, bias_pointer, c, device), y) << "second run, " << device.name;
       EXPECT_EQ(run(layer, tiled, device_x, d, bias_pointer, c, device), y) << "third run, " << device.name;
@@ -219,6 +223,24 @@ TEST(CudaLinear, MatricesThatShareX) {
         for (std::size_t j = 0; j < a.size(); ++j) EXPECT_NEAR(a[j], b[j], 0.02f + 0.01f * std::abs(b[j]));
       }
     }
+  }
+}
+
+TEST(CudaLinear, HashedTrellisGridsAreForDequantizeRotated) {
+  HIGGS_NEEDS_GPU();
+  const Layer layer(find_grid("t2_b8"), 16, 256, 256, 256);
+  Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(layer.format).bytes));
+  const Buffer<std::uint8_t> x(2 * 256);
+  const Buffer<std::uint8_t> y(2 * 16);
+  const Buffer<float> d(256);
+  const LinearPart part{{layer.format, tiled.data()}, nullptr, y.data()};
+  EXPECT_EQ(linear_max_rows(DType::f16, layer.format), 0);
+  try {
+    linear(x.data(), DType::f16, 1, d.data(), {&part, 1}, nullptr, nullptr);
+    FAIL() << "accepted";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ErrorCode::unsupported);
+    EXPECT_NE(std::string(e.what()).find("t2_b8 has no CUDA kernel that multiplies"), std::string::npos) << e.what();
   }
 }
 

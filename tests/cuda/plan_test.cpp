@@ -7,6 +7,7 @@
 #include <array>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "decoder_ops.h"
 #include "higgs/higgs.h"
@@ -30,7 +31,7 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
   const TiledFormat t = warp_slices(p, tiled_format(matrices[0]));
   EXPECT_LE(p.threads(), p.max_threads());
   EXPECT_TRUE(p.regular || !p.paired);
-  EXPECT_TRUE(p.paired || !p.regular || p.field.trellis() || (p.token_tiles == 1 && holds_x(p.field)));
+  EXPECT_TRUE(p.paired || !p.regular || p.field.trellis() || (p.rows <= 8 && holds_x(p.field)));
   EXPECT_FALSE(p.paired && p.field.trellis());
   EXPECT_GE(p.slices, 1);
   EXPECT_GE(p.row_groups, 1);
@@ -40,7 +41,7 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
   EXPECT_LT(p.slices * p.cluster * (p.k_launches - 1), t.slices) << "a launch without columns";
   EXPECT_GE(p.rows, 1);
   EXPECT_LE(p.rows, m);
-  EXPECT_GE(p.token_tiles * 8, p.rows);
+  EXPECT_GE(p.token_tiles * (p.bytes() ? 4 : 8), p.rows);
   EXPECT_GE(p.batch, 1);
   EXPECT_GE(p.rotate_warps, 1);
   ASSERT_EQ(p.parts.size(), matrices.size());
@@ -106,6 +107,21 @@ TEST(Plan, FullSlicesInOneScaleGroupUseTheRegularInstance) {
   f.group = 64;
   f.block = 64;
   EXPECT_FALSE(plan({1, DType::f16, {&f, 1}}, kDevices[3]).regular);
+}
+
+TEST(Plan, FullSlicesOfQuadsDecodeToBytes) {
+  for (const char* name : {"p4_n16", "p4_n64", "p4_n256", "p2_n16", "p1_n4"}) {
+    LayerFormat f = format(find_grid(name), 4096, 4096);
+    for (const auto& [m, tiles] : {std::pair{4, 1}, {5, 2}, {8, 2}, {9, 4}, {16, 4}}) {
+      const LaunchPlan p = plan({m, DType::bf16, {&f, 1}}, kDevices[3]);
+      EXPECT_TRUE(p.bytes()) << name;
+      EXPECT_EQ(p.token_tiles, tiles) << name << " m=" << m;
+    }
+    f.group = f.block = 64;
+    EXPECT_FALSE(plan({4, DType::bf16, {&f, 1}}, kDevices[3]).bytes()) << name;
+  }
+  const LayerFormat pairs = format(find_grid("p2_n256"), 4096, 4096);
+  EXPECT_FALSE(plan({4, DType::bf16, {&pairs, 1}}, kDevices[3]).bytes());
 }
 
 void expect_valid(const GemmPlan& p, const LayerFormat& f, std::int64_t m, const DeviceProperties& d) {

@@ -186,7 +186,7 @@ def test_transposed_layers_are_not_taken_for_linear(tmp_path):
         quantize_checkpoint(write_checkpoint(tmp_path / "source", tensors, config), tmp_path / "out")
 
 
-def test_experts_are_left_and_mentioned(tmp_path):
+def test_experts_are_put_together(tmp_path):
     h, f = 64, 128
     tensors = {"model.embed_tokens.weight": torch.randn(96, h), "model.norm.weight": torch.ones(h)}
     p = "model.layers.0"
@@ -200,8 +200,14 @@ def test_experts_are_left_and_mentioned(tmp_path):
               "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1,
               "vocab_size": 96, "tie_word_embeddings": True}  # fmt: skip
     report = quantize_checkpoint(write_checkpoint(tmp_path / "source", tensors, config), tmp_path / "out")
-    assert [r.layer.rsplit(".", 1)[1] for r in report.layers] == ["k_proj", "o_proj", "q_proj", "v_proj"]
-    assert any("6 matrices" in note for note in report.notes)
+    assert {r.layer.removeprefix(f"{p}."): (r.n, r.k) for r in report.layers} == {
+        "block_sparse_moe.experts.down": (2 * h, f), "block_sparse_moe.experts.gate_up": (2 * 2 * f, h),
+        **{f"self_attn.{name}_proj": (h, h) for name in "kqvo"},
+    }  # fmt: skip
+    assert not report.notes and not report.skipped
+    del tensors[f"{p}.block_sparse_moe.experts.1.w2.weight"]  # not what the model needs: nothing is put together
+    report = quantize_checkpoint(write_checkpoint(tmp_path / "broken", tensors, config), tmp_path / "left")
+    assert len(report.layers) == 4 and any("5 matrices" in note for note in report.notes)
 
 
 # ---- bad input

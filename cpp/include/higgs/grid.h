@@ -24,6 +24,9 @@ struct Trellis {
   std::uint32_t multiplier = 0;  // of the hash
   int rows = 0;
   std::span<const float> table;
+  // How a row is cut into runs (packed_format.h).
+  int run_group = 0;  // columns of a group, a power of two
+  int runs = 0;       // of a group
 };
 
 struct Grid {

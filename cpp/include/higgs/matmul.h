@@ -4,6 +4,9 @@
 // work.
 #pragma once
 
+#include <cstdint>
+#include <span>
+
 #include "higgs/packed_format.h"
 #include "higgs/tensor_view.h"
 
@@ -12,5 +15,10 @@ namespace higgs {
 // x: [m, k]; y: [m, n] in x's dtype or fp32; bias: n values in y's dtype, or null. m = 0 is allowed. fp32 accumulation,
 // deterministic: row i of y has the same bits whatever m and the number of threads.
 void matmul(ConstMatrixView x, const PackedView& w, const void* bias, MatrixView y);
+
+// The experts of a mixture: w holds offsets.size() matrices of n rows each, one below the other (w.format.n rows in
+// all). Rows offsets[e - 1] .. offsets[e] - 1 of x (from 0 for e = 0) meet matrix e: offsets do not fall, the last one
+// is x.rows. y: [x.rows, n]; a row has the bits that matmul gives it.
+void grouped_matmul(ConstMatrixView x, std::span<const std::int32_t> offsets, const PackedView& w, MatrixView y);
 
 }  // namespace higgs

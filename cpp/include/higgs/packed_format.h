@@ -1,8 +1,7 @@
 // Stored format v1 in code (in prose: cpp/FORMAT.md). All sizes of the format are computed here and nowhere else.
 //
-//   indices  uint8  [n, k / p * index_bits / 8]   bit-packed along k in order, least significant bit first; of a
-//   trellis
-//                                                 grid: its stream
+//   indices  uint8  [n, k / p * index_bits / 8]   bit-packed along k in order, least significant bit first; its stream,
+//                                                 if the grid is a trellis
 //   scales   fp16   [n, ceil(k / group)]          one per scale group
 //   column_scale fp16 [k]                         optional
 #pragma once
@@ -25,10 +24,29 @@ inline constexpr int kMaxP = 4;
 // tensor-parallel slices along k start at byte boundaries.
 static_assert(kColumnAlignment / kMaxP * 1 % 8 == 0);
 
-// The stream of a trellis grid is cyclic in runs. A row is cut into groups of kRunGroup columns (the last one may be
-// shorter), a group into four runs: run t has the group's columns c with (c / 4) % 4 == t. Groups follow each other in
-// the stream, and so do the runs of a group.
-inline constexpr int kRunGroup = 256;
+// The stream of a trellis grid is cyclic in runs. A row is cut into groups of Trellis::run_group columns; what is left
+// is a shorter group if a group has four runs, and joins the last group if it is one run. Run t has the group's columns
+// c with (c / 4) % runs == t. Groups follow each other in the stream, and so do the runs of a group.
+struct RunGroup {
+  std::int64_t first = 0;  // column
+  int columns = 0;
+  int runs = 1;
+
+  [[nodiscard]] constexpr int run_columns() const noexcept { return columns / runs; }
+  // Where the group has column i of run t.
+  [[nodiscard]] constexpr int column(int t, int i) const noexcept { return i / 4 * 4 * runs + 4 * t + i % 4; }
+};
+inline constexpr int kMaxRunColumns = 1024;
+
+// The group of column j of a row of k columns.
+[[nodiscard]] constexpr RunGroup run_group(const Trellis& trellis, std::int64_t k, std::int64_t j) noexcept {
+  const std::int64_t size = trellis.run_group;
+  std::int64_t first = j & -size;  // no division: the matmul kernels call this
+  if (trellis.runs == 1 && first > 0 && k - first < size) first -= size;
+  const std::int64_t left = k - first;
+  const bool ends = left < (trellis.runs == 1 ? 2 * size : size);
+  return {first, static_cast<int>(ends ? left : size), trellis.runs};
+}
 
 struct StreamPlace {
   std::int64_t first = 0;  // index of the run's first step in the row's stream
@@ -36,12 +54,13 @@ struct StreamPlace {
   int step = 0;            // that holds the column
 };
 
-// Where column j of a row of k columns is, p columns a step.
-[[nodiscard]] constexpr StreamPlace stream_place(std::int64_t k, int p, std::int64_t j) noexcept {
-  const std::int64_t group = j / kRunGroup * kRunGroup;
-  const int in_group = static_cast<int>(j - group);
-  const int steps = static_cast<int>(std::min<std::int64_t>(kRunGroup, k - group)) / 4 / p;
-  return {group / p + in_group / 4 % 4 * steps, steps, (in_group / 16 * 4 + in_group % 4) / p};
+// Where column j of a row of k columns is, in a trellis grid.
+[[nodiscard]] constexpr StreamPlace stream_place(const Grid& grid, std::int64_t k, std::int64_t j) noexcept {
+  const RunGroup group = run_group(*grid.trellis, k, j);
+  const int c = static_cast<int>(j - group.first);
+  const int steps = group.run_columns() / grid.p;
+  const int step = (c / (4 * group.runs) * 4 + c % 4) / grid.p;
+  return {group.first / grid.p + c / 4 % group.runs * steps, steps, step};
 }
 
 // How one weight matrix W[n, k] is stored.

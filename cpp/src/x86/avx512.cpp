@@ -179,10 +179,10 @@ struct PairDecoder {
   }
 
   template <typename Sink>
-  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+  void chunk(const std::uint8_t* bytes, int steps, int from, int to, const Sink& sink) const {
     const __m512i first_bytes = load_bytes(bytes, 4, end);
-    for (int t = 0; t < valid; t += 16) {
-      const int left = valid - t;
+    for (int t = from; t < to; t += 16) {
+      const int left = steps - t;
       const __m512i raw = load_bytes(bytes + t * B / 8, left <= 16 ? left * B / 8 : 2 * B + 4, end);
       const __m512i order = _mm512_load_si512(left == 8 ? spread_last[0] : left == 16 ? spread_last[1] : spread);
       const __m512i words = _mm512_permutex2var_epi8(raw, order, first_bytes);
@@ -190,15 +190,15 @@ struct PairDecoder {
       if (additive) {
         const __m512i lo = gather(_mm512_slli_epi32(_mm512_and_si512(window, _mm512_set1_epi32(255)), 1), rows);
         const __m512i hi = gather(_mm512_slli_epi32(_mm512_srl_epi32(window, hi_shift), 1), rows + 1);
-        sink(2 * t, _mm512_add_ps(first(lo), first(hi)));
-        sink(2 * t + 16, _mm512_add_ps(second(lo), second(hi)));
+        sink(2 * (t - from), _mm512_add_ps(first(lo), first(hi)));
+        sink(2 * (t - from) + 16, _mm512_add_ps(second(lo), second(hi)));
       } else {
         const __m512i hash = _mm512_mullo_epi32(window, multiplier);
         const __m512i magnitudes = gather(_mm512_and_si512(_mm512_srli_epi32(hash, 16), row_mask), rows);
         const __m512i signs = _mm512_and_si512(hash, _mm512_set1_epi32(static_cast<int>(0x80008000u)));
         const __m512i pairs = _mm512_xor_si512(magnitudes, signs);
-        sink(2 * t, first(pairs));
-        sink(2 * t + 16, second(pairs));
+        sink(2 * (t - from), first(pairs));
+        sink(2 * (t - from) + 16, second(pairs));
       }
     }
   }

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..energies import ROUTER, linear_layers
 from ..errors import UnsupportedError
+from .experts import ExpertsLayer, find_experts
 from .files import Checkpoint
 
 # Without a model class to ask: 2-D weights whose name has none of these as (part of) a component.
@@ -22,10 +23,12 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_e
 @dataclass
 class LinearWeights:
     """``layers`` maps the tensor name of each Linear weight to the name of its module in transformers (which input
-    energies go by); the two usually differ by ``.weight`` only. ``head`` is the output head's layer name and
-    ``head_source`` the tensor that holds its weight: that of the embedding where they are ``tied``."""
+    energies go by); the two usually differ by ``.weight`` only. ``experts`` are projections of experts of a mixture, in
+    pairs. ``head`` is the output head's layer name and ``head_source`` the tensor that holds its weight: that of the
+    embedding where they are ``tied``."""
 
     layers: dict[str, str]
+    experts: list[ExpertsLayer] = field(default_factory=list)
     head: str | None = None
     head_source: str | None = None
     tied: bool = False
@@ -52,7 +55,7 @@ def find_linear_weights(checkpoint: Checkpoint) -> LinearWeights:
     found = _from_model(checkpoint, model)
     if found is None:
         return _guess(checkpoint, f"no tensor is named like the layers of {type(model).__name__}")
-    if not found.layers:
+    if not found.layers and not found.experts:
         raise UnsupportedError(f"{type(model).__name__} has no Linear layers besides the output head")
     return found
 
@@ -73,33 +76,44 @@ def module_keys(model: Any, tensors: Iterable[str]) -> dict[str, str]:
 
     Tensors that it merges or converts (the experts of a mixture, say) are left out.
     """
+    targets = _conversion_targets(model, tensors)
+    return {name: key for name, (key, converter, _) in targets.items() if converter is None}
+
+
+def _conversion_targets(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
+    """For each tensor the key in ``model.state_dict()`` of what transformers makes of it, the converter, if there is
+    one, and which of its patterns the name fits."""
     state = model.state_dict()
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, rename_source_key
     except ImportError:  # another transformers: names that differ are then not found, which a note tells
-        return {name: name for name in tensors if name in state}
+        return {name: (name, None, "") for name in tensors if name in state}
     conversions = get_model_conversion_mapping(model)
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     renamings: list[Any] = [c for c in conversions if not isinstance(c, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     result = {}
     for name in tensors:
-        key, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if converted is None and key in state:
-            result[name] = key
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if key in state:
+            result[name] = (key, by_pattern[pattern] if pattern else None, pattern or "")
     return result
 
 
 def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
     """None if no tensor of the checkpoint carries the name of a Linear weight of ``model``."""
     modules = linear_layers(model)
-    keys = module_keys(model, checkpoint.tensors)
+    targets = _conversion_targets(model, checkpoint.tensors)
+    keys = {tensor: key for tensor, (key, converter, _) in targets.items() if converter is None}
+    experts = find_experts(checkpoint, model, targets)
+    known = {*keys, *(source for layer in experts for source in layer.sources)}
     linear, other = {}, []
     for tensor, entry in checkpoint.tensors.items():
         module = layer_name(keys.get(tensor, ""))
         if module in modules and tensor.endswith(".weight") and len(entry.shape) == 2:
             linear[tensor] = module
-        elif tensor not in keys and len(entry.shape) in (2, 3) and entry.elements >= 1 << 12:
+        elif tensor not in known and len(entry.shape) in (2, 3) and entry.elements >= 1 << 12:
             other.append(entry)
     if modules and not linear:
         return None
@@ -110,7 +124,7 @@ def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
             f"{len(other)} matrices ({weights / 1e6:.1f} M weights) are no Linear layers in transformers and stay as "
             f"they are: {other[0].name}, ..."
         )
-    return _with_head(checkpoint, model, keys, LinearWeights(linear, notes=notes))
+    return _with_head(checkpoint, model, keys, LinearWeights(linear, experts, notes=notes))
 
 
 def _with_head(checkpoint: Checkpoint, model: Any, keys: dict[str, str], found: LinearWeights) -> LinearWeights:

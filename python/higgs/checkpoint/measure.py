@@ -16,6 +16,7 @@ from .. import _core, energies, jobs
 from ..devices import rank_device
 from ..energies import Energies, own_energies, pooled_column_scales, self_tokens, weight_energy
 from ..measure import LEVELS, Fisher, Method, Noise, find_targets
+from ..moe import projections
 from ..progress import NullProgress, Progress
 from ..sensitivity import LayerSensitivity, Sensitivities
 from .files import Checkpoint, json_bytes, read_json, write_file
@@ -121,7 +122,7 @@ def to_sensitivities(
     model: Any, method: Method, results: dict[str, Any], used: Energies | None, options: MeasureOptions
 ) -> Sensitivities:
     """The fitted results as they are saved."""
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = {**dict(model.named_modules()), **projections(model)}
     layers = []
     for name, (alpha, residual) in method.fit(results).items():
         linear = modules[name]
@@ -191,7 +192,8 @@ def sample_tokens(model: Any, source: Path, options: MeasureOptions, progress: P
 def _column_scales(model: nn.Module, used: Energies | None, exponent: float) -> dict[str, torch.Tensor]:
     if used is None:
         return {}
-    layers = {n: m for n, m in energies.linear_layers(model).items() if n in used.energies and m.in_features % 64 == 0}
+    known: dict[str, Any] = {**energies.linear_layers(model), **projections(model)}
+    layers = {n: m for n, m in known.items() if n in used.energies and m.in_features % 64 == 0}
     weights = {name: weight_energy(layer.weight).cpu() for name, layer in layers.items()}
     blocks = {name: _core.default_block(layer.in_features) for name, layer in layers.items()}
     return pooled_column_scales(used, weights, blocks, exponent)

@@ -11,7 +11,9 @@ import torch
 
 from .. import _core
 from .._ops import LayerFormat, layer_format
+from ..moe import require_pairs
 from ..seeds import layer_seeds
+from .experts import ExpertsLayer
 from .files import SINGLE_FILE, Checkpoint, TensorSpec
 from .layers import LinearWeights, find_linear_weights, layer_name
 
@@ -36,14 +38,16 @@ class Options:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Tensor ``source`` becomes the tensors ``name``.indices, ``name``.scales (and .column_scale). Input energies know
-    the layer as ``module``; of an output ``head`` they know nothing."""
+    """The tensors ``sources`` (one, but for ``experts``, whose rows they are one below the other) become the tensors
+    ``name``.indices, ``name``.scales (and .column_scale). Input energies know the layer as ``module``; of an output
+    ``head`` they know nothing."""
 
     name: str
     module: str
-    source: str
+    sources: tuple[str, ...]
     fmt: LayerFormat
     head: bool = False
+    experts: int | None = None
 
     def specs(self, column_scale: bool) -> dict[str, TensorSpec]:
         n, k = self.fmt.n, self.fmt.k
@@ -131,7 +135,9 @@ def make_plan(
             skipped[name] = reason
         else:
             grid = options.grid if allocation is None else allocation[module]
-            planned[source] = LayerPlan(name, module, source, _format(name, entry.shape, options, grid))
+            planned[source] = LayerPlan(name, module, (source,), _format(name, entry.shape, options, grid))
+    experts = _plan_experts(checkpoint, linear.experts, skipped, options, strict=strict, allocation=allocation)
+    planned.update({layer.sources[0]: layer for layer in experts})
     head_grid = options.lm_head_grid or (allocation or {}).get(linear.head or "")
     if not planned and head_grid is None:
         raise ValueError(f"{checkpoint.path}: none of the {len(skipped)} Linear layers can be quantized")
@@ -141,8 +147,37 @@ def make_plan(
     return plan
 
 
+def _plan_experts(
+    checkpoint: Checkpoint,
+    layers: list[ExpertsLayer],
+    skipped: dict[str, str],
+    options: Options,
+    *,
+    strict: bool,
+    allocation: Mapping[str, str] | None,
+) -> list[LayerPlan]:
+    planned = {}
+    for layer in layers:
+        dtypes = {checkpoint.tensors[source].dtype for source in layer.sources}
+        shape = (layer.n, layer.k)
+        reason = next((r for r in (_obstacle(dtype, shape) for dtype in sorted(dtypes)) if r), None)
+        if reason and strict:
+            raise ValueError(f"layer {layer.name} {list(shape)} cannot be quantized: {reason}")
+        if reason:
+            skipped[layer.name] = reason
+        elif allocation is None or layer.module in allocation:
+            grid = options.grid if allocation is None else allocation[layer.module]
+            fmt = _format(layer.name, shape, options, grid)
+            planned[layer.name] = LayerPlan(layer.name, layer.module, layer.sources, fmt, experts=layer.experts)
+    for name in require_pairs([layer.name for layer in layers], planned, skipped):
+        del planned[name]
+    left = [layer.name for layer in layers if layer.name not in planned]
+    skipped.update({name: "not in the allocation" for name in left if name not in skipped})
+    return list(planned.values())
+
+
 def _check_allocation(checkpoint: Checkpoint, linear: LinearWeights, allocation: Mapping[str, str]) -> None:
-    known = {*linear.layers.values(), linear.head}
+    known = {*linear.layers.values(), *(layer.module for layer in linear.experts), linear.head}
     for module, grid in allocation.items():
         _core.find_grid(grid)
         if module not in known:
@@ -171,11 +206,12 @@ def _shards(checkpoint: Checkpoint, planned: dict[str, LayerPlan]) -> list[Shard
         source: ShardPlan(f"model-{i:05}-of-{count:05}.safetensors" if count > 1 else SINGLE_FILE, source)
         for i, source in enumerate(checkpoint.shards, 1)
     }
+    used = {source for layer in planned.values() for source in layer.sources}
     for name in sorted(checkpoint.tensors, key=natural):
         shard = shards[checkpoint.tensors[name].shard]
         if name in planned:
             shard.layers.append(planned[name])
-        else:
+        elif name not in used:
             shard.copied.append(name)
     return list(shards.values())
 
@@ -194,7 +230,7 @@ def _plan_head(plan: Plan, checkpoint: Checkpoint, linear: LinearWeights, option
         if f"{name}.weight" in shard.copied:  # tied checkpoints may hold a copy
             shard.copied.remove(f"{name}.weight")
         if shard.source == entry.shard:
-            shard.layers.append(LayerPlan(name, linear.head, linear.head_source, fmt, head=True))
+            shard.layers.append(LayerPlan(name, linear.head, (linear.head_source,), fmt, head=True))
     plan.unties = linear.tied
 
 

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .. import _core
 from ..config import LayerConfig, QuantizationConfig
 from ..devices import pick_device
+from ..energies import weight_energy
 from ..errors import UnsupportedError
 from ..progress import NullProgress, Progress
 from ..report import LayerReport, Report
 from .files import INDEX_FILE, Checkpoint, ShardWriter, json_bytes, sync_directory, write_file
 from .plan import LayerPlan, Options, Plan, ShardPlan, make_plan, natural, pick_grid, shard_specs
 from .release import copy_companions, model_card
-from .scales import ColumnScales, quantize_named
+from .scales import ColumnScales, quantize_named, read_rows
 from .work import REPORT_FILE, WorkFolder, finished_report
 
 if TYPE_CHECKING:
-    import torch
-
     from ..allocate import Allocation
     from ..energies import Energies
 
@@ -209,15 +210,12 @@ class _Job:
 
     def _write_layer(self, writer: ShardWriter, layer: LayerPlan) -> LayerReport:
         scale = self.scales.of(layer)  # before the weight is read: this may read weights too
-        weight = self.checkpoint.read(layer.source)
-        start = time.perf_counter()
-        indices, group_scales, t2 = quantize_named(weight.to(self.device), layer, scale)
-        seconds = time.perf_counter() - start
-        writer.write(f"{layer.name}.indices", indices.cpu())
-        writer.write(f"{layer.name}.scales", group_scales.cpu())
+        rows = _QuantizedRows(self.checkpoint, layer, scale, self.device)
+        writer.write(f"{layer.name}.indices", rows)
+        writer.write(f"{layer.name}.scales", torch.cat(rows.scales))
         if scale is not None:
             writer.write(f"{layer.name}.column_scale", scale)
-        return LayerReport.of(layer.name, layer.fmt, column_scale=scale is not None, t2=t2, seconds=seconds)
+        return LayerReport.of(layer.name, layer.fmt, column_scale=scale is not None, t2=rows.t2, seconds=rows.seconds)
 
     def _report(self, records: list[dict[str, Any]]) -> Report:
         layers = [LayerReport(**layer) for record in records for layer in record["layers"]]
@@ -241,7 +239,7 @@ class _Job:
         write_file(self.out / "README.md", card.encode())
         write_file(self.out / REPORT_FILE, json_bytes({**report.to_dict(), "settings": self.settings}))
         layers = {
-            layer.name: LayerConfig.of(layer.fmt, column_scale=layer.name in self.scales.layers)
+            layer.name: LayerConfig.of(layer.fmt, column_scale=layer.name in self.scales.layers, experts=layer.experts)
             for layer in self.plan.layers
         }
         config = {**self.checkpoint.config}
@@ -261,6 +259,37 @@ class _Job:
             "metadata": {"total_size": sum(_total(tensors) for tensors in specs.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
+
+
+class _QuantizedRows:
+    """The indices of a layer as pieces of bytes, each made of a tensor when it is asked for. Afterwards: ``scales``,
+    ``t2`` and the ``seconds`` it took."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, layer: LayerPlan, column_scale: torch.Tensor | None, device: torch.device
+    ) -> None:
+        self._checkpoint, self._layer, self._column_scale, self._device = checkpoint, layer, column_scale, device
+        self.scales: list[torch.Tensor] = []
+        self.t2 = self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        errors, weights = [], []
+        for source, weight in read_rows(self._checkpoint, self._layer):
+            start = time.perf_counter()
+            weight = weight.to(self._device)
+            indices, scales, t2 = quantize_named(weight, source, self._layer.fmt, self._column_scale)
+            self.seconds += time.perf_counter() - start
+            self.scales.append(scales.cpu())
+            errors.append(t2)
+            weights.append(1.0 if len(self._layer.sources) == 1 else self._energy(weight))
+            yield indices.cpu().view(-1).numpy()
+        total = sum(weights)
+        self.t2 = sum(t2 * w for t2, w in zip(errors, weights, strict=True)) / total if total else 0.0
+
+    def _energy(self, weight: torch.Tensor) -> float:
+        """What t2 of the rows is relative to."""
+        s2 = 1.0 if self._column_scale is None else self._column_scale.double().square()
+        return float((weight_energy(weight).double() * s2).sum())
 
 
 def _weights(layer: LayerPlan) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import _ops
+from .._formats import LayerFormat
 from ..energies import column_scale, pooled_energy, weight_energy
 from .files import Checkpoint
 from .plan import LayerPlan, Plan
@@ -92,12 +94,13 @@ class ColumnScales:
 
     def _weight_energy(self, layer: LayerPlan) -> Tensor:
         if layer.name not in self._weight_energies:
-            weight = self._checkpoint.read(layer.source)
-            energy = weight_energy(weight)
-            if not torch.isfinite(energy).all():
-                quantize_named(weight, layer, None)  # its message gives row and column
-                raise ValueError(f"{layer.source}: the weights are too large, their squares overflow")
-            self._weight_energies[layer.name] = energy
+            energies = []
+            for source, weight in read_rows(self._checkpoint, layer):
+                energies.append(weight_energy(weight))
+                if not torch.isfinite(energies[-1]).all():
+                    quantize_named(weight, source, layer.fmt, None)  # its message gives row and column
+                    raise ValueError(f"{source}: the weights are too large, their squares overflow")
+            self._weight_energies[layer.name] = torch.stack(energies).sum(0)
         return self._weight_energies[layer.name]
 
     def _expected_error(self, layer: LayerPlan, scale: Tensor) -> float:
@@ -108,9 +111,15 @@ class ColumnScales:
         return float((a * b).sum())
 
 
-def quantize_named(weight: Tensor, layer: LayerPlan, scale: Tensor | None) -> tuple[Tensor, Tensor, float]:
-    """``_ops.quantize`` whose errors name the tensor."""
+def read_rows(checkpoint: Checkpoint, layer: LayerPlan) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a layer, each with its rows [n, k], read one at a time."""
+    for source in layer.sources:
+        yield source, checkpoint.read(source).flatten(0, -2)
+
+
+def quantize_named(weight: Tensor, source: str, fmt: LayerFormat, scale: Tensor | None) -> tuple[Tensor, Tensor, float]:
+    """``_ops.quantize`` of some rows of a layer; errors name the tensor."""
     try:
-        return _ops.quantize(weight, layer.fmt, scale)
+        return _ops.quantize(weight, fmt.with_rows(len(weight)), scale)
     except ValueError as e:
-        raise ValueError(f"tensor {layer.source}: {e}") from e
+        raise ValueError(f"tensor {source}: {e}") from e

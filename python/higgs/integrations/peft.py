@@ -57,7 +57,7 @@ class LoraHiggsLinear(Linear):
 
 def _dispatch(target: Any, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
     adapted = isinstance(target, tuners_utils.BaseTunerLayer)  # by an adapter before this one
-    if isinstance(target.base_layer if adapted else target, HiggsLinear):
+    if type(target.base_layer if adapted else target) is HiggsLinear:  # not the experts of a mixture
         return LoraHiggsLinear(target, adapter_name, config=config, **kwargs)
     return _dispatch_others(target, adapter_name, config=config, **kwargs)
 
@@ -71,7 +71,7 @@ def _include_all_linear(config: Any, model: nn.Module) -> Any:
         config.target_modules |= {
             name
             for name, module in model.named_modules()
-            if isinstance(module, HiggsLinear) and module is not head and not name.endswith(".base_layer")
+            if type(module) is HiggsLinear and module is not head and not name.endswith(".base_layer")
         }
     return config
 

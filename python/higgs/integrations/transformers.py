@@ -23,10 +23,13 @@ from .._ops import LayerFormat, quantize
 from ..checkpoint.layers import layer_name, module_keys
 from ..config import QUANT_METHOD, QuantizationConfig
 from ..errors import FormatError, UnsupportedError
-from ..linear import HiggsLinear, as_linear, constant, is_conv1d
-from ..model import grid_of_all, plan_formats, quantization_config, quantize_, quantized_linear
+from ..linear import HiggsLinear, as_linear, constant
+from ..model import grid_of_all, plan_formats, quantization_config, quantize_, quantized_layer, unquantized_layers
+from ..moe import layer_of, place_layers
 from ..shared_inputs import share_inputs_
 from . import tensor_parallel
+from .layers import check_shapes, replace_layer
+from .moe import name_in_file, place_experts, place_layer
 
 logger = logging.get_logger(__name__)
 
@@ -99,31 +102,29 @@ class _Quantize:
     """The loader's operation on a weight of a planned layer; a ``ConversionOps`` in all but inheritance, the import of
     which would be circular here."""
 
-    def __init__(self, formats: dict[str, LayerFormat]) -> None:
-        self.formats = formats
+    def __init__(self, formats: dict[str, LayerFormat], failures: dict[str, ValueError]) -> None:
+        self.formats, self.failures = formats, failures
 
     def convert(
         self, tensors: dict[str, Any], *, model: nn.Module, missing_keys: set[str] | None = None, **_: Any
     ) -> dict[str, Any]:
-        """Puts a HiggsLinear without memory in the place of each Linear; what is returned the loader puts into it."""
+        """Puts a module without memory in the place of each; what is returned the loader puts into it. Errors, which
+        the loader would swallow, are raised when it is done."""
         result = {}
         for key, tensor in tensors.items():
-            name, fmt = layer_name(key), self.formats.get(layer_name(key))
-            weight = tensor[0] if isinstance(tensor, list) else tensor
-            if fmt is None or not key.endswith(".weight"):
+            name, weight = layer_of(key), tensor[0] if isinstance(tensor, list) else tensor
+            if name is None or name not in self.formats:
                 result[key] = weight
                 continue
-            original = model.get_submodule(name)
-            try:
-                indices, scales, _t2 = quantize(weight.T if is_conv1d(original) else weight, fmt)
-            except ValueError:  # swallowed by the loader; _quantize_rest raises it again
-                result[key] = weight
-                continue
-            module = HiggsLinear(fmt, device="meta")
-            module.bias = cast(Any, original.bias)
-            _replace(model, name, original, module)
             if missing_keys is not None:
                 missing_keys.discard(key)
+            place_layer(model, name, self.formats)
+            conv1d = cast(HiggsLinear, model.get_submodule(name)).is_conv1d
+            try:
+                indices, scales, _t2 = quantize(weight.T if conv1d else weight.flatten(0, -2), self.formats[name])
+            except ValueError as e:
+                self.failures[name] = e
+                continue
             result[f"{name}.indices"], result[f"{name}.scales"] = constant(indices), constant(scales)
         return result
 
@@ -139,6 +140,7 @@ class HiggsHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: HiggsQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.formats: dict[str, LayerFormat] = {}  # of the layers to quantize while loading
+        self.failures: dict[str, ValueError] = {}  # of those that could not be
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -158,7 +160,10 @@ class HiggsHfQuantizer(HfQuantizer):
         stored = _stored_shapes(checkpoint_files)
         # The config goes by the names in the file, which differ from the modules' where transformers renames.
         keys = module_keys(model, [f"{name}.weight" for name in config.layers])
+        place_experts(model, config, stored)
         for name, layer in config.layers.items():
+            if layer.experts is not None:
+                continue
             module_name = keys.get(f"{name}.weight", name).removesuffix(".weight")
             try:
                 original = model.get_submodule(module_name)
@@ -175,12 +180,10 @@ class HiggsHfQuantizer(HfQuantizer):
                 dtype=linear.weight.dtype,
                 device="meta",
             )
-            for tensor, parameter in module.named_parameters():
-                if stored is not None:
-                    _check_shape(f"{name}.{tensor}", tuple(parameter.shape), stored)
+            check_shapes(name, module, stored)
             if _distributed(model):
                 tensor_parallel.before_loading(module)
-            _replace(model, module_name, original, module)
+            replace_layer(model, module_name, original, module)
 
     def _plan(self, model: nn.Module) -> None:
         if _distributed(model):
@@ -195,16 +198,16 @@ class HiggsHfQuantizer(HfQuantizer):
             self.formats = formats
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        return param_name.endswith(".weight") and layer_name(param_name) in self.formats
+        return layer_of(param_name) in self.formats
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         """Bytes, for ``device_map="auto"``."""
         if self.param_needs_quantization(model, param_name):
-            return self.formats[layer_name(param_name)].bits() / 8
+            return self.formats[cast(str, layer_of(param_name))].bits() / 8
         return param.element_size()
 
     def get_quantize_ops(self) -> _Quantize:
-        return _Quantize(self.formats)
+        return _Quantize(self.formats, self.failures)
 
     def _quantize_rest(self, model: nn.Module) -> None:
         """What has no weight of its own in the checkpoint (a tied head), and everything if there are column scales."""
@@ -212,10 +215,11 @@ class HiggsHfQuantizer(HfQuantizer):
         if config.scales != "none":
             quantize_(model, **config.plan, scales=config.scales)
             return
-        for name, fmt in self.formats.items():
-            module = model.get_submodule(name)
-            if not isinstance(module, HiggsLinear):
-                model.set_submodule(name, quantized_linear(name, module, fmt)[0])
+        for name, e in self.failures.items():
+            raise ValueError(f"layer {name}: {e}") from e
+        layers = unquantized_layers(model)
+        rest = {n: quantized_layer(n, layers[n], fmt)[0] for n, fmt in self.formats.items() if n in layers}
+        place_layers(model, rest)
         attach(model, quantization_config(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -252,12 +256,6 @@ def _distributed(model: Any) -> bool:
     return getattr(model.config, "distributed_config", None) is not None
 
 
-def _replace(model: nn.Module, name: str, original: nn.Module, module: HiggsLinear) -> None:
-    model.set_submodule(name, module.stand_for(original))
-    if module.is_conv1d:  # what holds one draws ``c_proj.weight`` anew, unless it counts as initialized
-        cast(Any, model.get_submodule(name.rpartition(".")[0]))._is_hf_initialized = True
-
-
 def _stored_shapes(files: list[str] | None) -> dict[str, tuple[int, ...]] | None:
     """Shapes in the safetensors headers: transformers does not compare shapes when a quantizer is active."""
     if not files or not all(str(f).endswith(".safetensors") for f in files):
@@ -268,15 +266,6 @@ def _stored_shapes(files: list[str] | None) -> dict[str, tuple[int, ...]] | None
             for key in f.keys():  # noqa: SIM118 (no mapping)
                 shapes[key] = tuple(f.get_slice(key).get_shape())
     return shapes
-
-
-def _check_shape(name: str, expected: tuple[int, ...], stored: dict[str, tuple[int, ...]]) -> None:
-    if name not in stored:
-        raise FormatError(f"the checkpoint has no tensor {name}, which its quantization_config promises")
-    if stored[name] != expected:
-        raise FormatError(
-            f"tensor {name} has shape {list(stored[name])}, its quantization_config says {list(expected)}"
-        )
 
 
 def check_scales(name: str, module: HiggsLinear) -> None:
@@ -290,6 +279,7 @@ def check_scales(name: str, module: HiggsLinear) -> None:
 
 def attach(model: Any, config: QuantizationConfig) -> None:
     """Makes ``save_pretrained`` write a quantized checkpoint."""
+    config = QuantizationConfig({name_in_file(model, name): layer for name, layer in config.layers.items()})
     hf_config = HiggsQuantConfig(**config.to_dict())
     model.config.quantization_config = hf_config
     if isinstance(model.get_output_embeddings(), HiggsLinear):

@@ -79,7 +79,8 @@ void linear(const void* x, DType dtype, std::int64_t m, const float* d, std::spa
 [[nodiscard]] std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const LinearPart> parts,
                                                   const DeviceProperties& device = current_device());
 
-// Up to how many rows of x `linear` is the fastest way on the current device; 0 for a dtype it does not take.
-[[nodiscard]] std::int64_t linear_max_rows(DType dtype);
+// Up to how many rows of x `linear` is the fastest way; 0 for a dtype or grid it does not take.
+[[nodiscard]] std::int64_t linear_max_rows(DType dtype, const LayerFormat& format,
+                                           const DeviceProperties& device = current_device());
 
 }  // namespace higgs::cuda

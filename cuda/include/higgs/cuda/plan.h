@@ -41,6 +41,9 @@ constexpr bool holds_x(FieldShape s) noexcept { return 16 * s.max_units() + 4 * 
 // Units of 256 columns in a warp's slice of a trellis: x for 16 rows takes twice the registers.
 constexpr int trellis_slice_units(int rows, bool regular) noexcept { return regular && rows <= 8 ? 2 : 1; }
 
+// Whether look-ups of the decode kernel yield bytes (gemv.cuh): a row of x then takes two of the MMA's eight columns.
+constexpr bool uses_bytes(FieldShape s, bool regular) noexcept { return regular && s.quads(); }
+
 struct LinearProblem {
   std::int64_t m = 0;                     // rows of x
   DType dtype = DType::f16;               // of x and y: f16 or bf16
@@ -58,7 +61,7 @@ struct PartPlan {
 struct LaunchPlan {
   FieldShape field;
   DType dtype = DType::f16;
-  int token_tiles = 1;   // 8 rows of x each: 1 or 2
+  int token_tiles = 1;   // 8 rows of x each: 1 or 2; with bytes 4 rows: 1, 2 or 4
   bool regular = false;  // all slices full and inside one scale group: the instances without tail code
   bool paired = false;  // regular, and fragments of x come from shared memory, each for two row tiles: m > 8, and small
                         // layers, as the CTAs of the next kernel then find room beside these
@@ -78,6 +81,7 @@ struct LaunchPlan {
 
   // Most threads of a CTA, with up to 128 registers each: all of a multiprocessor's where warps hold x fragments.
   [[nodiscard]] int max_threads() const noexcept { return (regular || field.trellis()) && !paired ? 512 : 256; }
+  [[nodiscard]] bool bytes() const noexcept { return uses_bytes(field, regular); }
   [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
   [[nodiscard]] int ctas() const noexcept {
     return parts.empty() ? 0 : cluster * (parts.back().first_cluster + parts.back().clusters);

@@ -1,7 +1,7 @@
 // The layout the matmul kernels read, made from the stored one by `repack`. Never written to a file: it may change with
 // every version of the kernels.
 //
-//   [fp16 table | bf16 table | scales | weights], every part 256-byte aligned
+//   [fp16 table | bf16 table | byte tables, of quads and trellises | scales | weights], every part 256-byte aligned
 //
 // Fields. Indices are grouped into fields of `weights` consecutive columns and `bits` bits, so that one table look-up
 // yields up to four weights whatever the grid: p1_n16 becomes pairs of indices (8 bits, the decoder of p2_n256), p1_n4
@@ -16,6 +16,9 @@
 //   scales [row tile][scale group][16 rows]     fp16
 //
 // Rows beyond n have scale 0; columns beyond k hold field 0 and meet x = 0.
+//
+// Grids that no matmul kernel supports (trellis grids by hash) stay as they are stored: [scales | indices], each
+// aligned.
 #pragma once
 
 #include <cstddef>
@@ -30,6 +33,9 @@ inline constexpr int kUnitColumns = 128;
 inline constexpr int kLanes = 32;
 inline constexpr int kTiledAlignment = 256;
 
+// Points of grids that decode as fields of four weights are multiples of this, less than 4: signed bytes (FORMAT.md).
+inline constexpr float kQuadStep = 1.0f / 32;
+
 // Steps between the windows of a value, of the additive trellis grids that have a kernel.
 constexpr int trellis_shift(int bits) noexcept { return bits == 4 ? 2 : 1; }
 
@@ -41,6 +47,7 @@ struct FieldShape {
 
   friend bool operator==(const FieldShape&, const FieldShape&) = default;
   [[nodiscard]] constexpr bool trellis() const noexcept { return shift > 0; }
+  [[nodiscard]] constexpr bool quads() const noexcept { return weights == 4; }
   [[nodiscard]] constexpr int entries() const noexcept { return trellis() ? 256 : 1 << bits; }
   // 32-bit words a lane holds of one unit: 8 steps of 8 weights.
   [[nodiscard]] constexpr int unit_words() const noexcept { return 64 / weights * bits / 32; }
@@ -50,14 +57,19 @@ struct FieldShape {
   [[nodiscard]] constexpr int joined_units() const noexcept { return trellis() ? 2 : 1; }
   // A table entry: `weights` 16-bit values, a single one stored twice; of a trellis, for both windows.
   [[nodiscard]] constexpr int entry_bytes() const noexcept { return weights == 4 || trellis() ? 8 : 4; }
-  // Two tables of four bytes per entry of a trellis: signed, and with offsets (trellis.cuh).
-  [[nodiscard]] constexpr int byte_tables_bytes() const noexcept { return trellis() ? 2 * 4 * entries() : 0; }
+  // Tables of four bytes per entry. Of a trellis two: signed, and with offsets (trellis.cuh). Of quads one: the points
+  // over kQuadStep.
+  [[nodiscard]] constexpr int byte_tables_bytes() const noexcept {
+    const int bytes = (trellis() ? 2 : quads() ? 1 : 0) * 4 * entries();
+    return (bytes + kTiledAlignment - 1) / kTiledAlignment * kTiledAlignment;
+  }
 };
 
-// The decoder of a grid. Throws Error(unsupported) if no decoder fits.
+// The decoder of a grid for the matmul kernels. Throws Error(unsupported) if no decoder fits.
 [[nodiscard]] FieldShape field_shape(const Grid& grid);
 
-// Whether there is one: for all vector grids and the additive trellis grids a2_b4 to a2_b8.
+// Whether there is one: for all vector grids and the additive trellis grids a2_b4 to a2_b8. Of the others, weights are
+// decoded first (dequantize_rotated).
 [[nodiscard]] bool supports_grid(const Grid& grid) noexcept;
 
 struct TiledFormat {
@@ -71,7 +83,7 @@ struct TiledFormat {
   std::int64_t tile_bytes = 0;  // of one row tile over all of k
   std::int64_t table_f16 = 0;   // byte offsets of the parts
   std::int64_t table_bf16 = 0;
-  std::int64_t table_bytes = 0;  // of a trellis
+  std::int64_t table_bytes = 0;  // of quads and trellises
   std::int64_t scales = 0;
   std::int64_t weights = 0;
   std::int64_t bytes = 0;  // of the whole buffer

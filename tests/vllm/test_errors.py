@@ -1,0 +1,140 @@
+"""What cannot be served says so before it serves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import higgs
+import pytest
+import torch
+import transformers
+from engines import engine, overrides
+from higgs import FormatError, UnsupportedError
+from safetensors.torch import load_file, save_file
+from test_transformers import SIZES, load, make
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def stored(source: Path, tmp_path: Path) -> Path:
+    model = load(source)
+    higgs.quantize_(model, bits=4, scales="random")
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def refused(path: Path, error: type[Exception], message: str, **options: Any) -> None:
+    with pytest.raises(error, match=message), engine(path, **options):
+        pass
+
+
+def edit_config(path: Path, edit: Any) -> None:
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    edit(config["quantization_config"])
+    file.write_text(json.dumps(config))
+
+
+def edit_tensors(path: Path, edit: Any) -> None:
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def test_unknown_version(stored: Path) -> None:
+    edit_config(stored, lambda config: config.update(format_version=99))
+    refused(stored, FormatError, r"format_version of the checkpoint is 99, this version of higgs reads 1")
+
+
+@pytest.mark.parametrize("tensor", ["indices", "scales", "column_scale"])
+def test_missing_tensor(stored: Path, tensor: str) -> None:
+    name = f"model.layers.1.self_attn.k_proj.{tensor}"
+    edit_tensors(stored, lambda tensors: tensors.pop(name))
+    refused(stored, FormatError, f"the checkpoint has no tensor {name}")
+
+
+def test_wrong_shape_dtype_and_values(stored: Path) -> None:
+    original = load_file(stored / "model.safetensors")
+
+    def refuse(name: str, tensor: torch.Tensor, message: str) -> None:
+        save_file({**original, name: tensor}, stored / "model.safetensors", {"format": "pt"})
+        refused(stored, FormatError, message)
+
+    indices = "model.layers.0.mlp.down_proj.indices"
+    refuse(indices, original[indices][:, :-1].contiguous(), rf"{indices} is torch.uint8 \[128, 95\], expected .*, 96\]")
+    scales = "model.layers.0.self_attn.q_proj.scales"
+    refuse(scales, original[scales].float(), rf"{scales} is torch.float32 .*, expected torch.float16")
+    refuse(scales, original[scales] * float("nan"), rf"{scales} holds NaN, inf or negative values")
+
+
+def test_half_of_a_fused_layer(stored: Path) -> None:
+    edit_config(stored, lambda config: config["layers"].pop("model.layers.0.mlp.up_proj"))
+    message = r"layers.0.mlp.gate_proj is quantized and model.layers.0.mlp.up_proj is not, but vLLM fuses them"
+    refused(stored, UnsupportedError, message)
+
+
+def test_layer_that_the_model_does_not_have(stored: Path) -> None:
+    entry = {"grid": "p2_n256", "block": 64, "group": 64, "seed": 0}
+    edit_config(stored, lambda config: config["layers"].update({"model.layers.7.mlp.up_proj": entry}))
+    refused(stored, FormatError, r"names model.layers.7.mlp.up_proj \(1 such\), which vLLM does not have")
+
+
+def test_nothing_says_how_to_quantize(source: Path) -> None:
+    message = r'(?s)not quantized, and nothing says how.*hf_overrides={"quantization_config": .*"bits": 4'
+    refused(source, ValueError, message, quantization="higgs_quant")
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "message"),
+    [
+        ({"bits": 4, "scales": "self"}, UnsupportedError, "scales='self' needs the whole model"),
+        ({"bits": 4, "grid": "p2_n256"}, ValueError, "exactly one of bits, grid and allocation"),
+        ({"bits": 7.7}, ValueError, "7.7"),
+        ({"bits": 4, "speed": 9}, TypeError, "does not take speed"),
+        ({"bits": 4, "block": 96}, FormatError, "block 96"),
+        ({"allocation": {"model.layers.9.mlp.up_proj": "p2_n256"}}, FormatError, "names model.layers.9.mlp.up_proj"),
+    ],
+)
+def test_bad_plan(source: Path, plan: dict[str, Any], error: type[Exception], message: str) -> None:
+    if "allocation" in plan:
+        plan["allocation"] = {"model.layers.0.mlp.down_proj": "p2_n256", **plan["allocation"]}
+    refused(source, error, message, **overrides(**plan))
+
+
+def test_strict(tmp_path: Path) -> None:
+    path = make("llama-narrow", tmp_path)
+    message = r"down_proj is not quantized: in_features = 172 on each rank is not a multiple of 64"
+    refused(path, UnsupportedError, message, **overrides(bits=4, strict=True))
+
+
+def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
+    model = load(source)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(tmp_path)
+    refused(tmp_path, ValueError, r"self_attn.v_proj: weight \[3, 5\] is nan", **overrides(bits=4))
+
+
+def test_experts(tmp_path: Path) -> None:
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4)).save_pretrained(tmp_path)
+    message = "quantized experts of a mixture are not supported"
+    refused(tmp_path, UnsupportedError, message, **overrides(bits=4))
+    entry = {"grid": "p2_n256", "block": 64, "group": 64, "seed": 0}
+    config = {"quant_method": "higgs_quant", "format_version": 1, "layers": {"model.layers.0.mlp.experts.down": entry}}
+    refused(tmp_path, UnsupportedError, message, hf_overrides={"quantization_config": config})
+
+
+def test_ranks_that_cut_scale_groups(stored: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """Where the ranks are processes of their own, what they raise is in their log."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with pytest.raises(Exception, match="initialization failed"), engine(stored, tensor_parallel_size=2):
+        pass
+    log = "".join(capfd.readouterr())
+    assert "UnsupportedError: layer model.layers.0.self_attn.o_proj in 2 ranks of tensor parallelism: " in log
+    assert "scale group 128 (block 128) a shard starts and ends at a multiple of 128 columns" in log
