@@ -132,8 +132,10 @@ def test_without_the_dispatcher_the_same() -> None:
     found = torch.func.vmap(lambda x: (_ops.direct(x), _ops.linear(x, *rest))[1])(x)
     assert torch.allclose(found, expected)
     assert not _ops.direct(x.to("meta")) and not _ops.direct(torch.nn.Parameter(x))
+    with pytest.raises(higgs.UnsupportedError, match="forward-mode derivatives"):
+        torch.func.jvp(lambda x: _ops.linear(x, *rest), (x,), (x,))
     with torch.autograd.forward_ad.dual_level():
-        assert not _ops.direct(x)
+        assert not _ops.direct(x) and torch.equal(_ops.linear(x, *rest), expected)
     for needs in (x, bias):
         needs.requires_grad_()
         assert _ops.linear(x, *rest).requires_grad and torch.ops.higgs.linear(x, *rest).requires_grad
