@@ -33,6 +33,17 @@ void set_wgmma_tile(GemmPlan& p, const LinearProblem& problem, const DevicePrope
   p.cluster_size = gemm_cluster_size(p.tokens);
 }
 
+// Whether the mma kernel gives nearly every multiprocessor one slice of a tile of 32 tokens. There it is faster than
+// the wgmma kernel with tiles as tall, and slower than that with lower ones (grids with an odd number of loads a
+// slice).
+bool one_slice_each(const LinearProblem& problem, const TiledFormat& t, const DeviceProperties& device) {
+  if (problem.m <= kMaxDecodeRows || problem.m > 32) return false;
+  if (t.field.trellis() || gemm_rows(32, t.field) != kMmaRows) return false;
+  std::int64_t slices = 0;
+  for (const LayerFormat& f : problem.matrices) slices += ceil_div(f.n, kMmaRows) * t.slices;
+  return slices <= device.multiprocessors && 4 * slices > 3 * device.multiprocessors;
+}
+
 void set_mma_tile(GemmPlan& p, std::int64_t m, const DeviceProperties& device) {
   p.kernel = GemmKernel::mma;
   p.tokens = m <= 32 ? 32 : 64;
@@ -63,7 +74,7 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
                                             std::to_string(device.sm()) +
                                             "; use rotate, dequantize_rotated and a GEMM");
   }
-  if (has_wgmma(device)) {
+  if (has_wgmma(device) && !one_slice_each(problem, t, device)) {
     set_wgmma_tile(p, problem, device);
   } else {
     set_mma_tile(p, problem.m, device);
