@@ -155,6 +155,8 @@ def _below_autograd(name: str, x: Tensor, *arguments: Any) -> Any:
     if direct(x):
         device = _cuda if name == "linear_tiled" else _DEVICES[x.device.type]
         return getattr(device, name)(x, *arguments)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise UnsupportedError("forward-mode derivatives of a quantized layer are not supported; use reverse mode")
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.higgs, name)(x, *arguments)
 

@@ -13,6 +13,7 @@ from higgs import _core, _ops
 from higgs.devices import pick_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
@@ -127,13 +128,15 @@ def test_without_the_dispatcher_the_same() -> None:
     expected = torch.ops.higgs.linear(x, *rest)
     assert _ops.direct(x) and not _ops.linear(x, *rest).requires_grad
     assert torch.equal(_ops.linear(x, *rest), expected)
-    with torch.utils.flop_counter.FlopCounterMode(display=False):  # a dispatch mode
+    with FlopCounterMode(display=False):  # a dispatch mode
         assert not _ops.direct(x) and torch.equal(_ops.linear(x, *rest), expected)
     found = torch.func.vmap(lambda x: (_ops.direct(x), _ops.linear(x, *rest))[1])(x)
     assert torch.allclose(found, expected)
     assert not _ops.direct(x.to("meta")) and not _ops.direct(torch.nn.Parameter(x))
+    with pytest.raises(higgs.UnsupportedError, match="forward-mode derivatives"):
+        torch.func.jvp(lambda x: _ops.linear(x, *rest), (x,), (x,))
     with torch.autograd.forward_ad.dual_level():
-        assert not _ops.direct(x)
+        assert not _ops.direct(x) and torch.equal(_ops.linear(x, *rest), expected)
     for needs in (x, bias):
         needs.requires_grad_()
         assert _ops.linear(x, *rest).requires_grad and torch.ops.higgs.linear(x, *rest).requires_grad

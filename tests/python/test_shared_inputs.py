@@ -35,7 +35,7 @@ class TiledOnCpu:
 
     def tile(self, model: nn.Module) -> None:
         for m in model.modules():
-            if type(m) is HiggsLinear:  # experts have kernels of their own
+            if type(m) is HiggsLinear:  # experts stay on the CPU
                 fmt, digest = m.format, None if m.column_scale is None else tuple(m.column_scale.tolist())
                 m.tiled, m.input_vector = constant(m.indices.view(-1).clone()), torch.empty(fmt.k)
                 m.input_key = (fmt.k, fmt.block, fmt.seed, digest)

@@ -271,7 +271,8 @@ def test_continuous_batching_gives_the_same_tokens(tmp_path: Path) -> None:
 
 
 WITHOUT_HIGGS = """
-import sys
+import os, sys
+os.environ["HIGGS_AUTOLOAD"] = "0"
 from transformers import AutoModelForCausalLM
 
 _, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
