@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DATA, load, make_checkpoint, random_energies, torchrun
-from higgs import UnsupportedError, evaluate, jobs
+from higgs import UnsupportedError, evaluate, jobs, plan_allocation
 from higgs.checkpoint import Checkpoint, inspect_checkpoint
 from higgs.checkpoint.layers import build_meta_model
 from higgs.checkpoint.measure import _TOKENS, MeasureOptions, measure_checkpoint
@@ -380,6 +380,24 @@ def test_mixed_checkpoint_runs_in_transformers(tmp_path):
     assert {x.layer: x.grid for x in inspect_checkpoint(tmp_path / "again").layers} == {
         x.layer: x.grid for x in inspect_checkpoint(out).layers
     }
+
+
+def test_quantize_corrects_for_low_rates(checkpoint, tmp_path):
+    """Unlike `plan`, and unless told not to."""
+    linears = linear_layers(build_meta_model(Checkpoint(checkpoint)))
+    layers = [LayerSensitivity(n, m.out_features, m.in_features, 1.3**i) for i, (n, m) in enumerate(linears.items())]
+    Sensitivities(layers).save(tmp_path / "s.json")
+
+    def grids(*words: object) -> dict[str, str]:
+        options = ["--bits", 3.2, "--sensitivities", tmp_path / "s.json", "--scales", "none", "--force", *words]
+        report = run_json("quantize", checkpoint, "-o", tmp_path / "out", *options)
+        return {x["layer"]: x["grid"] for x in report["layers"]}
+
+    def planned(**options: bool) -> dict[str, str]:
+        return plan_allocation(Sensitivities(layers), bits=3.2, column_scales=False, **options).grids
+
+    assert grids() == grids("--low-rate") == planned(low_rate=True) != planned()
+    assert grids("--no-low-rate") == planned()
 
 
 def test_a_plan_is_replayed(checkpoint, tmp_path):

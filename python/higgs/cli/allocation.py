@@ -39,9 +39,8 @@ Menu = Annotated[
     ),
 ]
 Untie = Annotated[bool, typer.Option("--untie", help="Let q/k/v and gate/up of one layer have different grids.")]
-LowRate = Annotated[
-    bool, typer.Option("--low-rate", help="Correct for what the linear model misses at low rates (t2 (1 + 14 t2)).")
-]
+LOW_RATE_HELP = "Correct for what the linear model misses at low rates (t2 (1 + 14 t2))."
+LowRate = Annotated[bool, typer.Option("--low-rate", help=LOW_RATE_HELP)]
 Fix = Annotated[Patterns, typer.Option(metavar="REGEX=GRID", help="Fix layers to a grid. May be repeated.")]
 Skip = Annotated[Patterns, typer.Option(metavar="REGEX", help="Leave layers as they are. May be repeated.")]
 
@@ -236,12 +235,13 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def allocation_choice(
     model: Path, bits: float | None, grid: str | None, plan: Path | None, sensitivities: Path | None,
-    menu: str | None, untie: bool, low_rate: bool, fix: list[str] | None, lm_head: bool, layout: dict[str, Any],
+    menu: str | None, untie: bool, low_rate: bool | None, fix: list[str] | None, lm_head: bool, layout: dict[str, Any],
     progress: Progress,
 ) -> tuple[Callable[[Path], Allocation], str] | None:  # fmt: skip
     """A function that makes the allocation `higgs quantize` asks for (it gets a path for sensitivities that have to be
     measured), and the options that stand for it as a setting; None if one grid is to serve all layers.
 
+    ``low_rate``: None if the user has not said; then with the correction.
     ``layout``: scales, scale_exponent, seed, block and group of the checkpoint to be."""
     from .. import _core
     from ..allocate import Allocation, grid_menu, plan_allocation
@@ -250,7 +250,7 @@ def allocation_choice(
     words = [] if menu is None else ["--menu", ",".join(split_menu(menu) or [])]
     words += (
         ["--untie"] * untie
-        + ["--low-rate"] * low_rate
+        + ([] if low_rate is None else ["--low-rate" if low_rate else "--no-low-rate"])
         + [word for f in fix or [] for word in ("--fix", f)]
         + ["--lm-head"] * lm_head
     )
@@ -280,8 +280,8 @@ def allocation_choice(
     def allocate(kept: Path) -> Allocation:
         return plan_allocation(
             known or _measure_for(model, kept, layout, lm_head, progress), bits=bits, menu=chosen, untie=untie,
-            low_rate=low_rate, fixed=fixed, column_scales=layout["scales"] != "none", block=layout["block"],
-            group=layout["group"],
+            low_rate=low_rate is not False, fixed=fixed, column_scales=layout["scales"] != "none",
+            block=layout["block"], group=layout["group"],
         )  # fmt: skip
 
     return allocate, shlex.join(["--bits", f"{bits:g}", *words])

@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from . import allocation
-from .options import Device, Json, MaybeFloat, MaybeInt, MaybePath, MaybeText, Model
+from .options import Device, Json, MaybeBool, MaybeFloat, MaybeInt, MaybePath, MaybeText, Model
 from .options import emit as _emit
 from .options import local_model as _local_model
 from .options import quiet_transformers as _quiet_transformers
@@ -64,7 +64,9 @@ def quantize(
     plan: Annotated[MaybePath, typer.Option(metavar="FILE", help="Grids from `higgs plan -o FILE`.")] = None,
     menu: allocation.Menu = None,
     untie: allocation.Untie = False,
-    low_rate: allocation.LowRate = False,
+    low_rate: Annotated[
+        MaybeBool, typer.Option("--low-rate/--no-low-rate", help=f"{allocation.LOW_RATE_HELP} On if not said.")
+    ] = None,
     fix: allocation.Fix = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Mixed grids: include the output head.")] = False,
     lm_head_grid: Annotated[MaybeText, typer.Option(help="Quantize the output head too, on this grid.")] = None,

@@ -23,6 +23,7 @@ Device = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 # typer reads these at run time, under Python 3.10 too, hence Optional.
+MaybeBool = Optional[bool]  # noqa: UP045
 MaybeText = Optional[str]  # noqa: UP045
 MaybeInt = Optional[int]  # noqa: UP045
 MaybeFloat = Optional[float]  # noqa: UP045
