@@ -33,7 +33,7 @@ LayerFormat read_header(fuzz::Input& input) {
   f.grid = grid == grids().size() ? nullptr : &grids()[grid];
   f.n = (raw & 1) != 0 ? input.take<std::int64_t>() : input.take<std::uint8_t>() % (kMaxRows + 1);
   f.k = (raw & 2) != 0 ? input.take<std::int64_t>() : 64 * (input.take<std::uint8_t>() % 40 + 1);
-  f.block = (raw & 4) != 0 ? input.take<std::int32_t>() : 64 << input.take<std::uint8_t>() % 5;
+  f.block = (raw & 4) != 0 ? input.take<std::int32_t>() : 64 * (input.take<std::uint8_t>() % 16 + 1);
   f.group = (raw & 8) != 0 ? input.take<std::int64_t>()
                            : static_cast<std::int64_t>(input.take<std::uint8_t>() % 40) * f.block;
   f.seed = input.take<std::uint64_t>();
@@ -48,7 +48,7 @@ bool accepted(const LayerFormat& f) {
     return false;
   }
   fuzz::require(f.grid != nullptr && f.n >= 0 && f.k > 0 && f.k % 64 == 0, "grid, n and k of an accepted header");
-  fuzz::require(std::has_single_bit(static_cast<unsigned>(f.block)) && f.k % f.block == 0,
+  fuzz::require(f.block > 0 && f.block <= 1024 && f.block % 64 == 0 && f.k % f.block == 0,
                 "block of an accepted header");
   fuzz::require(f.group > 0 && f.group <= f.k && f.group % f.block == 0, "group of an accepted header");
   return true;
