@@ -12,16 +12,15 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 # The second for when torch is imported by the first. Every model needs both.
 _TARGETS = ("transformers.quantizers", "transformers.modeling_utils")
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Registers higgs with transformers as soon as the target is loaded."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
+    def __init__(self, target: str, action: Callable[[], object]) -> None:
+        self.target, self.action = target, action
 
     def find_spec(self, name, path=None, target=None):
         if name != self.target:
@@ -34,10 +33,15 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module) -> None:
             execute(module)
-            _register()
+            self.action()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def when_loaded(target: str, action: Callable[[], object]) -> None:
+    """Calls ``action`` once, as soon as the module ``target``, which is not loaded yet, has been."""
+    sys.meta_path.insert(0, _Finder(target, action))
 
 
 def _register() -> None:
@@ -53,5 +57,5 @@ def hook() -> None:
         return
     for target in _TARGETS:
         if target not in sys.modules:
-            sys.meta_path.insert(0, _Finder(target))
+            when_loaded(target, _register)
             return

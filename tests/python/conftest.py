@@ -152,3 +152,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def save_random(model: Any, path: Path) -> Path:
+    """Saves a transformers model with random weights, biases and norms too, which start as zeros and ones."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else 0.05)
+    model.save_pretrained(path)
+    return path
+
+
+def load_whole(path: Path, **kwargs: Any) -> Any:
+    """The transformers model in ``path``. Nothing missing, nothing unexpected."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    assert not any(info.values()), info
+    return model

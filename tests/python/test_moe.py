@@ -13,13 +13,14 @@ import higgs
 import pytest
 import torch
 import transformers
+from conftest import load_whole as load
+from conftest import save_random
 from higgs import HiggsQuantConfig, _grouped
 from higgs.checkpoint import inspect_checkpoint, quantize_checkpoint
 from higgs.checkpoint.measure import MeasureOptions, measure_checkpoint
 from higgs.moe import HiggsExperts, HiggsGrouped
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,17 +45,7 @@ def make(family: str, path: Path, **sizes: Any) -> Path:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **own, **sizes})
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else 0.05)
-    model.save_pretrained(path)
-    return path
-
-
-def load(path: Path, **kwargs: Any) -> PreTrainedModel:
-    """Nothing missing, nothing unexpected."""
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
-    assert not any(info.values()), info
-    return model
+    return save_random(model, path)
 
 
 def experts_of(model: nn.Module) -> dict[str, HiggsExperts]:

@@ -38,6 +38,19 @@ def adapted(model: PreTrainedModel, **options) -> torch.nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(**{**LORA, **options}))
 
 
+def train(tuned: torch.nn.Module, ids: torch.Tensor, steps: int) -> list[float]:
+    """Loss before each step."""
+    optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = tuned(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_falls_and_the_adapter_loads_again(
     model: PreTrainedModel, ids: torch.Tensor, dtype: torch.dtype, stories260k: Path, tmp_path: Path
@@ -46,14 +59,7 @@ def test_loss_falls_and_the_adapter_loads_again(
     frozen = {name: p.clone() for name, p in tuned.named_parameters() if not p.requires_grad}
     trainable = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     assert len(trainable) == 2 * 7 * 5 and all("lora_" in name for name in trainable)
-    optimizer = torch.optim.Adam(trainable.values(), lr=1e-2)
-    losses = []
-    for _ in range(25):
-        loss = tuned(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(tuned, ids, 25)
     assert losses[-1] < losses[0] - 0.5, losses
     assert all(torch.equal(p, frozen[name]) for name, p in tuned.named_parameters() if name in frozen)
 
@@ -107,14 +113,7 @@ def test_prepare_model_for_kbit_training(
         assert not p.requires_grad
         assert torch.equal(p, packed[name]) if name in packed else p.dtype == torch.float32
     tuned = adapted(model).train()
-    optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = tuned(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(tuned, ids, 6)
     assert losses[-1] < losses[0] - 0.1, losses
 
 

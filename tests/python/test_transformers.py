@@ -10,7 +10,8 @@ import higgs
 import pytest
 import torch
 import transformers
-from conftest import run_python
+from conftest import load_whole as load
+from conftest import run_python, save_random
 from higgs import HiggsQuantConfig
 from higgs.evaluate import effective_bits
 from torch import nn
@@ -46,17 +47,7 @@ def make(family: str, path: Path) -> Path:
     config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **sizes}))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else 0.05)
-    model.save_pretrained(path)
-    return path
-
-
-def load(path: Path, **kwargs: Any) -> PreTrainedModel:
-    """Nothing missing, nothing unexpected."""
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
-    assert not any(info.values()), info
-    return model
+    return save_random(model, path)
 
 
 def tokens(model: PreTrainedModel, **kwargs: Any) -> list[int]:
