@@ -134,8 +134,10 @@ def test_shared_inputs(model: LlamaForCausalLM) -> None:
     shared = logits_and_gradient(model)
     compiled = logits_and_gradient(torch.compile(model, fullgraph=True, dynamic=False))
     higgs.share_inputs_(model, False)
+    # float32 itself is 1e-5 (logits) and 5e-4 (gradient) away from float64 in these models.
     for found in (logits_and_gradient(model), compiled):
-        assert all((a - b).norm() <= 1e-4 * b.norm() > 0 for a, b in zip(found, shared, strict=True))
+        for a, b, tolerance in zip(found, shared, (1e-4, 2e-3, 1e-4), strict=True):
+            assert (a - b).norm() <= tolerance * b.norm() > 0
 
 
 def test_checkpoint_quantized_on_the_device(tmp_path: Path) -> None:
