@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 SHAPES = {  # hidden, MLP, layers, heads, key/value heads, vocabulary
+    "70b": (8192, 28672, 80, 64, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "tiny": (128, 256, 2, 4, 2, 512),
@@ -34,11 +35,13 @@ ATTENTION_KERNELS = ("fmha", "flash", "attention")  # which may have names like 
 PEERS = {"nf4": "bitsandbytes", "int4": "torchao"}
 
 
-def make_model(shape: str, device: str) -> LlamaForCausalLM:
-    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+def make_model(shape: str, device: str, layers: int | None = None) -> LlamaForCausalLM:
+    """Random weights in bfloat16; ``layers`` instead of the shape's number of them."""
+    hidden, mlp, all_layers, heads, kv_heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=False, max_position_embeddings=CONTEXT,
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers or all_layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=False,
+        max_position_embeddings=CONTEXT,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
