@@ -138,6 +138,8 @@ class HiggsHfQuantizer(HfQuantizer):
     quantization_config: HiggsQuantConfig
 
     def __init__(self, quantization_config: HiggsQuantConfig, **kwargs: Any) -> None:
+        from . import attention  # noqa: F401 (registers; `import higgs` could not while modeling_utils was importing it)
+
         super().__init__(quantization_config, **kwargs)
         self.formats: dict[str, LayerFormat] = {}  # of the layers to quantize while loading
         self.failures: dict[str, ValueError] = {}  # of those that could not be
