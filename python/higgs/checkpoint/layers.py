@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..energies import ROUTER, linear_layers
+from ..energies import ROUTER, quantizable_layers
 from ..errors import UnsupportedError
+from ..linear import is_conv1d
 from .experts import ExpertsLayer, find_experts
 from .files import Checkpoint
 
@@ -23,11 +24,13 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_e
 @dataclass
 class LinearWeights:
     """``layers`` maps the tensor name of each Linear weight to the name of its module in transformers (which input
-    energies go by); the two usually differ by ``.weight`` only. ``experts`` are projections of experts of a mixture, in
+    energies go by); the two usually differ by ``.weight`` only. Those in ``transposed`` are [in_features, out_features]
+    (Conv1D of GPT-2). ``experts`` are projections of experts of a mixture, in
     pairs. ``head`` is the output head's layer name and ``head_source`` the tensor that holds its weight: that of the
     embedding where they are ``tied``."""
 
     layers: dict[str, str]
+    transposed: set[str] = field(default_factory=set)
     experts: list[ExpertsLayer] = field(default_factory=list)
     head: str | None = None
     head_source: str | None = None
@@ -40,7 +43,7 @@ def layer_name(tensor: str) -> str:
 
 
 def find_linear_weights(checkpoint: Checkpoint) -> LinearWeights:
-    """Asks transformers which modules are ``nn.Linear``: the model is built without memory (meta device).
+    """Asks transformers which modules are ``nn.Linear`` or Conv1D: the model is built without memory (meta device).
 
     The output head, routers of experts and weights shared with an embedding are left out. Without transformers, or for
     an architecture unknown to it or with other tensor names, every 2-D ``*.weight`` tensor counts whose name has none
@@ -103,7 +106,7 @@ def _conversion_targets(model: Any, tensors: Iterable[str]) -> dict[str, tuple[s
 
 def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
     """None if no tensor of the checkpoint carries the name of a Linear weight of ``model``."""
-    modules = linear_layers(model)
+    modules = quantizable_layers(model)
     targets = _conversion_targets(model, checkpoint.tensors)
     keys = {tensor: key for tensor, (key, converter, _) in targets.items() if converter is None}
     experts = find_experts(checkpoint, model, targets)
@@ -117,6 +120,7 @@ def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
             other.append(entry)
     if modules and not linear:
         return None
+    transposed = {tensor for tensor, module in linear.items() if is_conv1d(modules[module])}
     notes = []
     if other:
         weights = sum(e.elements for e in other)
@@ -124,7 +128,7 @@ def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
             f"{len(other)} matrices ({weights / 1e6:.1f} M weights) are no Linear layers in transformers and stay as "
             f"they are: {other[0].name}, ..."
         )
-    return _with_head(checkpoint, model, keys, LinearWeights(linear, experts, notes=notes))
+    return _with_head(checkpoint, model, keys, LinearWeights(linear, transposed, experts, notes=notes))
 
 
 def _with_head(checkpoint: Checkpoint, model: Any, keys: dict[str, str], found: LinearWeights) -> LinearWeights:

@@ -38,7 +38,8 @@ class Options:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The tensors ``sources`` (one, but for ``experts``, whose rows they are one below the other) become the tensors
+    """The tensors ``sources`` (one, but for ``experts``, whose rows they are one below the other; it is ``transposed``
+    if it has the rows as its columns) become the tensors
     ``name``.indices, ``name``.scales (and .column_scale). Input energies know the layer as ``module``; of an output
     ``head`` they know nothing."""
 
@@ -48,6 +49,7 @@ class LayerPlan:
     fmt: LayerFormat
     head: bool = False
     experts: int | None = None
+    transposed: bool = False
 
     def specs(self, column_scale: bool) -> dict[str, TensorSpec]:
         n, k = self.fmt.n, self.fmt.k
@@ -125,17 +127,19 @@ def make_plan(
     skipped: dict[str, str] = {}
     for source in sorted(linear.layers, key=natural):
         entry, name = checkpoint.tensors[source], layer_name(source)
-        module = linear.layers[source]
-        reason = _obstacle(entry.dtype, entry.shape)
+        module, transposed = linear.layers[source], source in linear.transposed
+        shape = entry.shape[::-1] if transposed else entry.shape
+        reason = _obstacle(entry.dtype, shape)
         if reason and strict:
-            raise ValueError(f"layer {name} {list(entry.shape)} cannot be quantized: {reason}")
+            raise ValueError(f"layer {name} {list(shape)} cannot be quantized: {reason}")
         if not reason and allocation is not None and module not in allocation:
             reason = "not in the allocation"
         if reason:
             skipped[name] = reason
         else:
             grid = options.grid if allocation is None else allocation[module]
-            planned[source] = LayerPlan(name, module, (source,), _format(name, entry.shape, options, grid))
+            fmt = _format(name, shape, options, grid)
+            planned[source] = LayerPlan(name, module, (source,), fmt, transposed=transposed)
     experts = _plan_experts(checkpoint, linear.experts, skipped, options, strict=strict, allocation=allocation)
     planned.update({layer.sources[0]: layer for layer in experts})
     head_grid = options.lm_head_grid or (allocation or {}).get(linear.head or "")

@@ -187,6 +187,7 @@ def evaluate_command(
     text: Annotated[MaybePath, typer.Option(help="Text file to measure on.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     windows: Annotated[int, typer.Option(help="Number of windows, from the start of the text.")] = 16,
+    bos: Annotated[bool, typer.Option("--bos", help="Start every window with BOS, for models trained so.")] = False,
     base: Annotated[MaybePath, typer.Option(help="Original model: also measure the KL divergence from it.")] = None,
     tasks: Annotated[MaybeText, typer.Option(metavar="NAME,...", help="Tasks of lm-eval to run.")] = None,
     task_dir: Annotated[MaybePath, typer.Option(metavar="DIR", help="More tasks: YAML files of lm-eval.")] = None,
@@ -212,7 +213,7 @@ def evaluate_command(
         if text is not None:
             base_dir = None if base is None else _local_model(base)
             result = evaluate(
-                model, _text_file(text), context, windows, base=base_dir, device=device, progress=progress
+                model, _text_file(text), context, windows, base=base_dir, bos=bos, device=device, progress=progress
             )
             lines.append(_perplexity_text(result))
         if tasks is not None:
