@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..embedding import input_embedding
 from ..energies import ROUTER, quantizable_layers
 from ..errors import UnsupportedError
 from ..linear import is_conv1d
@@ -27,7 +28,8 @@ class LinearWeights:
     energies go by); the two usually differ by ``.weight`` only. Those in ``transposed`` are [in_features, out_features]
     (Conv1D of GPT-2). ``experts`` are projections of experts of a mixture, in
     pairs. ``head`` is the output head's layer name and ``head_source`` the tensor that holds its weight: that of the
-    embedding where they are ``tied``."""
+    embedding where they are ``tied``. ``embedding`` is the name of the input embedding in transformers and
+    ``embedding_source`` its tensor."""
 
     layers: dict[str, str]
     transposed: set[str] = field(default_factory=set)
@@ -35,6 +37,8 @@ class LinearWeights:
     head: str | None = None
     head_source: str | None = None
     tied: bool = False
+    embedding: str | None = None
+    embedding_source: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -133,11 +137,13 @@ def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
 
 def _with_head(checkpoint: Checkpoint, model: Any, keys: dict[str, str], found: LinearWeights) -> LinearWeights:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
+    tensors = {key: tensor for tensor, key in keys.items()}
+    found.embedding = input_embedding(model)
+    found.embedding_source = tensors.get(f"{found.embedding}.weight")
     if head is None:
         return found
-    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
     found.tied = embedding is not None and head.weight is embedding.weight
-    tensors = {key: tensor for tensor, key in keys.items()}
     found.head = names[head]
     found.head_source = tensors.get(f"{names[embedding if found.tied else head]}.weight")
     return found
@@ -158,6 +164,7 @@ def _guess(checkpoint: Checkpoint, reason: str) -> LinearWeights:
     found = LinearWeights(layers, notes=[f"{reason}; the Linear layers were picked by the names of the tensors"])
     found.tied = bool(checkpoint.config.get("tie_word_embeddings", "lm_head.weight" not in checkpoint.tensors))
     embedding = next((t for t in checkpoint.tensors if _EMBEDDING.search(t)), None)
+    found.embedding, found.embedding_source = layer_name(embedding or ""), embedding
     found.head_source = embedding if found.tied else "lm_head.weight"
     found.head = "lm_head" if found.head_source in checkpoint.tensors else None
     return found

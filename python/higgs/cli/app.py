@@ -70,6 +70,9 @@ def quantize(
     fix: allocation.Fix = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Mixed grids: include the output head.")] = False,
     lm_head_grid: Annotated[MaybeText, typer.Option(help="Quantize the output head too, on this grid.")] = None,
+    embedding_grid: Annotated[
+        MaybeText, typer.Option(help="Quantize the embedding too, on this grid; a tied head needs its own.")
+    ] = None,
     block: Annotated[MaybeInt, typer.Option(help="Hadamard block (default: largest that divides k).")] = None,
     group: Annotated[MaybeInt, typer.Option(help="Columns that share a scale (default: at least 512).")] = None,
     seed: Annotated[int, typer.Option(help="Key of the random signs, and of sampled or random tokens.")] = 0,
@@ -105,9 +108,9 @@ def quantize(
         )
         report = quantize_checkpoint(
             model, out, grid=grid, bits=None if mixed else bits, allocation=mixed and mixed[0],
-            allocated=mixed and mixed[1], lm_head_grid=lm_head_grid, block=block, group=group, seed=seed,
-            energies=energies, scales=label, scales_optional=scales is None, scale_exponent=scale_exponent,
-            strict=strict, force=force, device=device, progress=progress,
+            allocated=mixed and mixed[1], lm_head_grid=lm_head_grid, embedding_grid=embedding_grid, block=block,
+            group=group, seed=seed, energies=energies, scales=label, scales_optional=scales is None,
+            scale_exponent=scale_exponent, strict=strict, force=force, device=device, progress=progress,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     _emit(
