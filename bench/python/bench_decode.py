@@ -17,6 +17,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import higgs
 import torch
@@ -54,6 +55,20 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
+class Int4Linear(nn.Module):
+    """What torchao computes with its int4 ``weight``, from plain tensors: its own cannot enter a compiled region."""
+
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        self.group = weight.block_size[-1]
+        self.qdata = nn.Parameter(weight.qdata, requires_grad=False)
+        self.scale_and_zero = nn.Parameter(weight.scale_and_zero, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.aten._weight_int4pack_mm(x.flatten(0, -2), self.qdata, self.group, self.scale_and_zero)
+        return y.unflatten(0, x.shape[:-1])
+
+
 def quantize(model: LlamaForCausalLM, weights: str, head_grid: str, shared: bool) -> None:
     if weights == "nf4":
         import bitsandbytes as bnb
@@ -69,6 +84,8 @@ def quantize(model: LlamaForCausalLM, weights: str, head_grid: str, shared: bool
         from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
         quantize_(model.model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
+        for name, linear in linears(model.model).items():
+            model.model.set_submodule(name, Int4Linear(linear.weight))
     elif weights != "bf16":
         grids = {name: head_grid if name == "lm_head" else weights for name in linears(model)}
         higgs.quantize_(model, allocation=grids, scales="none")
@@ -189,10 +206,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--whole", action="store_true", help="compile all layers, as generate() does, not one for all")
     parser.add_argument("--separate", action="store_true", help="q/k/v and gate/up in launches of their own")
+    parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch of torch.compile's kernels")
     parser.add_argument("--attention", help="attn_implementation of all weights")
     parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
+    torch._inductor.config.triton.enable_pdl = args.pdl
     if args.compile and not args.whole:
         LlamaDecoderLayer.forward = torch.compiler.nested_compile_region(LlamaDecoderLayer.forward)
     print(
