@@ -26,10 +26,9 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_e
 class LinearWeights:
     """``layers`` maps the tensor name of each Linear weight to the name of its module in transformers (which input
     energies go by); the two usually differ by ``.weight`` only. Those in ``transposed`` are [in_features, out_features]
-    (Conv1D of GPT-2). ``experts`` are projections of experts of a mixture, in
-    pairs. ``head`` is the output head's layer name and ``head_source`` the tensor that holds its weight: that of the
-    embedding where they are ``tied``. ``embedding`` is the name of the input embedding in transformers and
-    ``embedding_source`` its tensor."""
+    (Conv1D of GPT-2). ``experts`` are projections of experts of a mixture, in pairs. ``head`` is the output head's
+    layer name and ``head_source`` the tensor that holds its weight: that of the embedding where they are ``tied``.
+    ``embedding`` is the name of the input embedding in transformers and ``embedding_source`` its tensor."""
 
     layers: dict[str, str]
     transposed: set[str] = field(default_factory=set)

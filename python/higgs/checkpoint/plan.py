@@ -41,9 +41,8 @@ class Options:
 @dataclass(frozen=True)
 class LayerPlan:
     """The tensors ``sources`` (one, but for ``experts``, whose rows they are one below the other; it is ``transposed``
-    if it has the rows as its columns) become the tensors
-    ``name``.indices, ``name``.scales (and .column_scale). Input energies know the layer as ``module``; of an ``outer``
-    one, the output head or the embedding, they know nothing."""
+    if it has the rows as its columns) become the tensors ``name``.indices, ``name``.scales (and .column_scale). Input
+    energies know the layer as ``module``; of an ``outer`` one, the output head or the embedding, they know nothing."""
 
     name: str
     module: str
