@@ -59,8 +59,10 @@ def test_architectures(family: str, cache: dict[str, str], calls: list[str], tmp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", ["bool", "float"])
-def test_one_token_a_sequence(mask: str, dtype: torch.dtype, calls: list[str], monkeypatch) -> None:
+@pytest.mark.parametrize("cudnn", [False, True])
+def test_one_token_a_sequence(mask: str, dtype: torch.dtype, cudnn: bool, calls: list[str], monkeypatch) -> None:
     """Against the formula in float64."""
+    monkeypatch.setattr(attention, "_cudnn_comes_first", lambda device: cudnn)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, h, m, 16, generator=generator).to(dtype) for h, m in ((6, 1), (2, 9), (2, 9)))
     seen = torch.rand(3, 1, 1, 9, generator=generator) < 0.6

@@ -203,12 +203,14 @@ def test_embedding(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
     assert torch.equal(rows.cpu(), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_of_one_token(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("keys", [96, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention_of_one_token(dtype: torch.dtype, keys: int) -> None:
     """Against the formula in float64, at most twice as far from it as transformers' "sdpa" is."""
     torch.manual_seed(0)
-    query, key, value = (torch.randn(3, h, m, 64, device="cuda", dtype=dtype) for h, m in ((8, 1), (2, 96), (2, 96)))
-    mask = torch.arange(96, device="cuda") < torch.tensor([7, 96, 40], device="cuda")[:, None, None, None]
+    shapes = ((8, 1), (2, keys), (2, keys))
+    query, key, value = (torch.randn(3, h, m, 64, device="cuda", dtype=dtype) for h, m in shapes)
+    mask = torch.arange(keys, device="cuda") < torch.tensor([7, keys, 40], device="cuda")[:, None, None, None]
     k, v = (t.double().repeat_interleave(4, dim=1) for t in (key, value))
     scores = (query.double() @ k.mT / 8).masked_fill(~mask, float("-inf"))
     expected = (scores.softmax(-1) @ v).transpose(1, 2)
