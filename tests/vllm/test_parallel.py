@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import save_random
 from engines import assert_same_logits, engine, overrides
 from higgs import HiggsQuantConfig
 from test_models import mixed, quantized
-from test_transformers import OPT, SIZES, load
+from test_transformers import OPT, SIZES, load, save_random
 
 WIDE: dict[str, Any] = {**SIZES, "hidden_size": 256, "intermediate_size": 512}
 # Both ranks have the one k and v head of Llama and Qwen 3; OPT has biases where inputs are split; of 5 experts one rank

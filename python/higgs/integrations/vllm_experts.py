@@ -177,7 +177,7 @@ def refuse_unsupported(layer: Any) -> None:
     """Raises UnsupportedError for experts that compute something else, and for other ways to share them."""
     moe = layer.moe_config
     parallel = moe.moe_parallel_config
-    eager = not moe.max_capture_size
+    on_cuda = torch.device(moe.device).type == "cuda"
     reasons = {
         "experts with biases": moe.has_bias,
         f"experts with the activation {moe.activation.value}": moe.activation not in _ACTIVATIONS,
@@ -187,7 +187,7 @@ def refuse_unsupported(layer: Any) -> None:
             parallel.dp_size > 1 or parallel.pcp_size > 1 or parallel.is_sequence_parallel
         ),
         f"experts in {moe.in_dtype} in CUDA graphs (use --dtype bfloat16 or --enforce-eager)": (
-            torch.empty(0).is_cuda and moe.in_dtype != torch.bfloat16 and not eager
+            on_cuda and moe.in_dtype != torch.bfloat16 and bool(moe.max_capture_size)
         ),
     }
     for what, refused in reasons.items():
