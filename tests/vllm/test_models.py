@@ -8,14 +8,15 @@ from typing import Any
 
 import higgs
 import pytest
-import test_moe
 import torch
 import transformers
 from engines import engine, expected_tokens, overrides, served_tokens
 from higgs import HiggsLinear, HiggsQuantConfig
+from higgs.energies import ROUTER
 from higgs.linear import as_linear
 from higgs.model import unquantized_layers
 from higgs.moe import HiggsExperts
+from test_moe import make as make_mixture
 from test_transformers import load, make
 from torch import nn
 
@@ -31,9 +32,10 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate
 
 
 def mixed(model: nn.Module) -> dict[str, str]:
-    """Another grid for every layer, so that fused layers are mixed; the output head too, but of OPT: there vLLM does
-    not ask for it."""
-    names = [name for name, layer in unquantized_layers(model).items() if as_linear(layer).in_features % 64 == 0]
+    """Another grid for every layer but gates, so that fused layers are mixed; the output head too, but of OPT: there
+    vLLM does not ask for it."""
+    layers = {name: as_linear(layer) for name, layer in unquantized_layers(model).items() if not ROUTER.search(name)}
+    names = [name for name, layer in layers.items() if layer.in_features % 64 == 0]
     if isinstance(model, transformers.OPTForCausalLM):
         names.remove("lm_head")
     return {name: GRIDS[i % len(GRIDS)] for i, name in enumerate(names)}
@@ -73,7 +75,7 @@ def test_stored_mixed_grids_and_column_scales(family: str, tmp_path: Path) -> No
 
 
 def test_experts_beside_a_shared_one_and_a_dense_layer(tmp_path: Path) -> None:
-    original = load(test_moe.make("qwen2_moe", tmp_path))
+    original = load(make_mixture("qwen2_moe", tmp_path))
     path, model = quantized(tmp_path, allocation=mixed(original), scales="random")
     with engine(path) as llm:
         assert served_tokens(llm) == expected_tokens(model)
@@ -153,9 +155,10 @@ def test_compiled_and_not_confused_with_another_quantization_of_the_same_model(f
             assert served_tokens(llm) == expected_tokens(model)
 
 
-def test_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2-biases", "mixtral"])
+def test_bfloat16(family: str, tmp_path: Path) -> None:
     """Runs; rounding differs, so tokens may."""
-    path, model = quantized(make("qwen2-biases", tmp_path), bits=8)
+    path, model = quantized(make(family, tmp_path), bits=8)
     with engine(path, dtype="bfloat16") as llm:
         got = served_tokens(llm)
     assert sum(a[0] == b[0] for a, b in zip(got, expected_tokens(model), strict=True)) >= 2

@@ -83,7 +83,7 @@ class _Shell(nn.Module):
 
 
 class HiggsExpertsMethod(FusedMoEMethodBase):
-    """The experts of one layer of a model. ``configs``: their two layers in the checkpoint."""
+    """The experts of one layer of a model. ``configs``: their layers in the checkpoint, gate_up and down."""
 
     def __init__(self, owner: HiggsVllmConfig, layer: Any, configs: dict[str, LayerConfig]) -> None:
         super().__init__(layer.moe_config)
@@ -106,20 +106,18 @@ class HiggsExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         """Makes the projections, without memory. Tensors of stored ones come to ``load_weights``; weights to quantize
         through empty parameters with the names that vLLM's own loading expects."""
-        moe = self.moe
-        hidden, inner = hidden_size, intermediate_size_per_partition * moe.tp_size
-        first = moe.tp_rank * intermediate_size_per_partition
-        own = {"gate_up": _own_rows(layer, 2, inner, first, intermediate_size_per_partition),
-               "down": _own_rows(layer, 1, hidden, 0, hidden)}  # fmt: skip
-        sizes = {"gate_up": (inner, hidden, 0, hidden), "down": (hidden, inner, first, intermediate_size_per_partition)}
-        for name, config in self.configs.items():
+        moe, count = self.moe, intermediate_size_per_partition
+        whole, share = (hidden_size, 0, hidden_size), (count * moe.tp_size, count * moe.tp_rank, count)
+        for (name, config), matrices, rows, columns in zip(
+            self.configs.items(), (2, 1), (share, whole), (whole, share), strict=True
+        ):
             if config.experts != moe.num_logical_experts:
                 raise FormatError(
                     f"quantization_config of {name} says {config.experts} experts, there are {moe.num_logical_experts}"
                 )
-            projection = name.rpartition(".")[2]
+            own = _own_rows(layer, matrices, *rows)
             try:
-                self.parts[projection] = _Projection(name, config, own[projection], *sizes[projection])
+                self.parts[name.rpartition(".")[2]] = _Projection(name, config, own, rows[0], *columns)
             except ValueError as e:
                 raise UnsupportedError(f"layer {name} in {moe.tp_size} ranks of tensor parallelism: {e}") from e
         if self.owner.plan is None:
