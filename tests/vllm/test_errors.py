@@ -26,10 +26,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stored(source: Path, tmp_path: Path) -> Path:
+    return store(source, tmp_path, "random")
+
+
+def store(source: Path, path: Path, scales: str) -> Path:
     model = load(source)
-    higgs.quantize_(model, bits=4, scales="random")
-    model.save_pretrained(tmp_path)
-    return tmp_path
+    higgs.quantize_(model, bits=4, scales=scales)
+    model.save_pretrained(path)
+    return path
 
 
 def refused(path: Path, error: type[Exception], message: str, **options: Any) -> None:
@@ -138,10 +142,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stored_mixture(mixture: Path, tmp_path: Path) -> Path:
-    model = load(mixture)
-    higgs.quantize_(model, bits=4, scales="none")
-    model.save_pretrained(tmp_path)
-    return tmp_path
+    return store(mixture, tmp_path, "none")
 
 
 def test_experts_that_the_config_describes_wrongly(stored_mixture: Path) -> None:

@@ -107,25 +107,27 @@ class HiggsExpertsMethod(FusedMoEMethodBase):
         """Makes the projections, without memory. Tensors of stored ones come to ``load_weights``; weights to quantize
         through empty parameters with the names that vLLM's own loading expects."""
         moe, count = self.moe, intermediate_size_per_partition
+        # All rows or columns, the first one of the rank, how many it has.
         whole, share = (hidden_size, 0, hidden_size), (count * moe.tp_size, count * moe.tp_rank, count)
-        for (name, config), matrices, rows, columns in zip(
-            self.configs.items(), (2, 1), (share, whole), (whole, share), strict=True
-        ):
+        of_projection = {"gate_up": (2, share, whole), "down": (1, whole, share)}  # matrices, their rows, columns
+        for name, config in self.configs.items():
+            projection = name.rpartition(".")[2]
+            matrices, rows, columns = of_projection[projection]
             if config.experts != moe.num_logical_experts:
                 raise FormatError(
                     f"quantization_config of {name} says {config.experts} experts, there are {moe.num_logical_experts}"
                 )
             own = _own_rows(layer, matrices, *rows)
             try:
-                self.parts[name.rpartition(".")[2]] = _Projection(name, config, own, rows[0], *columns)
+                self.parts[projection] = _Projection(name, config, own, rows[0], *columns)
             except ValueError as e:
                 raise UnsupportedError(f"layer {name} in {moe.tp_size} ranks of tensor parallelism: {e}") from e
         if self.owner.plan is None:
             layer.load_weights = self._load_stored
             return
-        for projection, (parameter, matrices) in _PARAMETERS.items():
+        for projection, (parameter, shards) in _PARAMETERS.items():
             empty = constant(torch.empty(0, dtype=params_dtype))
-            set_weight_attrs(empty, {"weight_loader": partial(self._load_weight, layer, projection, matrices)})
+            set_weight_attrs(empty, {"weight_loader": partial(self._load_weight, layer, projection, shards)})
             layer.register_parameter(parameter, empty)
 
     def _load_stored(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
@@ -138,13 +140,13 @@ class HiggsExpertsMethod(FusedMoEMethodBase):
             yield name
 
     def _load_weight(
-        self, layer: Any, projection: str, matrices: tuple[str, ...], param: nn.Parameter, loaded_weight: Tensor,
+        self, layer: Any, projection: str, shards: tuple[str, ...], param: nn.Parameter, loaded_weight: Tensor,
         weight_name: str, shard_id: str, expert_id: int, return_success: bool = False,
     ) -> bool | None:  # fmt: skip
         """The loader of a parameter, called for each expert and matrix; False for an expert of another rank."""
         expert = layer._map_global_expert_id_to_local_expert_id(expert_id)
         if expert >= 0:
-            self.parts[projection].load_matrix(expert, matrices.index(shard_id), loaded_weight, self.device)
+            self.parts[projection].load_matrix(expert, shards.index(shard_id), loaded_weight, self.device)
         return expert >= 0 if return_success else None
 
     def process_weights_after_loading(self, layer: Any) -> None:
