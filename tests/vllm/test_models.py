@@ -12,6 +12,7 @@ import torch
 import transformers
 from engines import engine, expected_tokens, overrides, served_tokens
 from higgs import HiggsLinear, HiggsQuantConfig
+from higgs.checkpoint import quantize_checkpoint
 from higgs.energies import ROUTER
 from higgs.linear import as_linear
 from higgs.model import unquantized_layers
@@ -171,6 +172,13 @@ def test_only_attention_or_only_experts(chosen: str, expected: set[str], tmp_pat
     with engine(path) as llm:
         assert served_tokens(llm) == expected_tokens(model)
         assert parts_names(llm) == expected
+
+
+def test_experts_that_were_quantized_from_file_to_file(tmp_path: Path) -> None:
+    quantize_checkpoint(make("mixtral", tmp_path / "original"), tmp_path / "quantized", bits=4)
+    with engine(tmp_path / "quantized") as llm:
+        assert served_tokens(llm) == expected_tokens(load(tmp_path / "quantized"))
+        assert "experts" in parts_names(llm)
 
 
 def parts_names(llm: Any) -> set[str]:
