@@ -12,13 +12,15 @@ from engines import assert_same_logits, engine, overrides
 from higgs import HiggsQuantConfig
 from test_models import mixed, quantized
 from test_transformers import OPT, SIZES, load, save_random
+from transformers import AutoModelForCausalLM
 
 WIDE: dict[str, Any] = {**SIZES, "hidden_size": 256, "intermediate_size": 512}
-# Both ranks have the one k and v head of Llama and Qwen 3; OPT has biases where inputs are split; of 5 experts one rank
-# has 3.
+# Both ranks have the one k and v head of Llama and Qwen 3; OPT has biases where inputs are split; GPT-2 has q, k and v
+# in one layer; of 5 experts one rank has 3.
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": {**WIDE, "num_key_value_heads": 1, "vocab_size": 263},
     "OPT": {**WIDE, **OPT, "word_embed_proj_dim": 256, "ffn_dim": 512},
+    "GPT2": {**WIDE, "n_inner": 512},
     "Mixtral": {**WIDE, "num_local_experts": 5},
     "Qwen3Moe": {**WIDE, "num_key_value_heads": 1, "num_experts": 6, "num_experts_per_tok": 3,
                  "moe_intermediate_size": 256},
@@ -35,7 +37,7 @@ SPLIT: dict[str, dict[str, Any]] = {
 def save(kind: str, path: Path) -> Path:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**MODELS[kind])
-    return save_random(getattr(transformers, f"{kind}ForCausalLM")(config), path)
+    return save_random(AutoModelForCausalLM.from_config(config), path)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,14 @@ def two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "split"), [("Llama", "tensors"), ("Mixtral", "tensors"), ("Mixtral", "experts"), ("Qwen3Moe", "tensors")]
+    ("kind", "split"),
+    [
+        ("Llama", "tensors"),
+        ("GPT2", "tensors"),
+        ("Mixtral", "tensors"),
+        ("Mixtral", "experts"),
+        ("Qwen3Moe", "tensors"),
+    ],
 )
 def test_stored(kind: str, split: str, tmp_path: Path) -> None:
     original = load(save(kind, tmp_path))
