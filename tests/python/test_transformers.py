@@ -13,6 +13,7 @@ import transformers
 from conftest import load_whole as load
 from conftest import run_python, save_random
 from higgs import HiggsQuantConfig
+from higgs.checkpoint import quantize_checkpoint
 from higgs.evaluate import effective_bits
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, PreTrainedModel
@@ -111,6 +112,20 @@ def test_conv1d_becomes_conv1d_again(tmp_path: Path) -> None:
     errors = {name: (t - original[name]).norm() / original[name].norm() for name, t in restored.state_dict().items()}
     assert max(errors.values()) < 0.01 and sum(error > 0 for error in errors.values()) == 8
     assert (restored(IDS).logits - expected).norm() < 0.02 * expected.norm()
+
+
+def test_conv1d_is_streamed(tmp_path: Path) -> None:
+    """Its [in, out] becomes rows of outputs; c_fc [128, 192] is the only one that could be told by its shape."""
+    path = make("gpt2-conv1d", tmp_path / "original")
+    model = load(path)
+    energies = higgs.gather_energies(model, IDS.expand(4, -1))
+    report = quantize_checkpoint(path, tmp_path / "streamed", bits=4, energies=energies)
+    assert {(r.layer.rpartition(".")[2], r.n, r.k) for r in report.layers} == {
+        ("c_attn", 384, 128), ("c_proj", 128, 128), ("c_fc", 192, 128), ("c_proj", 128, 192)
+    }  # fmt: skip
+    assert not report.notes and not report.skipped
+    higgs.quantize_(model, bits=4, scales=energies)
+    assert_same(load(tmp_path / "streamed"), model)
 
 
 @pytest.mark.parametrize(
