@@ -17,8 +17,8 @@ using D = HIGGS_DECODER;
 template <typename Config>
 void launch_gemm(const GemmParams& params, const GemmPlan& plan, Stream stream) {
   static_assert(Config::kWarpgroups * 64 == gemm_rows(Config::kN, D::kShape));
-  launch_dependent<gemm_kernel<Config>>({plan.ctas(), Config::kThreads, Config::kSharedBytes, plan.cluster_size},
-                                        stream, params);
+  launch_dependent<gemm_kernel<Config>>(
+      {plan.ctas(), Config::kThreads, Config::kSharedBytes, plan.cluster_size << plan.k_split_log}, stream, params);
 }
 
 template <typename Config>

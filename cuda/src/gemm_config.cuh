@@ -1,6 +1,7 @@
 // Sizes of the GEMM kernel: warps, registers, shared memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "gemm_weights.cuh"
@@ -15,16 +16,22 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr bool kRegular = Regular_;
   static constexpr int kWarpgroups = gemm_rows(N_, Weights::kShape) / 64;
   static constexpr int kClusterSize = gemm_cluster_size(N_);
-  static constexpr int kStages = N_ == 256 ? 4 : N_ == 128 ? 6 : 8;
+  static constexpr bool kSplitsK = gemm_splits_k(N_, Regular_);
+  static constexpr int kStages = N_ == 256 || (N_ == 128 && kSplitsK) ? 4 : N_ == 128 ? 6 : 8;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   // Narrow tiles leave 4096 registers or more to a block of pack_x: the next layer's x is packed, and the CTAs of this
   // kernel start, while the kernel before still runs.
-  static constexpr int kLaunchRegisters = (N_ == 256 ? 65536 : 65536 - 4096) / kThreads / 8 * 8;
+  static constexpr int kLaunchRegisters = (N_ == 256   ? 65536
+                                           : N_ == 128 ? 65536 - 12288
+                                                       : 65536 - 4096) /
+                                          kThreads / 8 * 8;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
   static constexpr int kRowTiles = 4 * kWarpgroups;  // of 16 rows
+  static constexpr int kWarpTiles = 1;               // of a warp
+  static constexpr int kTileFragments = N_ / 8;      // of the accumulators
   static constexpr int kRegisters = N_ / 2;          // of the accumulators, per thread
 
   // 16-byte loads a warp keeps in flight: all of a slice, or half where accumulators or warps take most registers
@@ -37,13 +44,22 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kStagingTokens = N_ < 64 ? N_ : 64;
   static constexpr int kStagingStride = 48;  // bytes per token: 16 rows, spread over the banks
   static constexpr int kStagingBytes = kRowTiles * kStagingTokens * kStagingStride;
-  // Shared memory: stages | staging | barriers | ... | table at address kTableAddress | the other stages
+  // Scratch: staging of y or, where k is split within a cluster, the inbox of sums (gemm_cluster.cuh).
+  static constexpr int kInboxBytes = kSplitsK ? std::max(kTileFragments, 1 << kMaxSplitLog) * kConsumers * 16 : 0;
+  static constexpr int kScratchBytes = std::max(kStagingBytes, kInboxBytes);
+  // Shared memory: stages | scratch | barriers | ... | table at address kTableAddress | the other stages
+  // where k may be split: stages | barriers | ... | table | the other stages | scratch
   static constexpr int kTableStart = kTableAddress - kSharedBase;
+  static constexpr int kTableEnd = kTableStart + Decoder_::kTableBytes;
   static constexpr int kBarrierBytes = 2 * kStages * static_cast<int>(sizeof(uint64_t));
-  static constexpr int kStagesThatFit = (kTableStart - kStagingBytes - kBarrierBytes) / kStageBytes;
+  static constexpr int kScratchBefore = kSplitsK ? 0 : kScratchBytes;
+  static constexpr int kStagesThatFit = (kTableStart - kScratchBefore - kBarrierBytes) / kStageBytes;
   static constexpr int kStagesBefore = kStages < kStagesThatFit ? kStages : kStagesThatFit;
-  static constexpr int kStagesGap = kTableStart + Decoder_::kTableBytes - kStagesBefore * kStageBytes;
-  static constexpr int kSharedBytes = kTableStart + Decoder_::kTableBytes + (kStages - kStagesBefore) * kStageBytes;
+  static constexpr int kStagesGap = kTableEnd - kStagesBefore * kStageBytes;
+  static constexpr int kStagesEnd = kTableEnd + (kStages - kStagesBefore) * kStageBytes;
+  static constexpr int kScratchStart = kSplitsK ? kStagesEnd : kStagesBefore * kStageBytes;
+  static constexpr int kBarriersStart = kStagesBefore * kStageBytes + kScratchBefore;
+  static constexpr int kSharedBytes = kStagesEnd + kScratchBytes - kScratchBefore;
   static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 };
 

@@ -21,13 +21,11 @@
 // __nv_bfloat16; N = tokens of a tile: 32 or 64.
 #pragma once
 
-#include "async_copy.cuh"
 #include "gemm_mma_streams.cuh"
+#include "gemm_output.cuh"
 #include "gemm_partials.cuh"
 #include "gemm_schedule.cuh"
 #include "gemm_weights.cuh"
-#include "numeric.cuh"
-#include "rotate_x.cuh"
 
 namespace higgs::cuda {
 
@@ -113,60 +111,6 @@ __device__ __forceinline__ bool multiply_units(const GemmParams& p, WordStream<C
   return more;
 }
 
-// Where a warp's part of a tile goes.
-template <typename Config>
-struct TileOutput {
-  using T = typename Config::T;
-  const GemmPart& part;
-  int m;
-  int row_tile;  // the first one of the warp
-  int token;
-  int lane;
-
-  __device__ __forceinline__ TileOutput(const GemmParams& p, int tile, int warp, int lane)
-      : TileOutput(p, place_of<Config>(p, this_cta(), tile), warp, lane) {}
-
-  // The biases of rows g and g + 8 of row tile `tile` of the warp.
-  __device__ __forceinline__ float2 bias(int tile) const {
-    float2 out = {};
-    if (part.bias != nullptr) {
-      const int row = (row_tile + tile) * kTileRows + lane / 4;
-      const T* b = static_cast<const T*>(part.bias) + row;
-      if (row < part.n) out.x = to_float(b[0]);
-      if (row + 8 < part.n) out.y = to_float(b[8]);
-    }
-    return out;
-  }
-  // Fragment `i` of the accumulators: rows g and g + 8 of a row tile, tokens 2 t and 2 t + 1 of eight.
-  __device__ __forceinline__ void store(int i, float4 v, float2 bias) const {
-    const uint32_t upper = transposed(pack2<T>(v.x + bias.x, v.y + bias.x));  // token g, rows 2 t and 2 t + 1
-    const uint32_t lower = transposed(pack2<T>(v.z + bias.y, v.w + bias.y));
-    const int row = (row_tile + i / Config::kTileFragments) * kTileRows + lane % 4 * 2;
-    const long long to = token + i % Config::kTileFragments * 8 + lane / 4;
-    if (to >= m) return;
-    uint16_t* y = static_cast<uint16_t*>(part.y) + to * part.n + row;
-    store_pair(y, row, upper);
-    store_pair(y + 8, row + 8, lower);
-  }
-
- private:
-  __device__ __forceinline__ TileOutput(const GemmParams& p, const TilePlace& place, int warp, int lane)
-      : part(p.parts[place.part]),
-        m(p.m),
-        row_tile(place.row_tile + warp * Config::kWarpTiles),
-        token(place.token),
-        lane(lane) {}
-
-  __device__ __forceinline__ void store_pair(uint16_t* y, int row, uint32_t v) const {
-    if (part.n % 2 == 0) {  // both rows exist or none, and y is aligned
-      if (row < part.n) *reinterpret_cast<uint32_t*>(y) = v;
-    } else {
-      if (row < part.n) y[0] = static_cast<uint16_t>(v);
-      if (row + 1 < part.n) y[1] = static_cast<uint16_t>(v >> 16);
-    }
-  }
-};
-
 // The set of sums of a CTA for a tile: it has at most one that began before it and one that ends after it.
 __device__ __forceinline__ int partial_set(const GemmParams& p, int cta, int tile) {
   return 2 * cta + (Schedule::first_slice(p, cta) > tile * p.slices ? 0 : 1);
@@ -182,7 +126,7 @@ __device__ __forceinline__ void add_share(const GemmParams& p, int tile, int war
     wait_for_partial<Config>(p, partial_set(p, cta, tile), warpgroup);
   }
   named_barrier(1 + warpgroup, 128);
-  const TileOutput<Config> output(p, tile, warp, lane);
+  const TileOutput<Config> output(p, place_of<Config>(p, this_cta(), tile), warp, lane);
 #pragma unroll 1
   for (int i = static_cast<int>(blockIdx.x) - first; i < Config::kRegisters / 4; i += last - first + 1) {
     float4 sum = {};
@@ -204,7 +148,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
   int table_of = -1;
   bool first = true;
   Segment s;
-  for (Schedule schedule(p, cta.cluster); schedule.next(p, s);) {
+  for (Schedule schedule(p, cta); schedule.next(p, s);) {
     const TilePlace place = place_of<Config>(p, cta, s.tile);
     const GemmPart& part = p.parts[place.part];
     if (place.part != table_of) change_table<Config, Config::kThreads>(part, table, 1 + Config::kWarpgroups);
@@ -235,7 +179,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
       send_partial<Config>(p, partial_set(p, cta.cluster, s.tile), warp / 4, acc);
       continue;
     }
-    const TileOutput<Config> output(p, s.tile, warp, lane);
+    const TileOutput<Config> output(p, place, warp, lane);
     float2 bias;
 #pragma unroll
     for (int i = 0; i < Config::kRegisters / 4; ++i) {
@@ -243,7 +187,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
       output.store(i, {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]}, bias);
     }
   }
-  for (Schedule schedule(p, cta.cluster); schedule.next(p, s);) {
+  for (Schedule schedule(p, cta); schedule.next(p, s);) {
     if (s.begin > 0 || s.end < p.slices) add_share<Config>(p, s.tile, warp, lane);
   }
 }

@@ -52,7 +52,7 @@ template <typename Config>
 class XStream {
  public:
   __device__ __forceinline__ XStream(const GemmParams& p, uint8_t* shared)
-      : stages_(shared_address(shared)), schedule_(p, blockIdx.x) {}
+      : stages_(shared_address(shared)), schedule_(p, this_cta()) {}
   // The first copies.
   __device__ __forceinline__ void begin(const GemmParams& p) {
 #pragma unroll 1
@@ -123,7 +123,7 @@ class WordStream {
   int units = 0;  // of this iteration
 
   __device__ __forceinline__ WordStream(const GemmParams& p, int warp, int lane)
-      : schedule_(p, blockIdx.x), warp_(warp), lane_(lane) {
+      : schedule_(p, this_cta()), warp_(warp), lane_(lane) {
     look_ahead(p);
     step(p);
     load<0, Config::kLoads>();

@@ -39,6 +39,7 @@ struct GemmParams {
   int tiles = 0;        // row blocks x token tiles, token tile by token tile
   int split_tiles = 0;  // the first tiles are shared out slice by slice, the others whole
   int clusters = 0;
+  int k_split_log = 0;         // of the CTAs of a cluster that share a tile's slices; > 0: one tile per cluster
   int slices_per_cluster = 0;  // of the shared tiles; the first `longer_clusters` take one more
   int longer_clusters = 0;
   int part_count = 0;

@@ -23,8 +23,7 @@ __device__ __forceinline__ void send_partial(const GemmParams& p, int set, int w
   for (int i = 0; i < Config::kRegisters / 4; ++i) {
     __stcg(to + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
   }
-  __threadfence();
-  named_barrier(1 + warpgroup, 128);
+  named_barrier(1 + warpgroup, 128);  // the release of one thread covers what the others have written before it
   if (threadIdx.x % 128 == 0) store_release(p.flags + set * Config::kWarpgroups + warpgroup, 1);
 }
 

@@ -1,6 +1,7 @@
 // Which part of the GEMM a CTA computes, and when (persistent). The first `split_tiles` tiles are cut into slices and
 // shared out evenly, in contiguous runs; the sums of those who share a tile are added in the order of k, so the result
-// does not depend on timing. The other tiles are a whole number of rounds, one tile per cluster.
+// does not depend on timing. The other tiles are a whole number of rounds, one tile per cluster. Where k is split
+// within clusters, a cluster has one tile, and each of its CTAs an equal share of the slices.
 #pragma once
 
 #include "gemm_params.h"
@@ -14,11 +15,25 @@ struct Segment {
   int end = 0;
 };
 
-// The segments of a cluster, in order.
+// The place of a CTA in the grid.
+struct CtaPlace {
+  int cluster = 0;
+  int rank = 0;    // among the CTAs that take row blocks of a tile
+  int k_rank = 0;  // among the parts of k
+};
+
+// The segments of a CTA, in order.
 class Schedule {
  public:
-  __device__ __forceinline__ Schedule(const GemmParams& p, int cluster)
-      : split_(first_slice(p, cluster)), split_end_(first_slice(p, cluster + 1)), tile_(p.split_tiles + cluster) {}
+  __device__ __forceinline__ Schedule(const GemmParams& p, const CtaPlace& cta)
+      : split_(first_slice(p, cta.cluster)),
+        split_end_(first_slice(p, cta.cluster + 1)),
+        tile_(p.split_tiles + cta.cluster) {
+    if (p.k_split_log == 0) return;
+    split_ = cta.cluster * p.slices + (cta.k_rank * p.slices >> p.k_split_log);
+    split_end_ = cta.cluster * p.slices + ((cta.k_rank + 1) * p.slices >> p.k_split_log);
+    tile_ = p.tiles;
+  }
 
   static __device__ __forceinline__ int first_slice(const GemmParams& p, int cluster) {
     return cluster * p.slices_per_cluster + min(cluster, p.longer_clusters);
@@ -46,12 +61,6 @@ class Schedule {
   int split_;
   int split_end_;
   int tile_;
-};
-
-// The place of a CTA in the grid.
-struct CtaPlace {
-  int cluster = 0;
-  int rank = 0;
 };
 
 // Where a CTA's rows of a tile are: the part and the first row tile and token.

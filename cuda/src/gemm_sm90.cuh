@@ -16,7 +16,8 @@
 // grid points, and no second set of accumulators is needed. A scale of 0 counts as kLeastScale in between.
 //
 // Clusters. The CTAs of a cluster take the row blocks of a tile that follow each other, and share the copies of x
-// (multicast): x comes from the L2 once per cluster.
+// (multicast): x comes from the L2 once per cluster. Or, where tiles are few, they take parts of the k of one tile each
+// (GemmPlan::k_split_log), and add up their sums as gemm_cluster.cuh says.
 //
 // Schedule: gemm_schedule.cuh. Shared memory and registers: GemmConfig in gemm_config.cuh.
 //
@@ -25,6 +26,7 @@
 
 #include <type_traits>
 
+#include "gemm_cluster.cuh"
 #include "gemm_config.cuh"
 #include "gemm_epilogue.cuh"
 #include "gemm_schedule.cuh"
@@ -39,11 +41,17 @@ template <typename Config>
 class WeightStream {
  public:
   __device__ __forceinline__ WeightStream(const GemmParams& p, const CtaPlace& cta, int warp, int lane)
-      : schedule_(p, cta.cluster), cta_(cta), warp_(warp), lane_(lane) {
+      : schedule_(p, cta), cta_(cta), warp_(warp), lane_(lane) {
     step(p);
 #pragma unroll
     for (int i = 0; i < Config::kWindow; ++i) load(i, next_, next_loads_);
   }
+  // Fetches the first slice of the segment into the L2: memory has nothing else to do while x is packed.
+  __device__ __forceinline__ void prefetch(const GemmParams& p) const {
+    if (lane_ == 0) prefetch_bulk(next_, p.slice_bytes);
+  }
+  // That of the slice which begins next; at the end of all, a tile beyond the last.
+  [[nodiscard]] __device__ __forceinline__ Segment segment() const { return segment_; }
   __device__ __forceinline__ void begin_slice(const GemmParams& p) {
     current_ = next_;
     current_loads_ = next_loads_;
@@ -63,7 +71,7 @@ class WeightStream {
     for (int i = First; i < Last; ++i) {
       const int ahead = i + Config::kWindow;
       if (ahead < Config::kLoads) {
-        load(ahead, current_, current_loads_);
+        load(ahead, current_, Config::kRegular ? Config::kLoads : current_loads_);
       } else {
         load(ahead - Config::kLoads, next_, next_loads_);
       }
@@ -118,14 +126,13 @@ struct Stages {
 
   __device__ __forceinline__ explicit Stages(uint8_t* shared)
       : shared(shared),
-        full(reinterpret_cast<uint64_t*>(shared + Config::kStagesBefore * Config::kStageBytes + Config::kStagingBytes)),
+        full(reinterpret_cast<uint64_t*>(shared + Config::kBarriersStart)),
         empty(full + Config::kStages) {}
   __device__ __forceinline__ uint8_t* stage() const {
     return shared + index * Config::kStageBytes + (index < Config::kStagesBefore ? 0 : Config::kStagesGap);
   }
   __device__ __forceinline__ uint8_t* staging(int warp) const {
-    return shared + Config::kStagesBefore * Config::kStageBytes +
-           warp * Config::kStagingTokens * Config::kStagingStride;
+    return shared + Config::kScratchStart + warp * Config::kStagingTokens * Config::kStagingStride;
   }
   __device__ __forceinline__ void advance() {
     if (++index == Config::kStages) index = 0, phase ^= 1;
@@ -141,7 +148,7 @@ struct Stages {
 template <typename Config>
 __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta, Stages<Config> stages) {
   constexpr int kShare = Config::kStageBytes / Config::kClusterSize;
-  Schedule schedule(p, cta.cluster);
+  Schedule schedule(p, cta);
   Segment s;
   const long long block_stride = static_cast<long long>(p.padded_m) * kRowBytes;
   wait_for_primary();
@@ -221,15 +228,15 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
   const uint32_t offset = shared_address(shared) + Config::kTableStart + Config::Decoder::lane_offset(lane);
   int table_of = -1;
   bool waited = false;
-  Schedule schedule(p, cta.cluster);
   Segment s;
-  while (schedule.next(p, s)) {
+  while ((s = weights.segment()).tile < p.tiles) {
     const TilePlace place = place_of<Config>(p, cta, s.tile);
     const GemmPart& part = p.parts[place.part];
     if (place.part != table_of) {
       change_table<Config, Config::kConsumers>(part, shared + Config::kTableStart, 1 + Config::kWarpgroups);
       table_of = place.part;
     }
+    if (p.k_split_log > 0) weights.prefetch(p);
     RowScales<1> scales(p, part.data + Config::kScalesOffset, place.row_tile + warp, part.row_tiles,
                         s.begin * p.units_per_slice * 2, lane);
     if (!waited) wait_for_primary();
@@ -245,6 +252,16 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     wgmma_wait<0>();
     stages.release_previous(lane);
     scales.finish(acc);
+    if constexpr (Config::kSplitsK) {
+      if (p.k_split_log > 0) {
+        const ClusterSums<Config> sums(p, shared, cta.k_rank);
+        sums.send_all(acc, warpgroup);
+        cluster_arrive_release();
+        cluster_wait();
+        sums.add_and_store(TileOutput<Config>(p, place, warp, lane), warpgroup);
+        return;
+      }
+    }
     if (s.begin > 0) {
       send_partial<Config>(p, blockIdx.x, warpgroup, acc);
       continue;
@@ -260,6 +277,10 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   extern __shared__ __align__(1024) uint8_t shared[];
   launch_dependents();
   Stages<Config> stages(shared);
+  static_assert(!Config::kSplitsK || Config::kClusterSize == 1);
+  const auto rank = static_cast<int>(cluster_rank());
+  const CtaPlace cta{static_cast<int>(blockIdx.x) / (Config::kClusterSize << p.k_split_log),
+                     Config::kClusterSize > 1 ? rank : 0, Config::kClusterSize > 1 ? 0 : rank};
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kStages; ++i) {
@@ -269,15 +290,19 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
     barrier_init_done();
   }
   __syncthreads();
-  if constexpr (Config::kClusterSize > 1) {
+  if (Config::kClusterSize > 1 || (Config::kSplitsK && p.k_split_log > 0)) {
     cluster_arrive();
     cluster_wait();
   }
-  const CtaPlace cta{static_cast<int>(blockIdx.x) / Config::kClusterSize, static_cast<int>(cluster_rank())};
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // a value the assembler knows to be uniform
   if (warpgroup == Config::kWarpgroups) {
     give_registers<Config::kProducerRegisters>();
     if (threadIdx.x == Config::kConsumers) produce<Config>(p, cta, stages);
+    if (Config::kSplitsK && p.k_split_log > 0) {  // the barrier between ClusterSums' sending and adding
+      __syncwarp();
+      cluster_arrive();
+      cluster_wait();
+    }
   } else {
     take_registers<Config::kConsumerRegisters>();
     consume<Config>(p, cta, stages, shared, warpgroup);

@@ -63,36 +63,45 @@ class RowScales {
   __device__ __forceinline__ void next_group(const GemmParams& p, float (&acc)[Registers]) {
     float2 before[Tiles];
 #pragma unroll
-    for (int i = 0; i < Tiles; ++i) before[i] = now_[i];
+    for (int i = 0; i < Tiles; ++i) before[i] = scale(i);
     take();
     boundary += p.group_blocks;
 #pragma unroll
     for (int i = 0; i < Tiles; ++i) {
+      const float2 now = scale(i);
       scale_rows<Registers / Tiles>(acc + i * (Registers / Tiles),
-                                    {__fdividef(before[i].x, now_[i].x), __fdividef(before[i].y, now_[i].y)});
+                                    {__fdividef(before[i].x, now.x), __fdividef(before[i].y, now.y)});
     }
   }
   template <int Registers>
   __device__ __forceinline__ void finish(float (&acc)[Registers]) const {
 #pragma unroll
     for (int i = 0; i < Tiles; ++i) {
+      const float2 now = scale(i);
+      const float2 greatest = __half22float2(greatest_[i]);
       scale_rows<Registers / Tiles>(acc + i * (Registers / Tiles),
-                                    {greatest_[i].x == 0 ? 0.0f : now_[i].x, greatest_[i].y == 0 ? 0.0f : now_[i].y});
+                                    {greatest.x == 0 ? 0.0f : now.x, greatest.y == 0 ? 0.0f : now.y});
     }
   }
 
  private:
-  static __device__ __forceinline__ float load(const uint16_t* p) { return __half2float(__ushort_as_half(__ldg(p))); }
+  __device__ __forceinline__ float2 scale(int i) const {
+    const float2 v = __half22float2(now_[i]);
+    return {fmaxf(v.x, kLeastScale), fmaxf(v.y, kLeastScale)};
+  }
   __device__ __forceinline__ void load_next() {
 #pragma unroll
-    for (int i = 0; i < Tiles; ++i) next_[i] = {load(at_ + i * to_second_), load(at_ + i * to_second_ + 8)};
+    for (int i = 0; i < Tiles; ++i) {
+      next_[i][0] = __ldg(at_ + i * to_second_);
+      next_[i][1] = __ldg(at_ + i * to_second_ + 8);
+    }
     at_ += kTileRows;
   }
   __device__ __forceinline__ void take() {
 #pragma unroll
     for (int i = 0; i < Tiles; ++i) {
-      greatest_[i] = {fmaxf(greatest_[i].x, next_[i].x), fmaxf(greatest_[i].y, next_[i].y)};
-      now_[i] = {fmaxf(next_[i].x, kLeastScale), fmaxf(next_[i].y, kLeastScale)};
+      now_[i] = __halves2half2(__ushort_as_half(next_[i][0]), __ushort_as_half(next_[i][1]));
+      greatest_[i] = __hmax2(greatest_[i], now_[i]);
     }
     if (--left_ >= 0) load_next();
   }
@@ -100,9 +109,9 @@ class RowScales {
   const uint16_t* at_;  // of the next scale group
   int to_second_;       // values to the second row tile
   int left_;            // groups after this one
-  float2 now_[Tiles] = {};
-  float2 greatest_[Tiles] = {};
-  float2 next_[Tiles] = {};
+  __half2 now_[Tiles] = {};
+  __half2 greatest_[Tiles] = {};
+  uint16_t next_[Tiles][2] = {};
 };
 
 // Calls body(integral_constant<int, 0>) .. body(integral_constant<int, Count - 1>) while it returns true.

@@ -141,6 +141,7 @@ GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> pa
   p.tiles = plan.tiles;
   p.split_tiles = plan.split_tiles;
   p.clusters = plan.clusters;
+  p.k_split_log = plan.k_split_log;
   p.slices_per_cluster = plan.slices_per_cluster();
   p.longer_clusters = plan.longer_clusters();
   p.part_count = static_cast<int>(parts.size());

@@ -1,6 +1,7 @@
 // Rotated x in the layout of the GEMM kernel's B operand, see pack_x.h.
 #include "pack_x.h"
 
+#include "async_copy.cuh"
 #include "launch.h"
 #include "numeric.cuh"
 #include "ptx.cuh"
@@ -21,14 +22,21 @@ __device__ __forceinline__ void clear_flags(const PackParams& p) {
   for (int i = threadIdx.x; i < p.flag_count; i += blockDim.x) p.flags[i] = 0;
 }
 
-// --- few rows and blocks of a power of two: a CTA per chunk of a row, 16 values a thread
+// --- few rows and blocks of a power of two: a CTA per chunk of one or two rows, 16 values a thread
 //
 // A launch starts with a cold instruction cache, at about 10 cycles an instruction: the passes of two strides each are
 // one short loop, where a warp per chunk takes 900 instructions in a row. The butterflies and their order are those of
-// fwht.cuh. 2048 registers a CTA: two fit into what GemmConfig leaves free.
+// fwht.cuh. 2048 registers a CTA: two or more fit into what GemmConfig leaves free.
 
 constexpr int kThreads = 64;
 constexpr int kQuads = kChunk / 4 / kThreads;  // a thread's, kThreads apart
+constexpr int kPaddedChunk = kChunk + kChunk / 32;
+constexpr int kCtaBytes = kPaddedChunk * 4 + kChunk * 2;
+// CTAs that wait for x beside the kernel before, on a multiprocessor, and the shared memory that each takes where one
+// or two are enough: they go where there is most room, and multiprocessors without a CTA of that kernel would get up
+// to 32.
+constexpr int kResident = 2;
+constexpr int kSpreadBytes[kResident + 1] = {0, 34 * 1024, 18 * 1024};
 
 __device__ __forceinline__ float& padded(float* values, int i) { return values[i + i / 32]; }
 
@@ -41,41 +49,10 @@ __device__ __forceinline__ void two_strides(float (&v)[4], bool second) {
   v[3] = second ? __fsub_rn(a[1], a[3]) : a[3];
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
-    pack_ctas_kernel(const __grid_constant__ PackParams p, float norm) {
-  __shared__ float values[kChunk + kChunk / 32];
-  launch_dependents();
-  const int chunks = (p.k + kChunk - 1) / kChunk;
-  const int row = blockIdx.x / chunks;
-  const int chunk = (blockIdx.x - row * chunks) * kChunk;
-  const int count = p.k - chunk;
-  float4 d[kQuads] = {};
-  uint2 raw[kQuads] = {};
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    const int column = 4 * (threadIdx.x + q * kThreads);
-    if (column < count) d[q] = *reinterpret_cast<const float4*>(p.d + chunk + column);
-  }
-  wait_for_primary();
-  clear_flags(p);
-  const T* from = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k + chunk;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    const int column = 4 * (threadIdx.x + q * kThreads);
-    if (column < count) raw[q] = *reinterpret_cast<const uint2*>(from + column);
-  }
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    const T* x = reinterpret_cast<const T*>(&raw[q]);
-    float v[4] = {__fmul_rn(d[q].x, to_float(x[0])), __fmul_rn(d[q].y, to_float(x[1])),
-                  __fmul_rn(d[q].z, to_float(x[2])), __fmul_rn(d[q].w, to_float(x[3]))};
-    two_strides(v, true);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) padded(values, 4 * (threadIdx.x + q * kThreads) + i) = v[i];
-  }
+// values = the chunk after the strides below `block`.
+__device__ __forceinline__ void transform_chunk(float* values, int block) {
 #pragma unroll 1
-  for (int log = 2; 1 << log < p.block; log += 2) {
+  for (int log = 2; 1 << log < block; log += 2) {
     __syncthreads();
 #pragma unroll 2
     for (int q = 0; q < kQuads; ++q) {
@@ -84,23 +61,68 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
       float v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = padded(values, first + (i << log));
-      two_strides(v, 2 << log < p.block);
+      two_strides(v, 2 << log < block);
 #pragma unroll
       for (int i = 0; i < 4; ++i) padded(values, first + (i << log)) = v[i];
     }
   }
   __syncthreads();
-  auto* const out = static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(chunk / 64) * p.padded_m + row) * 128;
+}
+
+// The grid is a multiple of the chunks of a row: a CTA keeps its chunk.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
+    pack_ctas_kernel(const __grid_constant__ PackParams p, float norm) {
+  extern __shared__ __align__(16) float values[];
+  const auto raw = reinterpret_cast<uint4(*)[kThreads]>(values + kPaddedChunk);  // of x, 8 columns a thread and half
+  launch_dependents();
+  const int chunks = (p.k + kChunk - 1) / kChunk;
+  const int first_row = blockIdx.x / chunks;
+  const int row_step = gridDim.x / chunks;
+  const int chunk = (blockIdx.x - first_row * chunks) * kChunk;
+  const int count = p.k - chunk;
+  wait_for_primary();
+  clear_flags(p);
+#pragma unroll 1
+  for (int row = first_row; row < p.m; row += row_step) {
+    // Through shared memory: registers for both loads at once there are not.
+    const int column = 8 * threadIdx.x;
+    const T* from = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k + chunk + column;
+    if (column < count) copy_async(shared_address(&raw[0][threadIdx.x]), from);
+    if (column + kChunk / 2 < count) copy_async(shared_address(&raw[1][threadIdx.x]), from + kChunk / 2);
+    commit_copies();
+    wait_for_copies<0>();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int first = column + h * kChunk / 2;
+      float d[8] = {};
+      if (first < count) load_values(p.d + chunk + first, d);
+      const uint4 words = raw[h][threadIdx.x];
+      const T* x = reinterpret_cast<const T*>(&words);
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        float v[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[j] = __fmul_rn(d[i + j], to_float(x[i + j]));
+        two_strides(v, true);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) padded(values, first + i + j) = v[j];
+      }
+    }
+    transform_chunk(values, p.block);
+    auto* const out = static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(chunk / 64) * p.padded_m + row) * 128;
 #pragma unroll 2
-  for (int q = 0; q < kQuads; ++q) {
-    const int quad = threadIdx.x + q * kThreads;
-    if (4 * quad >= count) break;
-    // Slots 4 quad .. + 3 hold columns 4 t + 2 h, + 1, and those of the next t (packed_slot).
-    const int first = quad / 4 * 16 + quad % 2 * 8 + quad / 2 % 2 * 2;
-    const auto scaled = [&](int i) { return __fmul_rn(padded(values, first + i), norm); };
-    const int piece = quad / 2;  // of 16 bytes; 8 pieces are a row of 64 columns
-    *reinterpret_cast<uint2*>(out + static_cast<int64_t>(piece / 8) * p.padded_m * 128 + (piece % 8 ^ row % 8) * 16 +
-                              quad % 2 * 8) = {pack2<T>(scaled(0), scaled(1)), pack2<T>(scaled(4), scaled(5))};
+    for (int q = 0; q < kQuads; ++q) {
+      const int quad = threadIdx.x + q * kThreads;
+      // Slots 4 quad .. + 3 hold columns 4 t + 2 h, + 1, and those of the next t (packed_slot).
+      const int first = quad / 4 * 16 + quad % 2 * 8 + quad / 2 % 2 * 2;
+      const auto scaled = [&](int i) { return __fmul_rn(padded(values, first + i), norm); };
+      const int piece = quad / 2;  // of 16 bytes; 8 pieces are a row of 64 columns
+      if (4 * quad >= count) break;
+      *reinterpret_cast<uint2*>(out + static_cast<int64_t>(piece / 8) * p.padded_m * 128 + (piece % 8 ^ row % 8) * 16 +
+                                quad % 2 * 8) = {pack2<T>(scaled(0), scaled(1)), pack2<T>(scaled(4), scaled(5))};
+    }
+    __syncthreads();  // `values` has been read
   }
 }
 
@@ -147,10 +169,14 @@ __global__ void __launch_bounds__(kWarps* kLanes)
 
 void pack_x(const PackParams& params, DType dtype, Stream stream) {
   const BlockTransform transform = block_transform(params.block);
-  const std::int64_t items = params.m * chunks_of(transform, params.k);
+  const std::int64_t chunks = chunks_of(transform, params.k);
+  const std::int64_t items = params.m * chunks;
   const int multiprocessors = current_device().multiprocessors;
-  if (items <= 2 * multiprocessors && transform.runs == 1) {  // all wait for x beside the kernel before
-    const LaunchShape shape{static_cast<int>(items), kThreads};
+  const auto each = static_cast<int>((items + multiprocessors - 1) / multiprocessors);
+  if (each <= 2 * kResident && transform.runs == 1) {
+    const std::int64_t rows = each <= kResident ? params.m : (params.m + 1) / 2;
+    const LaunchShape shape{static_cast<int>(rows * chunks), kThreads,
+                            each <= kResident ? kSpreadBytes[each] : kCtaBytes};
     const float norm = hadamard_norm(params.block);
     return dtype == DType::f16 ? launch_dependent<pack_ctas_kernel<__half>>(shape, stream, params, norm)
                                : launch_dependent<pack_ctas_kernel<__nv_bfloat16>>(shape, stream, params, norm);

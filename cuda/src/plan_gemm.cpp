@@ -33,17 +33,6 @@ void set_wgmma_tile(GemmPlan& p, const LinearProblem& problem, const DevicePrope
   p.cluster_size = gemm_cluster_size(p.tokens);
 }
 
-// Whether the mma kernel gives nearly every multiprocessor one slice of a tile of 32 tokens. There it is faster than
-// the wgmma kernel with tiles as tall, and slower than that with lower ones (grids with an odd number of loads a
-// slice).
-bool one_slice_each(const LinearProblem& problem, const TiledFormat& t, const DeviceProperties& device) {
-  if (problem.m <= kMaxDecodeRows || problem.m > 32) return false;
-  if (t.field.trellis() || gemm_rows(32, t.field) != kMmaRows) return false;
-  std::int64_t slices = 0;
-  for (const LayerFormat& f : problem.matrices) slices += ceil_div(f.n, kMmaRows) * t.slices;
-  return slices <= device.multiprocessors && 4 * slices > 3 * device.multiprocessors;
-}
-
 void set_mma_tile(GemmPlan& p, std::int64_t m, const DeviceProperties& device) {
   p.kernel = GemmKernel::mma;
   p.tokens = m <= 32 ? 32 : 64;
@@ -52,6 +41,25 @@ void set_mma_tile(GemmPlan& p, std::int64_t m, const DeviceProperties& device) {
     throw Error(ErrorCode::unsupported, "linear: " + device.name + " has " +
                                             std::to_string(device.shared_bytes_per_block) +
                                             " bytes of shared memory per block; 96 KB are needed");
+  }
+}
+
+// Shares out the tiles' slices: where a cluster of CTAs for every tile, each with a part of k, fits on the device at
+// once and leaves no CTA more slices than even shares would, so; else even shares of contiguous slices.
+void share_out(GemmPlan& p, const DeviceProperties& device) {
+  const std::int64_t slices = std::int64_t{p.tiles} * p.slices;
+  p.clusters = static_cast<int>(std::clamp<std::int64_t>(slices, 1, device.max_clusters(p.cluster_size)));
+  const int rounds = p.tiles / p.clusters;
+  p.split_tiles = p.tiles % p.clusters == 0 ? 0 : p.tiles - std::max(0, rounds - 1) * p.clusters;
+  if (p.kernel != GemmKernel::wgmma || p.tiles == 0) return;
+  for (int log = gemm_splits_k(p.tokens, p.regular) ? kMaxSplitLog : 0; log >= 0; --log) {
+    const int cluster = p.cluster_size << log;
+    if (cluster > 8 || 1 << log > p.slices || p.tiles > device.max_clusters(cluster)) continue;
+    if (ceil_div(p.slices, 1 << log) > ceil_div(slices, p.clusters)) return;
+    p.k_split_log = log;
+    p.clusters = p.tiles;
+    p.split_tiles = 0;
+    return;
   }
 }
 
@@ -74,7 +82,7 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
                                             std::to_string(device.sm()) +
                                             "; use rotate, dequantize_rotated and a GEMM");
   }
-  if (has_wgmma(device) && !one_slice_each(problem, t, device)) {
+  if (has_wgmma(device)) {
     set_wgmma_tile(p, problem, device);
   } else {
     set_mma_tile(p, problem.m, device);
@@ -87,14 +95,11 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
     row_blocks += p.row_blocks.back();
   }
   p.tiles = row_blocks * (p.padded_m / p.tokens);
-  p.clusters = static_cast<int>(
-      std::clamp<std::int64_t>(std::int64_t{p.tiles} * p.slices, 1, device.max_clusters(p.cluster_size)));
-  const int rounds = p.tiles / p.clusters;
-  p.split_tiles = p.tiles % p.clusters == 0 ? 0 : p.tiles - std::max(0, rounds - 1) * p.clusters;
+  share_out(p, device);
   p.x_bytes = problem.matrices[0].k * p.padded_m * 2;
   // Sets of partial sums, and one flag per set and warpgroup: of the mma kernel a set for the tile with which a CTA
   // begins and one for the tile with which it ends.
-  const std::int64_t sets = p.kernel == GemmKernel::mma ? 2 * p.ctas() : p.ctas();
+  const std::int64_t sets = p.split_tiles == 0 ? 0 : p.kernel == GemmKernel::mma ? 2 * p.ctas() : p.ctas();
   p.partial_bytes = sets * p.rows * p.tokens * 4;
   p.flag_bytes = sets * (p.rows / (p.kernel == GemmKernel::mma ? 128 : 64)) * 4;
   return p;
@@ -114,6 +119,7 @@ std::string GemmPlan::to_string() const {
   add("slices", slices);
   add("clusters", clusters);
   add("cluster_size", cluster_size);
+  add("k_split", 1 << k_split_log);
   add("padded_m", padded_m);
   return s;
 }

@@ -88,6 +88,12 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
+// The same, and what was written before is seen by those who have waited.
+__device__ __forceinline__ void cluster_arrive_release() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
@@ -127,6 +133,17 @@ __device__ __forceinline__ void send(float4* to, float4 value, uint64_t* barrier
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1,%2,%3,%4}, [bar];\n}" ::"r"(
           shared_address(to)),
       "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+#endif
+}
+
+// Writes to the shared memory of CTA `rank` of the cluster.
+__device__ __forceinline__ void store_remote(float4* to, float4 value, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .b32 to;\nmapa.shared::cluster.u32 to, %0, %5;\n"
+      "st.shared::cluster.v4.f32 [to], {%1,%2,%3,%4};\n}" ::"r"(shared_address(to)),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(rank)
       : "memory");
 #endif
 }

@@ -116,6 +116,11 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
   }
 }
 
+// `bytes` (a multiple of 16) from memory to the L2.
+__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 template <int Registers>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));

@@ -139,6 +139,13 @@ void expect_valid(const GemmPlan& p, const LayerFormat& f, std::int64_t m, const
   EXPECT_LE(p.ctas(), d.multiprocessors);
   EXPECT_GE(std::int64_t{p.row_blocks[0]} * p.rows * p.cluster_size, f.n);
   EXPECT_EQ(p.tiles, p.row_blocks[0] * (p.padded_m / p.tokens));
+  if (p.k_split_log > 0) {
+    EXPECT_TRUE(p.kernel == GemmKernel::wgmma && gemm_splits_k(p.tokens, p.regular));
+    EXPECT_EQ(p.clusters, p.tiles);
+    EXPECT_EQ(p.split_tiles, 0);
+    EXPECT_GE(p.slices, 1 << p.k_split_log) << "a CTA without slices";
+    EXPECT_LE(p.tiles, d.max_clusters(p.cluster_size << p.k_split_log)) << "not resident at once";
+  }
   // Whole tiles go round by round; the others slice by slice, and no cluster gets two slices more than another.
   EXPECT_EQ((p.tiles - p.split_tiles) % p.clusters, 0);
   EXPECT_EQ(p.slices_per_cluster() * p.clusters + p.longer_clusters(), p.split_tiles * p.slices);
@@ -167,21 +174,26 @@ TEST(Plan, GemmSharesOutAllSlices) {
 }
 
 TEST(Plan, GemmKernelByArchitecture) {
-  const LayerFormat f = format(find_grid("p2_n256"), 4096, 4096);
-  for (const DeviceProperties& d : kDevices) {
-    for (const std::int64_t m : {16, 32, 64}) {
-      const bool one_slice_each = m == 32;  // of 128, for 132 multiprocessors
-      EXPECT_EQ(plan_gemm({m, DType::f16, {&f, 1}}, d).kernel,
-                d.sm() == 90 && !one_slice_each ? GemmKernel::wgmma : GemmKernel::mma)
-          << d.name << ", m = " << m;
-    }
-  }
-  for (const char* name : {"p4_n64", "a2_b4"}) {  // lower tiles; no mma kernel
-    const LayerFormat other = format(find_grid(name), 4096, 4096);
+  for (const char* name : {"p2_n256", "p4_n64"}) {
+    const LayerFormat f = format(find_grid(name), 4096, 4096);
     for (const DeviceProperties& d : kDevices) {
-      if (d.sm() == 90) EXPECT_EQ(plan_gemm({32, DType::f16, {&other, 1}}, d).kernel, GemmKernel::wgmma) << name;
+      for (const std::int64_t m : {16, 32, 64}) {
+        EXPECT_EQ(plan_gemm({m, DType::f16, {&f, 1}}, d).kernel, d.sm() == 90 ? GemmKernel::wgmma : GemmKernel::mma)
+            << d.name << ", m = " << m;
+      }
     }
   }
+}
+
+TEST(Plan, GemmSplitsKWithinClustersThatFit) {
+  const LayerFormat f = format(find_grid("p2_n256"), 4096, 4096);
+  DeviceProperties d = kDevices[3];
+  d.resident_clusters = {0, 132, 66, 43, 30, 24, 20, 16, 15};  // of an H200: 2, 4 and 8
+  const auto split = [&](std::int64_t m) { return 1 << plan_gemm({m, DType::bf16, {&f, 1}}, d).k_split_log; };
+  EXPECT_EQ(split(64), 4);  // 22 tiles of 8 slices
+  EXPECT_EQ(split(4096), 1);
+  d.resident_clusters[4] = 21;
+  EXPECT_EQ(split(64), 1) << "by 2, CTAs would have twice the slices that even shares give them";
 }
 
 TEST(Plan, GemmTakesBlocksWithAnOddFactor) {

@@ -111,7 +111,7 @@ enum class GemmKernel {
 
 // One launch of a GEMM kernel, for more than kMaxDecodeRows rows of x. A cluster works on tiles of cluster_size *
 // `rows` rows of W by `tokens` rows of x, token tile by token tile. The first `split_tiles` are shared out slice by
-// slice.
+// slice. With k_split_log > 0 every tile has a cluster, of 2^k_split_log CTAs that take a part of its slices each.
 struct GemmPlan {
   GemmKernel kernel = GemmKernel::wgmma;
   FieldShape field;
@@ -125,12 +125,13 @@ struct GemmPlan {
   int split_tiles = 0;
   int clusters = 0;
   int cluster_size = 1;
+  int k_split_log = 0;
   std::vector<int> row_blocks;  // of each matrix
   std::int64_t x_bytes = 0;     // of the workspace: packed x, partial sums, flags
   std::int64_t partial_bytes = 0;
   std::int64_t flag_bytes = 0;
 
-  [[nodiscard]] int ctas() const noexcept { return clusters * cluster_size; }
+  [[nodiscard]] int ctas() const noexcept { return clusters * cluster_size << k_split_log; }
   [[nodiscard]] int slices_per_cluster() const noexcept { return split_tiles * slices / clusters; }
   [[nodiscard]] int longer_clusters() const noexcept { return split_tiles * slices % clusters; }
   [[nodiscard]] std::string to_string() const;
@@ -154,6 +155,13 @@ inline constexpr int kMmaSharedBytes = 96 * 1024;
 
 // CTAs that share the copies of x: where x is what the L2 delivers most of.
 [[nodiscard]] constexpr int gemm_cluster_size(int tokens) { return tokens == 256 ? 2 : 1; }
+
+// Whether CTAs of a cluster can share a tile of `tokens` rows of x, each with a part of k; the most parts are
+// 2^kMaxSplitLog.
+[[nodiscard]] constexpr bool gemm_splits_k(int tokens, bool regular) {
+  return regular && tokens >= 32 && tokens <= 128;
+}
+inline constexpr int kMaxSplitLog = 3;
 
 // The widest tile: one of 256 needs the words of a slice, or of each half of it, in few registers.
 [[nodiscard]] constexpr int gemm_max_tokens(const FieldShape& field, bool regular) {
