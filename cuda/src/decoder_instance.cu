@@ -69,7 +69,12 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
 template <typename T, bool Regular>
 void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
   switch (plan.tokens) {
-    case 16: return launch_gemm<GemmConfig<D, T, 16, Regular>>(params, plan, stream);
+    case 16:
+      if constexpr (D::kShape.trellis() && Regular) {
+        using Bytes = ByteTrellisDecoder<D::kShape.bits>;
+        if (plan.bytes) return launch_gemm<GemmConfig<Bytes, T, 16, true>>(params, plan, stream);
+      }
+      return launch_gemm<GemmConfig<D, T, 16, Regular>>(params, plan, stream);
     case 32: return launch_gemm<GemmConfig<D, T, 32, Regular>>(params, plan, stream);
     case 64: return launch_gemm<GemmConfig<D, T, 64, Regular>>(params, plan, stream);
     case 128: return launch_gemm<GemmConfig<D, T, 128, Regular>>(params, plan, stream);

@@ -5,13 +5,18 @@
 
 #include "gemm_weights.cuh"
 #include "higgs/cuda/plan.h"
+#include "trellis.cuh"
 
 namespace higgs::cuda {
 
 template <typename Decoder_, typename T_, int N_, bool Regular_>
 struct GemmConfig : GemmWeights<Decoder_, T_> {
   using Weights = GemmWeights<Decoder_, T_>;
+  static constexpr bool kBytes = std::is_base_of_v<ByteTable, Decoder_>;  // integer products, see GemmPlan
+  using Table = std::conditional_t<kBytes, ByteTable, Decoder_>;
+  static constexpr int kTableOffset = kBytes ? 2 * Weights::kTableSize : Weights::kTableOffset;
   static constexpr int kN = N_;
+  static constexpr int kRowsOfToken = kBytes ? 2 : 1;  // of B
   static constexpr bool kRegular = Regular_;
   static constexpr int kWarpgroups = gemm_rows(N_, Weights::kShape) / 64;
   static constexpr int kClusterSize = gemm_cluster_size(N_);
@@ -33,7 +38,10 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
       Weights::kLoads % 2 == 0;
   static constexpr int kWindow = Weights::kLoads / (kHalf ? 2 : 1);
 
-  static constexpr int kStageBytes = N_ * kBlockColumns * 2;  // one k block of x
+  // Steps of 16 columns whose products are one group of wgmmas: the operands of two groups are in registers.
+  static constexpr int kGroupSteps = kBytes && Weights::kShape.bits == 8 ? kBlockSteps / 2 : kBlockSteps;
+
+  static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
   static constexpr int kStagingTokens = N_ < 64 ? N_ : 64;
   static constexpr int kStagingStride = 48;  // bytes per token: 16 rows, spread over the banks
   static constexpr int kStagingBytes = kRowTiles * kStagingTokens * kStagingStride;

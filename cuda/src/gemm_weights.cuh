@@ -117,7 +117,7 @@ __device__ __forceinline__ void unrolled(const Body& body) {
 template <typename Config, int Threads>
 __device__ __forceinline__ void change_table(const GemmPart& part, uint8_t* table, int id) {
   named_barrier(id, Threads);  // nobody reads the table before
-  TableFill<typename Config::Decoder>(part.data + Config::kTableOffset, threadIdx.x, Threads).store(table);
+  TableFill<typename Config::Table>(part.data + Config::kTableOffset, threadIdx.x, Threads).store(table);
   named_barrier(id, Threads);
 }
 

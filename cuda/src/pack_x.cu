@@ -6,6 +6,8 @@
 #include "ptx.cuh"
 #include "rotate_x.cuh"
 #include "transform.cuh"
+#include "trellis.cuh"
+#include "trellis_table.h"
 
 namespace higgs::cuda {
 namespace {
@@ -41,29 +43,37 @@ __device__ __forceinline__ void two_strides(float (&v)[4], bool second) {
   v[3] = second ? __fsub_rn(a[1], a[3]) : a[3];
 }
 
+// Where the CTA works.
+struct ChunkPlace {
+  int row;
+  int chunk;  // first column
+  int count;  // of columns from there on
+
+  __device__ __forceinline__ explicit ChunkPlace(const PackParams& p) {
+    const int chunks = (p.k + kChunk - 1) / kChunk;
+    row = blockIdx.x / chunks;
+    chunk = (blockIdx.x - row * chunks) * kChunk;
+    count = p.k - chunk;
+  }
+};
+
+// Rotated x, without the norm; 0 beyond the row.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
-    pack_ctas_kernel(const __grid_constant__ PackParams p, float norm) {
-  __shared__ float values[kChunk + kChunk / 32];
-  launch_dependents();
-  const int chunks = (p.k + kChunk - 1) / kChunk;
-  const int row = blockIdx.x / chunks;
-  const int chunk = (blockIdx.x - row * chunks) * kChunk;
-  const int count = p.k - chunk;
+__device__ __forceinline__ void rotate_chunk(const PackParams& p, const ChunkPlace& place, float* values) {
   float4 d[kQuads] = {};
   uint2 raw[kQuads] = {};
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     const int column = 4 * (threadIdx.x + q * kThreads);
-    if (column < count) d[q] = *reinterpret_cast<const float4*>(p.d + chunk + column);
+    if (column < place.count) d[q] = *reinterpret_cast<const float4*>(p.d + place.chunk + column);
   }
   wait_for_primary();
   clear_flags(p);
-  const T* from = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k + chunk;
+  const T* from = static_cast<const T*>(p.x) + static_cast<int64_t>(place.row) * p.k + place.chunk;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     const int column = 4 * (threadIdx.x + q * kThreads);
-    if (column < count) raw[q] = *reinterpret_cast<const uint2*>(from + column);
+    if (column < place.count) raw[q] = *reinterpret_cast<const uint2*>(from + column);
   }
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
@@ -90,17 +100,74 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
     }
   }
   __syncthreads();
-  auto* const out = static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(chunk / 64) * p.padded_m + row) * 128;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
+    pack_ctas_kernel(const __grid_constant__ PackParams p, float norm) {
+  __shared__ float values[kChunk + kChunk / 32];
+  launch_dependents();
+  const ChunkPlace place(p);
+  rotate_chunk<T>(p, place, values);
+  const int row = place.row;
+  auto* const out = static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(place.chunk / 64) * p.padded_m + row) * 128;
 #pragma unroll 2
   for (int q = 0; q < kQuads; ++q) {
     const int quad = threadIdx.x + q * kThreads;
-    if (4 * quad >= count) break;
+    if (4 * quad >= place.count) break;
     // Slots 4 quad .. + 3 hold columns 4 t + 2 h, + 1, and those of the next t (packed_slot).
     const int first = quad / 4 * 16 + quad % 2 * 8 + quad / 2 % 2 * 2;
     const auto scaled = [&](int i) { return __fmul_rn(padded(values, first + i), norm); };
     const int piece = quad / 2;  // of 16 bytes; 8 pieces are a row of 64 columns
     *reinterpret_cast<uint2*>(out + static_cast<int64_t>(piece / 8) * p.padded_m * 128 + (piece % 8 ^ row % 8) * 16 +
                               quad % 2 * 8) = {pack2<T>(scaled(0), scaled(1)), pack2<T>(scaled(4), scaled(5))};
+  }
+}
+
+// Of B, for the digits of a row of x: the sums of a token's digits fall to the lane that has those of column `row`
+// of 16.
+__device__ __forceinline__ int digit_row(int row) { return row / 8 * 16 + row % 2 * 8 + row % 8 / 2 * 2; }
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
+    pack_digits_kernel(const __grid_constant__ PackParams p, float norm) {
+  __shared__ float values[kChunk + kChunk / 32];
+  __shared__ float most_of_warp[kThreads / kLanes];
+  launch_dependents();
+  const ChunkPlace place(p);
+  rotate_chunk<T>(p, place, values);
+  float most = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kChunk; i += kThreads) most = max_or_nan(most, fabsf(padded(values, i)));
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, step));
+  if (threadIdx.x % kLanes == 0) most_of_warp[threadIdx.x / kLanes] = most;
+  __syncthreads();
+  most = max_or_nan(most_of_warp[0], most_of_warp[1]);
+  if (threadIdx.x == 0) p.scales[place.chunk / kChunk * 16 + place.row] = most * (norm * kTrellisStep / kMostDigits);
+  const float inverse = most > 1e-30f ? __fdividef(kMostDigits, most) : 0.0f;
+  const int row = digit_row(place.row);
+#pragma unroll 1
+  for (int item = threadIdx.x; item < kChunk / 8 && item * 8 < place.count; item += kThreads) {
+    const int piece = item % 8;  // of 16 bytes; 8 are a row of 64 columns
+    const int step = item / 2;   // of 16 columns
+    const int odd = item % 2;
+    const int next = step / 16 * 16 + (step + 1) % 16;  // runs are circular in 256 columns
+    uint32_t hi[4];
+    uint32_t lo[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const int first = 16 * step + 4 * t + 2 * odd;
+      const int second = p.shift == 2 ? 16 * next + 4 * t + 2 * odd : odd == 0 ? first + 2 : 16 * next + 4 * t;
+      const uint2 digits = digits_of(
+          {padded(values, first), padded(values, first + 1), padded(values, second), padded(values, second + 1)},
+          inverse);
+      hi[t] = digits.x;
+      lo[t] = digits.y;
+    }
+    auto* const out = static_cast<uint4*>(p.out) + static_cast<int64_t>(place.chunk / 64 + item / 8) * 32 * 8;
+    out[row * 8 + (piece ^ row % 8)] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+    out[(row + 1) * 8 + (piece ^ (row + 1) % 8)] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
   }
 }
 
@@ -149,17 +216,21 @@ void pack_x(const PackParams& params, DType dtype, Stream stream) {
   const BlockTransform transform = block_transform(params.block);
   const std::int64_t items = params.m * chunks_of(transform, params.k);
   const int multiprocessors = current_device().multiprocessors;
+  const LaunchShape shape{static_cast<int>(items), kThreads};
+  const float norm = hadamard_norm(params.block);
+  if (params.scales != nullptr) {
+    return dtype == DType::f16 ? launch_dependent<pack_digits_kernel<__half>>(shape, stream, params, norm)
+                               : launch_dependent<pack_digits_kernel<__nv_bfloat16>>(shape, stream, params, norm);
+  }
   if (items <= 2 * multiprocessors && transform.runs == 1) {  // all wait for x beside the kernel before
-    const LaunchShape shape{static_cast<int>(items), kThreads};
-    const float norm = hadamard_norm(params.block);
     return dtype == DType::f16 ? launch_dependent<pack_ctas_kernel<__half>>(shape, stream, params, norm)
                                : launch_dependent<pack_ctas_kernel<__nv_bfloat16>>(shape, stream, params, norm);
   }
   const int warps = items < 8 * multiprocessors ? 1 : kWarps;  // few items: on as many multiprocessors as possible
-  const LaunchShape shape{static_cast<int>((items + warps - 1) / warps), warps * kLanes,
-                          warps * kChunkScratch * static_cast<int>(sizeof(float))};
-  dtype == DType::f16 ? launch_dependent<pack_warps_kernel<__half>>(shape, stream, params, transform)
-                      : launch_dependent<pack_warps_kernel<__nv_bfloat16>>(shape, stream, params, transform);
+  const LaunchShape many{static_cast<int>((items + warps - 1) / warps), warps * kLanes,
+                         warps * kChunkScratch * static_cast<int>(sizeof(float))};
+  dtype == DType::f16 ? launch_dependent<pack_warps_kernel<__half>>(many, stream, params, transform)
+                      : launch_dependent<pack_warps_kernel<__nv_bfloat16>>(many, stream, params, transform);
 }
 
 }  // namespace higgs::cuda

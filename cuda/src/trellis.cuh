@@ -177,6 +177,37 @@ struct TrellisDecoder {
   }
 };
 
+// A table of four bytes, replicated for the lanes.
+struct ByteTable {
+  static constexpr FieldShape kShape{8, 2};
+  static constexpr int kStrideLog = 8;
+  static constexpr int kTableEntries = 256;
+  static constexpr int kTableBytes = kTableEntries << kStrideLog;
+  static constexpr int kCopies = 32;
+};
+
+// The same for the integer MMA: looked-up bytes are its A operand, 16 x 32 for a step of 16 columns.
+template <int Bits>
+struct ByteTrellisDecoder : ByteTable {
+  static constexpr FieldShape kShape = TrellisDecoder<Bits>::kShape;
+
+  RunWindows<Bits> rows[2];
+
+  __device__ __forceinline__ explicit ByteTrellisDecoder(const uint32_t (&w)[2 * Bits])
+      : rows{RunWindows<Bits>([&](int i) { return w[2 * i]; }), RunWindows<Bits>([&](int i) { return w[2 * i + 1]; })} {
+  }
+  static __device__ __forceinline__ uint32_t lane_offset(int lane) { return lane * 4; }
+
+  template <typename Table>
+  __device__ __forceinline__ void fragment(int step, Table table, uint32_t offset, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      a[r] = look_up(table, byte_address(rows[r].even[step % 4], step / 4, offset));
+      a[2 + r] = look_up(table, byte_address(rows[r].odd[step % 4], step / 4, offset));
+    }
+  }
+};
+
 // d += a b in integers: a 16 x 32, b 32 x 8 signed bytes.
 __device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint2 b) {
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
@@ -243,23 +274,32 @@ __device__ __forceinline__ float chunk_scale(const float (&y)[4][2][4], float mo
   return most > 1e-30f ? __fdividef(most_value, most) : 0.0f;
 }
 
+// Digits of four values: integers 256 hi + lo, in signed bytes {hi, lo}.
+__device__ __forceinline__ uint2 digits_of(const float (&values)[4], float inverse) {
+  constexpr float kMagic = 12582912.0f + 128.0f;  // the integer in the low bits, plus 128: byte 1 is hi
+  uint32_t v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = __float_as_uint(fmaf(values[i], inverse, kMagic));
+  const uint32_t a = __byte_perm(v[0], v[1], 0x5140);  // lo, lo, hi, hi
+  const uint32_t b = __byte_perm(v[2], v[3], 0x5140);
+  return {__byte_perm(a, b, 0x7632), __byte_perm(a, b, 0x5410) ^ 0x80808080u};
+}
+inline constexpr float kMostDigits = 127 * 256.0f;
+
 // Digits 256 hi + lo: two planes of bytes per row. Within 64 columns, those of lane t for four MMA steps are
 // neighbours: byte 16 t + 4 s + c. A plane is 64 bytes longer than its chunks, so that the 16-byte loads of two planes
 // meet different banks.
 __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scale,
                                              int lane) {
-  const float inverse = chunk_scale(y, 127 * 256.0f, 1, scale, lane);
-  constexpr float kMagic = 12582912.0f + 128.0f;  // the integer in the low bits, plus 128: byte 1 is hi
+  const float inverse = chunk_scale(y, kMostDigits, 1, scale, lane);
   const int place = lane / 16 * 64 + lane % 4 * 16 + lane / 4 % 4 * 4;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    uint32_t v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = __float_as_uint(fmaf(y[j / 2][i / 2][j % 2 * 2 + i % 2], inverse, kMagic));
-    const uint32_t a = __byte_perm(v[0], v[1], 0x5140);  // lo, lo, hi, hi
-    const uint32_t b = __byte_perm(v[2], v[3], 0x5140);
-    *reinterpret_cast<uint32_t*>(lo + 128 * j + place) = __byte_perm(a, b, 0x5410) ^ 0x80808080u;
-    *reinterpret_cast<uint32_t*>(hi + 128 * j + place) = __byte_perm(a, b, 0x7632);
+    const auto& part = y[j / 2];
+    const int c = j % 2 * 2;
+    const uint2 digits = digits_of({part[0][c], part[0][c + 1], part[1][c], part[1][c + 1]}, inverse);
+    *reinterpret_cast<uint32_t*>(lo + 128 * j + place) = digits.y;
+    *reinterpret_cast<uint32_t*>(hi + 128 * j + place) = digits.x;
   }
 }
 
