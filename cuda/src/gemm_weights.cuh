@@ -22,6 +22,7 @@ template <typename Decoder_, typename T_>
 struct GemmWeights {
   using Decoder = Decoder_;
   using T = T_;
+  using Table = Decoder_;  // what is looked up
   static constexpr FieldShape kShape = Decoder_::kShape;
   static constexpr int kTableSize = (kShape.entries() * kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
                                     kTiledAlignment;  // in the tiled buffer: fp16, then bf16, then the scales
