@@ -58,7 +58,10 @@ class Kernels:
 
 
 def pointers(tensors: list[torch.Tensor]) -> ctypes.Array:
-    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+    """Their addresses; the array keeps them alive (graph captures return free memory to the device)."""
+    array = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+    array.tensors = tensors
+    return array
 
 
 def captured(calls: list) -> torch.cuda.CUDAGraph:
@@ -202,9 +205,9 @@ def linear_calls(
     workspace = torch.empty(max(16, bytes_needed.value), device="cuda", dtype=torch.uint8)
     x = torch.randn(m, k, device="cuda", dtype=dtype)
     ys = [torch.empty(m, n, device="cuda", dtype=dtype) for n in ns]
-    y_array, keep = pointers(ys), [x, ys]
+    y_array = pointers(ys)
 
-    def make(i: int, keep: list = keep):
+    def make(i: int):
         tiled_array = pointers(tiled[i])
         return lambda: kernels.call(
             "higgs_linear", grid, ctypes.c_int(len(ns)), n_array, k, code, m, x, d, tiled_array, y_array, workspace
