@@ -12,8 +12,8 @@ namespace higgs::cuda {
 template <typename Decoder_, typename T_, int N_, bool Regular_>
 struct GemmConfig : GemmWeights<Decoder_, T_> {
   using Weights = GemmWeights<Decoder_, T_>;
-  static constexpr bool kBytes = std::is_base_of_v<ByteTable, Decoder_>;  // integer products, see GemmPlan
-  using Table = std::conditional_t<kBytes, ByteTable, Decoder_>;
+  static constexpr bool kBytes = std::is_base_of_v<ByteTable<8>, Decoder_>;  // integer products, see GemmPlan
+  using Table = std::conditional_t<kBytes, ByteTable<8>, Decoder_>;
   static constexpr int kTableOffset = kBytes ? 2 * Weights::kTableSize : Weights::kTableOffset;
   static constexpr int kN = N_;
   static constexpr int kRowsOfToken = kBytes ? 2 : 1;  // of B

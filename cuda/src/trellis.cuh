@@ -177,18 +177,9 @@ struct TrellisDecoder {
   }
 };
 
-// A table of four bytes, replicated for the lanes.
-struct ByteTable {
-  static constexpr FieldShape kShape{8, 2};
-  static constexpr int kStrideLog = 8;
-  static constexpr int kTableEntries = 256;
-  static constexpr int kTableBytes = kTableEntries << kStrideLog;
-  static constexpr int kCopies = 32;
-};
-
 // The same for the integer MMA: looked-up bytes are its A operand, 16 x 32 for a step of 16 columns.
 template <int Bits>
-struct ByteTrellisDecoder : ByteTable {
+struct ByteTrellisDecoder : ByteTable<8> {
   static constexpr FieldShape kShape = TrellisDecoder<Bits>::kShape;
 
   RunWindows<Bits> rows[2];
