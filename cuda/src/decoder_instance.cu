@@ -157,9 +157,9 @@ void dequantize_rotated(const TiledLayer& layer, const uint8_t* tiled, void* out
   const auto needed = static_cast<unsigned>((unit_threads(layer.tiled) + kBlock - 1) / kBlock);
   const unsigned blocks = std::min(needed, 3u * static_cast<unsigned>(current_device().multiprocessors));
   dispatch(dtype, [&]<typename T>() {
-    allow_shared<dequantize_tiled_kernel<D, T>>(D::kTableBytes);
-    dequantize_tiled_kernel<D, T>
-        <<<blocks, kBlock, D::kTableBytes, to_stream(stream)>>>(layer, tiled, static_cast<T*>(out));
+    constexpr int kShared = GemmTable<D, T>::Table::kTableBytes;
+    allow_shared<dequantize_tiled_kernel<D, T>>(kShared);
+    dequantize_tiled_kernel<D, T><<<blocks, kBlock, kShared, to_stream(stream)>>>(layer, tiled, static_cast<T*>(out));
   });
   check(cudaGetLastError(), "dequantize_rotated");
 }

@@ -6,17 +6,36 @@
 #include "gemm_weights.cuh"
 #include "higgs/cuda/plan.h"
 #include "trellis.cuh"
+#include "trellis_table.h"
 
 namespace higgs::cuda {
+
+// What a decoder looks up: the table, where it is in the tiled buffer, and the unit in which its points come.
+template <typename Decoder, typename T, bool Trellis = Decoder::kShape.trellis()>
+struct GemmTable {
+  using Table = Decoder;
+  static constexpr bool kIntegers = false;
+  static constexpr int kTableOffset = GemmWeights<Decoder, T>::kTableOffset;
+  static constexpr float kUnit = 1;
+};
+template <typename Decoder, typename T>
+struct GemmTable<Decoder, T, true> {
+  using Table = typename Decoder::Table;
+  static constexpr bool kIntegers = Decoder::kIntegers;  // integer products, see GemmPlan::bytes
+  static constexpr int kTableOffset = kIntegers ? 0 : Decoder::kShape.byte_tables_bytes() / 2;
+  static constexpr float kUnit = kIntegers ? 1 : kTrellisStep / WindowPair<T>::kUnit;
+};
 
 template <typename Decoder_, typename T_, int N_, bool Regular_>
 struct GemmConfig : GemmWeights<Decoder_, T_> {
   using Weights = GemmWeights<Decoder_, T_>;
-  static constexpr bool kBytes = std::is_base_of_v<ByteTable<8>, Decoder_>;  // integer products, see GemmPlan
-  using Table = std::conditional_t<kBytes, ByteTable<8>, Decoder_>;
-  static constexpr int kTableOffset = kBytes ? 2 * Weights::kTableSize : Weights::kTableOffset;
+  using Looked = GemmTable<Decoder_, T_>;
+  using Table = typename Looked::Table;
+  static constexpr bool kIntegers = Looked::kIntegers;
+  static constexpr int kTableOffset = Looked::kTableOffset;
+  static constexpr float kUnit = Looked::kUnit;
   static constexpr int kN = N_;
-  static constexpr int kRowsOfToken = kBytes ? 2 : 1;  // of B
+  static constexpr int kRowsOfToken = kIntegers ? 2 : 1;  // of B
   static constexpr bool kRegular = Regular_;
   static constexpr int kWarpgroups = gemm_rows(N_, Weights::kShape) / 64;
   static constexpr int kClusterSize = gemm_cluster_size(N_);
@@ -33,13 +52,12 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kRegisters = N_ / 2;          // of the accumulators, per thread
 
   // 16-byte loads a warp keeps in flight: all of a slice, or half where accumulators or warps take most registers
-  static constexpr bool kHalf =
-      (N_ == 256 || kWarpgroups == 4 || (N_ <= 64 && Weights::kShape.trellis() && Weights::kLoads == 8)) &&
-      Weights::kLoads % 2 == 0;
+  static constexpr bool kHalf = (N_ == 256 || kWarpgroups == 4) && Weights::kLoads % 2 == 0;
   static constexpr int kWindow = Weights::kLoads / (kHalf ? 2 : 1);
 
   // Steps of 16 columns whose products are one group of wgmmas: the operands of two groups are in registers.
-  static constexpr int kGroupSteps = kBytes && Weights::kShape.bits == 8 ? kBlockSteps / 2 : kBlockSteps;
+  static constexpr int kGroupSteps =
+      Weights::kShape.trellis() && N_ <= 64 && (kIntegers || kWarpgroups < 4) ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
   static constexpr int kStagingTokens = N_ < 64 ? N_ : 64;
@@ -50,8 +68,8 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kBarrierBytes = 2 * kStages * static_cast<int>(sizeof(uint64_t));
   static constexpr int kStagesThatFit = (kTableStart - kStagingBytes - kBarrierBytes) / kStageBytes;
   static constexpr int kStagesBefore = kStages < kStagesThatFit ? kStages : kStagesThatFit;
-  static constexpr int kStagesGap = kTableStart + Decoder_::kTableBytes - kStagesBefore * kStageBytes;
-  static constexpr int kSharedBytes = kTableStart + Decoder_::kTableBytes + (kStages - kStagesBefore) * kStageBytes;
+  static constexpr int kStagesGap = kTableStart + Table::kTableBytes - kStagesBefore * kStageBytes;
+  static constexpr int kSharedBytes = kTableStart + Table::kTableBytes + (kStages - kStagesBefore) * kStageBytes;
   static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 };
 

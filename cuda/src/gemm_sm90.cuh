@@ -18,9 +18,9 @@
 // Clusters. The CTAs of a cluster take the row blocks of a tile that follow each other, and share the copies of x
 // (multicast): x comes from the L2 once per cluster.
 //
-// Bytes. For up to 16 rows of x a trellis may have integer products (GemmPlan::bytes): the looked-up bytes of two
+// Integers. For up to 16 rows of x a trellis may have integer products (GemmPlan::bytes): the looked-up bytes of two
 // windows are the A operand as they are (trellis.cuh), a row of x is two of B, the digits of 16-bit integers; their
-// sums over a slice are exact.
+// sums over a chunk of 1024 columns are exact.
 //
 // Schedule: gemm_schedule.cuh. Shared memory and registers: GemmConfig in gemm_config.cuh.
 //
@@ -170,12 +170,16 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
 struct DigitSums {
   int sums[16] = {};
 
-  // A slice that ends before k block `block`.
-  __device__ __forceinline__ void add_to(float (&acc)[8], const GemmParams& p, int block) {
-    const float* from = p.x_scales + (block - 1) / (kChunk / kBlockColumns) * 16 + threadIdx.x % 4 * 2;
-    float2 x_scales[2];
+  float2 x_scales[2] = {};
+
+  // Of k block `block`: long enough before move_to, and not longer.
+  __device__ __forceinline__ void load_scales(const GemmParams& p, int block) {
+    const float* from = p.x_scales + block / (kChunk / kBlockColumns) * 16 + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) x_scales[i] = __ldcg(reinterpret_cast<const float2*>(from + 8 * i));
+  }
+  // At the end of a chunk, a scale group or the last slice.
+  __device__ __forceinline__ void move_to(float (&acc)[8]) {
     wgmma_wait<0>();
 #pragma unroll
     for (int& sum : sums) asm volatile("" : "+r"(sum)::"memory");  // not read before
@@ -184,16 +188,24 @@ struct DigitSums {
       const int at = i / 4 * 8 + i % 2 * 4 + i / 2 % 2 * 2;
       const float value = fmaf(256.0f, static_cast<float>(sums[at]), static_cast<float>(sums[at + 1]));
       acc[i] = fmaf(value, i % 2 == 0 ? x_scales[i / 4].x : x_scales[i / 4].y, acc[i]);
+      sums[at] = sums[at + 1] = 0;
     }
   }
 };
-struct NoDigits {};
+struct NoDigits {
+  __device__ __forceinline__ void load_scales(const GemmParams& /*p*/, int /*block*/) {}
+  template <int Registers>
+  __device__ __forceinline__ void move_to(float (& /*acc*/)[Registers]) {}
+};
+template <typename Config>
+using Digits = std::conditional_t<Config::kIntegers, DigitSums, NoDigits>;
 
-// One slice: `units` units from k block `block` on.
+// One slice: `units` units from k block `block` on, of a segment that ends with k block `end`.
 template <typename Config>
 __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream<Config>& weights, RowScales<1>& scales,
-                                               Stages<Config>& stages, uint32_t offset, int block, int units,
-                                               bool& holding, float (&acc)[Config::kRegisters]) {
+                                               Stages<Config>& stages, uint32_t offset, int block, int end, int units,
+                                               bool& holding, Digits<Config>& digits,
+                                               float (&acc)[Config::kRegisters]) {
   constexpr int kWords = Config::kUnitWords;
   constexpr int kGroup = Config::kGroupSteps;
   uint32_t a[2][kGroup][4];  // of a group of steps and the one before
@@ -201,7 +213,6 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     wgmma_wait<0>();
     scales.next_group(p, acc);
   };
-  std::conditional_t<Config::kBytes, DigitSums, NoDigits> digits;
   weights.begin_slice(p);
   if (Config::kRegular && block == scales.boundary) new_group();
   unrolled<Config::kUnits>([&](auto unit) {
@@ -218,6 +229,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     unrolled<Config::kUnitBlocks>([&](auto block_of_unit) {
       constexpr int b_of_u = decltype(block_of_unit)::value;
       if (!Config::kRegular && b_of_u > 0 && block >= p.k_blocks) return false;
+      if (u == Config::kUnits - 1 && b_of_u == Config::kUnitBlocks - 1) digits.load_scales(p, block);
 #pragma unroll
       for (int first = 0; first < kBlockSteps; first += kGroup) {
         const int h = (b_of_u * kBlockSteps + first) / kGroup % 2;
@@ -231,15 +243,15 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
         wgmma_fence();
 #pragma unroll
         for (int s = 0; s < kGroup; ++s) {
-          if constexpr (Config::kBytes) {
+          if constexpr (Config::kIntegers) {
             wgmma_bytes(digits.sums, a[h][s], b + s * kDescriptorStep);
           } else {
             wgmma<typename Config::T>(acc, a[h][s], b + s * kDescriptorStep);
           }
         }
         wgmma_commit();
-        wgmma_wait<Config::kRegular ? 1
-                                    : 0>();  // the group before: a[1 - h] is free, and the stage of the block before
+        // The group before: a[1 - h] is free, and the stage of the block before.
+        wgmma_wait<Config::kRegular ? 1 : 0>();
         if (first == 0 && holding) stages.release_previous(threadIdx.x % kLanes);
       }
       holding = true;
@@ -249,7 +261,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     });
     return true;
   });
-  if constexpr (Config::kBytes) digits.add_to(acc, p, block);
+  if (block % (kChunk / kBlockColumns) == 0 || block == scales.boundary || block == end) digits.move_to(acc);
 }
 
 template <typename Config>
@@ -277,16 +289,17 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     if (!waited) wait_for_primary();
     waited = true;
     float acc[Config::kRegisters] = {};
+    Digits<Config> digits;
     bool holding = false;  // a stage whose wgmmas may still run
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {
-      multiply_slice<Config>(p, weights, scales, stages, offset, slice * p.units_per_slice * 2,
-                             (slice == p.slices - 1 ? p.last_units : p.units_per_slice) / Config::kJoined, holding,
-                             acc);
+      multiply_slice<Config>(
+          p, weights, scales, stages, offset, slice * p.units_per_slice * 2, s.end * p.units_per_slice * 2,
+          (slice == p.slices - 1 ? p.last_units : p.units_per_slice) / Config::kJoined, holding, digits, acc);
     }
     wgmma_wait<0>();
     stages.release_previous(lane);
-    scales.finish(acc);
+    scales.finish(acc, Config::kUnit);
     if (s.begin > 0) {
       send_partial<Config>(p, blockIdx.x, warpgroup, acc);
       continue;

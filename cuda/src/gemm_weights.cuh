@@ -24,10 +24,8 @@ struct GemmWeights {
   using T = T_;
   using Table = Decoder_;  // what is looked up
   static constexpr FieldShape kShape = Decoder_::kShape;
-  static constexpr int kTableSize = (kShape.entries() * kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
-                                    kTiledAlignment;  // in the tiled buffer: fp16, then bf16, then the scales
-  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableSize;
-  static constexpr int kScalesOffset = 2 * kTableSize + kShape.byte_tables_bytes();
+  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kShape.value_table_bytes();
+  static constexpr int kScalesOffset = 2 * kShape.value_table_bytes() + kShape.byte_tables_bytes();
   static constexpr int kJoined = kShape.joined_units();  // units of the layout that make one of the decoder
   static constexpr int kUnits = kShape.max_units() / kJoined;
   static constexpr int kUnitWords = kShape.unit_words() * kJoined;
@@ -73,12 +71,13 @@ class RowScales {
                                     {__fdividef(before[i].x, now_[i].x), __fdividef(before[i].y, now_[i].y)});
     }
   }
+  // unit: of the grid points, if not 1
   template <int Registers>
-  __device__ __forceinline__ void finish(float (&acc)[Registers]) const {
+  __device__ __forceinline__ void finish(float (&acc)[Registers], float unit = 1.0f) const {
 #pragma unroll
     for (int i = 0; i < Tiles; ++i) {
-      scale_rows<Registers / Tiles>(acc + i * (Registers / Tiles),
-                                    {greatest_[i].x == 0 ? 0.0f : now_[i].x, greatest_[i].y == 0 ? 0.0f : now_[i].y});
+      scale_rows<Registers / Tiles>(acc + i * (Registers / Tiles), {greatest_[i].x == 0 ? 0.0f : now_[i].x * unit,
+                                                                    greatest_[i].y == 0 ? 0.0f : now_[i].y * unit});
     }
   }
 

@@ -5,6 +5,7 @@
 #include "bits.cuh"
 #include "decode.cuh"
 #include "decoder_ops.h"
+#include "gemm_config.cuh"
 #include "numeric.cuh"
 
 namespace higgs::cuda {
@@ -126,7 +127,8 @@ __global__ void __launch_bounds__(512, 1)
   constexpr FieldShape kShape = Decoder::kShape;
   constexpr int kJoined = kShape.joined_units();
   constexpr int kWords = kShape.unit_words() * kJoined;
-  TableFill<Decoder>(tiled + layer.tiled.table_f16, threadIdx.x, blockDim.x).store(table);
+  using Looked = GemmTable<Decoder, __half>;
+  TableFill<typename Looked::Table>(tiled + Looked::kTableOffset, threadIdx.x, blockDim.x).store(table);
   __syncthreads();
   const auto* weights = reinterpret_cast<const uint32_t*>(tiled + layer.tiled.weights);
   const auto* scales = reinterpret_cast<const __half*>(tiled + layer.tiled.scales);
@@ -151,8 +153,8 @@ __global__ void __launch_bounds__(512, 1)
       if (s % (kMinBlock / 16) == 0) {  // a scale group is a number of blocks; a division of 64 bits would take longer
         const uint32_t group = static_cast<uint32_t>(c) / static_cast<uint32_t>(layer.group);
         const __half* from = scales + (p.tile * layer.tiled.row_groups + group) * kTileRows + p.lane / 4;
-        row_scales[0] = __half2float(from[0]);
-        row_scales[1] = __half2float(from[8]);
+        row_scales[0] = __half2float(from[0]) * Looked::kUnit;
+        row_scales[1] = __half2float(from[8]) * Looked::kUnit;
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
