@@ -52,12 +52,13 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kRegisters = N_ / 2;          // of the accumulators, per thread
 
   // 16-byte loads a warp keeps in flight: all of a slice, or half where accumulators or warps take most registers
-  static constexpr bool kHalf = (N_ == 256 || kWarpgroups == 4) && Weights::kLoads % 2 == 0;
+  static constexpr bool kHalf =
+      (N_ == 256 || kWarpgroups == 4 || (N_ <= 64 && Weights::kShape.trellis() && Weights::kLoads == 8)) &&
+      Weights::kLoads % 2 == 0;
   static constexpr int kWindow = Weights::kLoads / (kHalf ? 2 : 1);
 
   // Steps of 16 columns whose products are one group of wgmmas: the operands of two groups are in registers.
-  static constexpr int kGroupSteps =
-      Weights::kShape.trellis() && N_ <= 64 && (kIntegers || kWarpgroups < 4) ? kBlockSteps / 2 : kBlockSteps;
+  static constexpr int kGroupSteps = kIntegers && Weights::kShape.bits == 8 ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
   static constexpr int kStagingTokens = N_ < 64 ? N_ : 64;
