@@ -37,9 +37,7 @@ struct GemmParams {
   int slice_bytes = 0;
   int tile_bytes = 0;
   int row_blocks = 0;   // of all parts
-  int token_tiles = 0;
-  int token_group = 0;  // of token tiles
-  int tiles = 0;        // row blocks x token tiles: group of token tiles by group, there row block by row block
+  int tiles = 0;        // row blocks x token tiles, token tile by token tile
   int split_tiles = 0;  // the first tiles are shared out slice by slice, the others whole
   int clusters = 0;
   int slices_per_cluster = 0;  // of the shared tiles; the first `longer_clusters` take one more

@@ -64,14 +64,12 @@ struct TilePlace {
 template <typename Config>
 __device__ __forceinline__ TilePlace place_of(const GemmParams& p, const CtaPlace& cta, int tile) {
   TilePlace place;
-  const int first_token_tile = tile / (p.row_blocks * p.token_group) * p.token_group;
-  const int in_group = tile - first_token_tile * p.row_blocks;
-  const int wide = min(p.token_group, p.token_tiles - first_token_tile);
-  const int block = in_group / wide;
+  const int token_tile = tile / p.row_blocks;
+  const int block = tile - token_tile * p.row_blocks;
   while (place.part + 1 < p.part_count && block >= p.parts[place.part + 1].first_row_block) ++place.part;
   place.row_tile =
       ((block - p.parts[place.part].first_row_block) * Config::kClusterSize + cta.rank) * Config::kRowTiles;
-  place.token = (first_token_tile + in_group - block * wide) * Config::kN;
+  place.token = token_tile * Config::kN;
   return place;
 }
 

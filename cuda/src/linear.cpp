@@ -140,8 +140,6 @@ GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> pa
   p.last_units = t.last_units;
   p.slice_bytes = static_cast<int>(t.slice_bytes);
   p.tile_bytes = static_cast<int>(t.tile_bytes);
-  p.token_tiles = plan.padded_m / plan.tokens;
-  p.token_group = kTokenGroup;
   p.tiles = plan.tiles;
   p.split_tiles = plan.split_tiles;
   p.clusters = plan.clusters;

@@ -156,9 +156,6 @@ inline constexpr int kMmaSharedBytes = 96 * 1024;
 // CTAs that share the copies of x: where x is what the L2 delivers most of.
 [[nodiscard]] constexpr int gemm_cluster_size(int tokens) { return tokens == 256 ? 2 : 1; }
 
-// Token tiles that are computed row block by row block: they read the weights from the L2 but for the first.
-inline constexpr int kTokenGroup = 4;
-
 // The widest tile: one of 256 needs the words of a slice, or of each half of it, in few registers.
 [[nodiscard]] constexpr int gemm_max_tokens(const FieldShape& field, bool regular) {
   const int units = field.max_units();
