@@ -97,8 +97,8 @@ def test_linear_is_as_exact_as_torch(grid: str, dtype: torch.dtype) -> None:
     assert ours**0.5 <= 2 * theirs**0.5
 
 
-# Up to 16 rows of x meet large layers in a GEMM, of regular ones (k is a multiple of 512) in products of integers; 1300
-# are six token tiles in two groups.
+# 9 to 16 rows of x meet large layers in a GEMM, trellises of regular layers (k is a multiple of 512) in products of
+# integers.
 @pytest.mark.parametrize("grid", ["p2_n256", "a2_b4", "a2_b5", "a2_b6", "a2_b7", "a2_b8"])
 def test_large_layers(grid: str) -> None:
     n, k = 16500, 4608
@@ -108,7 +108,7 @@ def test_large_layers(grid: str) -> None:
     module.scales.data = (0.5 + torch.rand(n, fmt.row_groups, device="cuda")).half()
     module.tile_()
     for dtype in HALVES:
-        for m in (5, 8, 11, 16, 1300):
+        for m in (8, 9, 16, 1300):
             error, reference = errors(module, dtype, m)
             assert error <= 2 * reference
 
