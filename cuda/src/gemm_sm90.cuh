@@ -169,10 +169,9 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
 // the sums of 16 columns would be.
 struct DigitSums {
   int sums[16] = {};
-
   float2 x_scales[2] = {};
 
-  // Of k block `block`: long enough before move_to, and not longer.
+  // Of k block `block`: so long before move_to that it need not wait, and not longer, as they take registers.
   __device__ __forceinline__ void load_scales(const GemmParams& p, int block) {
     const float* from = p.x_scales + block / (kChunk / kBlockColumns) * 16 + threadIdx.x % 4 * 2;
 #pragma unroll
