@@ -1,6 +1,7 @@
 """Decode speed of a whole model: tokens/s of a Llama-shaped transformers model with random weights, bf16 against higgs.
 
-    python bench/python/bench_decode.py --weights bf16 p2_n256 p2_n64 nf4 int4 --batch 1 16 --compile --profile
+    python bench/python/bench_decode.py --weights bf16 p2_n256 p2_n64 nf4 int4 --batch 1 16 --compile --profile \
+        --attention higgs_sdpa
 
 All run the same harness: static cache, one decoding step as one CUDA graph (eager code, captured; with ``--compile``
 torch.compile's, mode "reduce-overhead", in which the decoder layer is compiled once for all layers), the next token by
@@ -16,6 +17,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import higgs
 import torch
@@ -24,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 SHAPES = {  # hidden, MLP, layers, heads, key/value heads, vocabulary
+    "70b": (8192, 28672, 80, 64, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "tiny": (128, 256, 2, 4, 2, 512),
@@ -34,20 +37,36 @@ ATTENTION_KERNELS = ("fmha", "flash", "attention")  # which may have names like 
 PEERS = {"nf4": "bitsandbytes", "int4": "torchao"}
 
 
-def make_model(shape: str, device: str) -> LlamaForCausalLM:
-    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+def make_model(shape: str, device: str, layers: int | None = None, attention: str | None = None) -> LlamaForCausalLM:
+    """Random weights in bfloat16; ``layers`` instead of the shape's number of them, ``attention`` instead of SDPA."""
+    hidden, mlp, all_layers, heads, kv_heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=False, max_position_embeddings=CONTEXT,
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers or all_layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=False,
+        max_position_embeddings=CONTEXT,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     return model.eval()
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+class Int4Linear(nn.Module):
+    """What torchao computes with its int4 ``weight``, from plain tensors: its own cannot enter a compiled region."""
+
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        self.group = weight.block_size[-1]
+        self.qdata = nn.Parameter(weight.qdata, requires_grad=False)
+        self.scale_and_zero = nn.Parameter(weight.scale_and_zero, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.aten._weight_int4pack_mm(x.flatten(0, -2), self.qdata, self.group, self.scale_and_zero)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def quantize(model: LlamaForCausalLM, weights: str, head_grid: str, shared: bool) -> None:
@@ -65,6 +84,8 @@ def quantize(model: LlamaForCausalLM, weights: str, head_grid: str, shared: bool
         from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
         quantize_(model.model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
+        for name, linear in linears(model.model).items():
+            model.model.set_submodule(name, Int4Linear(linear.weight))
     elif weights != "bf16":
         grids = {name: head_grid if name == "lm_head" else weights for name in linears(model)}
         higgs.quantize_(model, allocation=grids, scales="none")
@@ -109,7 +130,7 @@ class Decoder:
 
 
 def profile_step(decoder: Decoder, report: bool) -> float:
-    """Milliseconds in kernels of linear layers; with ``report``, prints where the rest of a step goes."""
+    """Milliseconds in kernels of linear layers; with ``report``, prints where a step goes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         decoder.run()
         torch.cuda.synchronize()
@@ -119,10 +140,11 @@ def profile_step(decoder: Decoder, report: bool) -> float:
         name = name.lower()
         return any(k in name for k in LINEAR_KERNELS) and not any(k in name for k in ATTENTION_KERNELS)
 
-    if report:
-        rest = sorted(((ms, count, name) for name, (ms, count) in times.items() if not is_linear(name)), reverse=True)
-        print(f"    not linear: {sum(ms for ms, *_ in rest):.3f} ms in {sum(count for _, count, _ in rest)} kernels")
-        for ms, count, name in rest[:6]:
+    for kind in (True, False) if report else ():
+        kernels = sorted(((ms, count, name) for name, (ms, count) in times.items() if is_linear(name) is kind))[::-1]
+        total, count = sum(ms for ms, *_ in kernels), sum(count for _, count, _ in kernels)
+        print(f"    {'linear' if kind else 'not linear'}: {total:.3f} ms in {count} kernels")
+        for ms, count, name in kernels[:6]:
             print(f"    {ms:8.3f} ms {count:5} x {name[:90]}")
     return sum(ms for name, (ms, _) in times.items() if is_linear(name))
 
@@ -150,7 +172,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def run(weights: str, args: argparse.Namespace, base: dict[int, float]) -> None:
-    model = make_model(args.shape, args.device)
+    model = make_model(args.shape, args.device, attention=args.attention)
     start = time.perf_counter()
     quantize(model, weights, args.head_grid, not args.separate)
     if args.device == "cuda":
@@ -184,9 +206,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--whole", action="store_true", help="compile all layers, as generate() does, not one for all")
     parser.add_argument("--separate", action="store_true", help="q/k/v and gate/up in launches of their own")
-    parser.add_argument("--profile", action="store_true", help="also print the kernels outside the linear layers")
+    parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch of torch.compile's kernels")
+    parser.add_argument("--attention", help="attn_implementation of all weights")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
+    torch._inductor.config.triton.enable_pdl = args.pdl
     if args.compile and not args.whole:
         LlamaDecoderLayer.forward = torch.compiler.nested_compile_region(LlamaDecoderLayer.forward)
     print(

@@ -1,5 +1,5 @@
-"""Registers higgs with transformers (the ``higgs_quant`` quantizer) and PEFT (LoRA on HiggsLinear), without importing
-them.
+"""Registers higgs with transformers (the ``higgs_quant`` quantizer, the attention ``higgs_sdpa``) and PEFT (LoRA on
+HiggsLinear), without importing them.
 
 If the library is loaded, at once; else when it loads the module that higgs plugs into.
 """
@@ -12,20 +12,18 @@ from functools import partial
 
 from higgs_autoload import when_loaded
 
+# module: what it has once it is loaded, and what registers with it when imported
 _INTEGRATIONS = {
-    "transformers.quantizers": ".integrations.transformers",  # registers when imported
-    "peft.tuners.lora.model": ".integrations.peft",
+    "transformers.quantizers": ("register_quantizer", ".integrations.transformers"),
+    "transformers.modeling_utils": ("AttentionInterface", ".integrations.attention"),
+    "peft.tuners.lora.model": ("LoraModel", ".integrations.peft"),
 }
 
 
-def _integrate(target: str) -> None:
-    importlib.import_module(_INTEGRATIONS[target], __package__)
-
-
 def register() -> None:
-    for target in _INTEGRATIONS:
+    for target, (content, integration) in _INTEGRATIONS.items():
         module = sys.modules.get(target)
         if module is None:
-            when_loaded(target, partial(_integrate, target))
-        elif not getattr(module.__spec__, "_initializing", False):
-            _integrate(target)
+            when_loaded(target, partial(importlib.import_module, integration, __package__))
+        elif hasattr(module, content):  # else it is importing us
+            importlib.import_module(integration, __package__)

@@ -228,7 +228,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def as_linear(module: nn.Module) -> nn.Linear:
-    """``module``; of a Conv1D, a Linear that shares its tensors."""
+    """``module``; of a Conv1D or an Embedding, a Linear that shares its tensors."""
+    if type(module) is nn.Embedding:
+        linear = nn.Linear(module.embedding_dim, module.num_embeddings, bias=False, device="meta")
+        linear.weight = module.weight
+        return linear
     if not is_conv1d(module):
         return cast(nn.Linear, module)
     weight, bias = cast(Tensor, module.weight), cast(nn.Parameter, module.bias)

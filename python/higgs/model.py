@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import _core
 from ._ops import LayerFormat, layer_format
 from .config import LayerConfig, QuantizationConfig
+from .embedding import input_embedding, quantized_class, tied_message
 from .energies import (
     Energies,
     own_energies,
@@ -37,6 +38,7 @@ def quantize_(
     grid: str | None = None,
     allocation: Mapping[str, str] | None = None,
     lm_head_grid: str | None = None,
+    embedding_grid: str | None = None,
     scales: str | Energies = "self",
     scale_exponent: float = 0.25,
     skip: Iterable[str] = (),
@@ -52,7 +54,9 @@ def quantize_(
 
     Exactly one of ``bits`` (the uniform grid of that rate), ``grid`` (its name) and ``allocation`` ({layer name: grid
     name}; other layers stay) says what to use. The output head is left alone unless ``lm_head_grid`` says what for (or
-    ``allocation`` names it), and so are layers whose name matches a regular expression in ``skip``.
+    ``allocation`` names it), the input embedding unless ``embedding_grid`` does, and so are layers whose name matches a
+    regular expression in ``skip``. A head that is tied to a quantized embedding must be quantized, too: each then has
+    tensors of its own.
 
     ``scales``: column scales from input energies over text that the model samples ("self") or over "random" tokens
     (quicker, a little worse), for both of which it is run; from an :class:`~higgs.energies.Energies`; or "none".
@@ -63,8 +67,8 @@ def quantize_(
     progress = progress or NullProgress()
     report = Report()
     formats, report.skipped = plan_formats(
-        model, bits=bits, grid=grid, allocation=allocation, lm_head_grid=lm_head_grid, skip=skip, block=block,
-        group=group, seed=seed, strict=strict,
+        model, bits=bits, grid=grid, allocation=allocation, lm_head_grid=lm_head_grid, embedding_grid=embedding_grid,
+        skip=skip, block=block, group=group, seed=seed, strict=strict,
     )  # fmt: skip
     layers = unquantized_layers(model)
 
@@ -100,6 +104,7 @@ def plan_formats(
     grid: str | None = None,
     allocation: Mapping[str, str] | None = None,
     lm_head_grid: str | None = None,
+    embedding_grid: str | None = None,
     skip: Iterable[str] = (),
     block: int | None = None,
     group: int | None = None,
@@ -110,9 +115,13 @@ def plan_formats(
     reason} for those it leaves alone. Reads names and shapes only; the model may be on the meta device."""
     formats: dict[str, LayerFormat] = {}
     skipped: dict[str, str] = {}
-    grids = _grids_of_layers(model, grid_of_all(bits, grid, allocation, lm_head_grid), allocation, list(skip))
+    uniform = grid_of_all(bits, grid, allocation, lm_head_grid, embedding_grid)
+    grids = _grids_of_layers(model, uniform, allocation, list(skip))
     if lm_head_grid is not None:
         grids[head_name(model)] = lm_head_grid
+    if embedding_grid is not None:
+        grids[embedding_name(model)] = embedding_grid
+    _check_tied(model, grids)
     layers = unquantized_layers(model)
     for name, grid_name in grids.items():
         layer = as_linear(layers[name])
@@ -147,8 +156,36 @@ def head_name(model: nn.Module) -> str:
     raise UnsupportedError("lm_head_grid: the model has no output head that is a Linear layer")
 
 
+def embedding_name(model: nn.Module) -> str:
+    """The name of the input embedding. Raises UnsupportedError if there is none, or one of another class."""
+    name = input_embedding(model)
+    if name is None:
+        raise UnsupportedError("embedding_grid: the model has no input embedding that is an nn.Embedding itself")
+    return name
+
+
+def tied_head(model: nn.Module) -> str | None:
+    """The name of the output head if its weight is, or will be when it is loaded, that of the input embedding."""
+    embedding = input_embedding(model)
+    weight = None if embedding is None else model.get_submodule(embedding).weight
+    planned = getattr(model, "all_tied_weights_keys", {})  # of transformers: {tied parameter: where it is}
+    modules = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]
+    tied = (name for name, m in modules if m.weight is weight or planned.get(f"{name}.weight") == f"{embedding}.weight")
+    return next(tied, None)
+
+
+def _check_tied(model: nn.Module, chosen: Container[str]) -> None:
+    head, embedding = tied_head(model), input_embedding(model)
+    if head is not None and embedding in chosen and head not in chosen:
+        raise ValueError(tied_message(cast(str, embedding), head))
+
+
 def grid_of_all(
-    bits: float | None, grid: str | None, allocation: Mapping[str, str] | None, lm_head_grid: str | None = None
+    bits: float | None,
+    grid: str | None,
+    allocation: Mapping[str, str] | None,
+    lm_head_grid: str | None = None,
+    embedding_grid: str | None = None,
 ) -> str | None:
     """The one grid that ``bits`` or ``grid`` asks for, None with an ``allocation``.
 
@@ -158,8 +195,11 @@ def grid_of_all(
         raise ValueError("give exactly one of bits, grid and allocation")
     if lm_head_grid is not None and allocation is not None:
         raise ValueError("lm_head_grid and allocation: name the head in the allocation")
-    for name in [*(allocation or {}).values(), *([] if lm_head_grid is None else [lm_head_grid])]:
-        _core.find_grid(name)
+    if embedding_grid is not None and allocation is not None:
+        raise ValueError("embedding_grid and allocation: name the embedding in the allocation")
+    for name in [*(allocation or {}).values(), lm_head_grid, embedding_grid]:
+        if name is not None:
+            _core.find_grid(name)
     if allocation is not None:
         return None
     return _core.find_grid(grid).name if grid is not None else _core.grid_for_bits(cast(float, bits)).name
@@ -181,9 +221,12 @@ def _grids_of_layers(
 
 
 def unquantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All that can be quantized, the output head too: Linear and Conv1D modules, and a
+    """All that can be quantized, the output head too: Linear and Conv1D modules, the input embedding, and a
     :class:`~higgs.moe.Projection` for each projection of experts."""
     modules = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)}
+    embedding = input_embedding(model)
+    if embedding is not None:
+        modules[embedding] = model.get_submodule(embedding)
     return {**modules, **cast(dict[str, nn.Module], projections(model))}
 
 
@@ -194,7 +237,7 @@ def quantized_layer(
     try:
         if isinstance(layer, Projection):
             return HiggsGrouped.from_weight(layer.weight, fmt, column_scale)
-        return HiggsLinear.from_linear(layer, fmt, column_scale)
+        return quantized_class(layer).from_linear(layer, fmt, column_scale)
     except ValueError as e:
         raise ValueError(f"layer {name}: {e}") from e
 

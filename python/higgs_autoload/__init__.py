@@ -14,8 +14,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
-# The second for when torch is imported by the first. Every model needs both.
-_TARGETS = ("transformers.quantizers", "transformers.modeling_utils")
+# The second, which the first imports, for when torch is imported by the first. Every model needs both.
+_TARGETS = ("transformers.modeling_utils", "transformers.quantizers")
 
 
 class _Finder(importlib.abc.MetaPathFinder):

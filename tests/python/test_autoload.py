@@ -1,4 +1,4 @@
-"""What an installed wheel does in `import torch`: transformers knows higgs_quant without `import higgs`."""
+"""What an installed wheel does in `import torch`: transformers knows what higgs adds without `import higgs`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from conftest import run_python
 ROOT = Path(__file__).parents[2]
 KNOWN = """
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-print("higgs_quant" in AUTO_QUANTIZER_MAPPING)
+found = {"higgs_quant" in AUTO_QUANTIZER_MAPPING, "higgs_sdpa" in AttentionInterface()}
+print(found.pop() if len(found) == 1 else "one of two")
 """
 
 

@@ -244,6 +244,7 @@ def test_eval_and_generate(stories260k):
     assert set(result) == {"perplexity", "tokens_per_s", "bits", "kl", "windows", "context"}
     assert result["kl"] == 0.0 and result["bits"] == 32.0 and 4 < result["perplexity"] < 12
     assert "KL 0.00000 (2 windows of 128)" in run(*words, "--base", stories260k).stdout
+    assert run_json(*words, "--bos")["perplexity"] > 1.1 * result["perplexity"]  # after BOS it expects a beginning
     words = ["generate", stories260k, "--prompt", "Once upon a time", "--max-new-tokens", 12]
     assert run_json(*words)["text"] == run(*words).stdout.rstrip("\n")
     assert run(*words).stdout.startswith("Once upon a time, there was a little girl named Lily")

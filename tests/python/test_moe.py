@@ -223,15 +223,6 @@ def test_architectures(family: str, tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "dequantized")(IDS).logits, reference(IDS).logits)
 
 
-def test_compiled_with_a_static_cache(tmp_path: Path) -> None:
-    model = load(make("mixtral", tmp_path), quantization_config=HiggsQuantConfig(bits=4))
-    expected = model.generate(IDS, max_new_tokens=6, do_sample=False)
-    compilation = transformers.CompileConfig(fullgraph=True, mode="default", backend="aot_eager")
-    compilation._compile_all_devices = True
-    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
-    assert torch.equal(model.generate(IDS, **options, compile_config=compilation), expected)
-
-
 def test_column_scales(tmp_path: Path) -> None:
     """Energies of experts: of what each projection reads, and better than none where the input has outliers."""
     path = make("mixtral", tmp_path / "original")

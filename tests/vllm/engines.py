@@ -42,11 +42,15 @@ def overrides(**plan: Any) -> dict[str, Any]:
     return {"quantization": "higgs_quant", "hf_overrides": {"quantization_config_dict_json": json.dumps(plan)}}
 
 
-def served_tokens(llm: vllm.LLM) -> list[list[int]]:
+def served(llm: vllm.LLM, **options: Any) -> list[vllm.CompletionOutput]:
     """Greedy, of all prompts in one batch."""
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, **options)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], greedy, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return [output.outputs[0] for output in outputs]
+
+
+def served_tokens(llm: vllm.LLM) -> list[list[int]]:
+    return [list(output.token_ids) for output in served(llm)]
 
 
 @torch.inference_mode()
@@ -59,3 +63,15 @@ def expected_tokens(model: torch.nn.Module) -> list[list[int]]:
             ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
         result.append(ids[0, len(prompt) :].tolist())
     return result
+
+
+@torch.inference_mode()
+def assert_same_logits(llm: vllm.LLM, model: torch.nn.Module) -> None:
+    """The same tokens, and at every step the logits of ``model`` of transformers (but for a constant). The engine must
+    have ``max_logprobs=-1``."""
+    outputs = served(llm, logprobs=-1)
+    assert [list(output.token_ids) for output in outputs] == expected_tokens(model)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        logits = model(torch.tensor([prompt + list(output.token_ids)])).logits[0, len(prompt) - 1 : -1]
+        found = torch.tensor([[step[i].logprob for i in range(logits.shape[1])] for step in output.logprobs])
+        assert torch.allclose(found, logits.log_softmax(-1), rtol=0, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import higgs
@@ -12,8 +13,10 @@ import torch
 import transformers
 from engines import engine, overrides
 from higgs import FormatError, UnsupportedError
+from higgs.integrations.vllm_experts import refuse_unsupported
 from safetensors.torch import load_file, save_file
 from test_transformers import SIZES, load, make
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +26,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stored(source: Path, tmp_path: Path) -> Path:
+    return store(source, tmp_path, "random")
+
+
+def store(source: Path, path: Path, scales: str) -> Path:
     model = load(source)
-    higgs.quantize_(model, bits=4, scales="random")
-    model.save_pretrained(tmp_path)
-    return tmp_path
+    higgs.quantize_(model, bits=4, scales=scales)
+    model.save_pretrained(path)
+    return path
 
 
 def refused(path: Path, error: type[Exception], message: str, **options: Any) -> None:
@@ -108,9 +115,13 @@ def test_bad_plan(source: Path, plan: dict[str, Any], error: type[Exception], me
 
 
 def test_strict(tmp_path: Path) -> None:
-    path = make("llama-narrow", tmp_path)
+    path = make("llama-narrow", tmp_path / "dense")
     message = r"down_proj is not quantized: in_features = 172 on each rank is not a multiple of 64"
     refused(path, UnsupportedError, message, **overrides(bits=4, strict=True))
+    config = transformers.MixtralConfig(**{**SIZES, "intermediate_size": 96}, num_local_experts=2)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixture")
+    message = r"experts.down is not quantized: in_features = 96 on each rank is not a multiple of 64"
+    refused(tmp_path / "mixture", UnsupportedError, message, **overrides(bits=4, strict=True))
 
 
 def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
@@ -121,13 +132,81 @@ def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
     refused(tmp_path, ValueError, r"self_attn.v_proj: weight \[3, 5\] is nan", **overrides(bits=4))
 
 
-def test_experts(tmp_path: Path) -> None:
-    transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4)).save_pretrained(tmp_path)
-    message = "quantized experts of a mixture are not supported"
-    refused(tmp_path, UnsupportedError, message, **overrides(bits=4))
-    entry = {"grid": "p2_n256", "block": 64, "group": 64, "seed": 0}
-    config = {"quant_method": "higgs_quant", "format_version": 1, "layers": {"model.layers.0.mlp.experts.down": entry}}
-    refused(tmp_path, UnsupportedError, message, hf_overrides={"quantization_config": config})
+EXPERTS = "model.layers.0.block_sparse_moe.experts"
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture
+def stored_mixture(mixture: Path, tmp_path: Path) -> Path:
+    return store(mixture, tmp_path, "none")
+
+
+def test_experts_that_the_config_describes_wrongly(stored_mixture: Path) -> None:
+    edit_config(stored_mixture, lambda config: config["layers"][f"{EXPERTS}.down"].update(experts=8))
+    refused(stored_mixture, FormatError, rf"quantization_config of {EXPERTS}.down says 8 experts, there are 4")
+    edit_config(stored_mixture, lambda config: config["layers"].pop(f"{EXPERTS}.down"))
+    refused(stored_mixture, ValueError, "experts.gate_up is to be quantized, .*experts.down is not: take both or none")
+
+
+def test_tensors_of_experts(stored_mixture: Path) -> None:
+    tensors = load_file(stored_mixture / "model.safetensors")
+    scales = tensors.pop(f"{EXPERTS}.down.scales")
+    save_file(tensors, stored_mixture / "model.safetensors", {"format": "pt"})
+    refused(stored_mixture, FormatError, f"the checkpoint has no tensor {EXPERTS}.down.scales")
+    save_file({**tensors, f"{EXPERTS}.down.bias": scales}, stored_mixture / "model.safetensors", {"format": "pt"})
+    refused(stored_mixture, FormatError, r"experts.gate_up, .*experts.down have an unexpected tensor down.bias")
+
+
+def test_weights_of_experts(mixture: Path, tmp_path: Path) -> None:
+    load(mixture).save_pretrained(tmp_path)
+    original, name = load_file(tmp_path / "model.safetensors"), f"{EXPERTS}.2.w3.weight"
+    edit_tensors(tmp_path, lambda tensors: tensors[name].index_fill_(0, torch.tensor([7]), float("inf")))
+    message = rf"layer {EXPERTS}.gate_up \(expert 2 of this rank\): weight \[7, 0\] is inf"
+    refused(tmp_path, ValueError, message, **overrides(bits=4))
+    save_file({**original, name: original[name][:-1].contiguous()}, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(tmp_path, FormatError, r"expert's weight is \[191, 128\], expected \[192, 128\]", **overrides(bits=4))
+    del original[name]
+    save_file(original, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(tmp_path, FormatError, f"lacks 1 of the weights of {EXPERTS}.gate_up", **overrides(bits=4))
+
+
+def test_one_projection_of_experts(mixture: Path) -> None:
+    message = "experts.down is to be quantized, .*experts.gate_up is not: take both or none"
+    refused(mixture, ValueError, message, **overrides(allocation={f"{EXPERTS}.down": "p2_n256"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"has_bias": True}, "experts with biases"),
+        ({"activation": MoEActivation.SWIGLUOAI}, "experts with the activation swigluoai"),
+        ({"swiglu_limit": 7.0}, "experts with a limit of their activation"),
+        ({"apply_router_weight_on_input": True}, "router weights applied to the input of experts"),
+        ({"dp_size": 2}, "experts in data, sequence or context parallelism"),
+        (
+            {"in_dtype": torch.float16, "device": "cuda"},
+            r"experts in torch.float16 in CUDA graphs \(use --dtype bfloat16",
+        ),
+        ({"in_dtype": torch.float16, "device": "cuda", "max_capture_size": 0}, None),
+        ({}, None),
+    ],
+)
+def test_experts_that_compute_something_else(change: dict[str, Any], message: str | None) -> None:
+    """vLLM's description of experts, all that matters here in one."""
+    moe = {"has_bias": False, "activation": MoEActivation.SILU, "swiglu_limit": None, "in_dtype": torch.bfloat16,
+           "max_capture_size": 512, "dp_size": 1, "pcp_size": 1, "is_sequence_parallel": False, "device": "cpu",
+           "apply_router_weight_on_input": False, "layer_name": "model.layers.0.mlp.experts", **change}  # fmt: skip
+    config = SimpleNamespace(**moe, moe_parallel_config=SimpleNamespace(**moe))
+    layer = SimpleNamespace(**moe, moe_config=config)
+    if message is None:
+        refuse_unsupported(layer)
+    else:
+        with pytest.raises(UnsupportedError, match=f"model.layers.0.mlp.experts: {message}"):
+            refuse_unsupported(layer)
 
 
 def test_ranks_that_cut_scale_groups(stored: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:

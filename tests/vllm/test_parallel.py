@@ -1,4 +1,4 @@
-"""Two ranks of tensor parallelism give the tokens of one."""
+"""Two ranks give the tokens and logits of one."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from engines import engine, expected_tokens, overrides, served_tokens
+from engines import assert_same_logits, engine, overrides
 from higgs import HiggsQuantConfig
 from test_models import mixed, quantized
-from test_transformers import OPT, SIZES, load
-from torch import nn
+from test_transformers import OPT, SIZES, load, save_random
+from transformers import AutoModelForCausalLM
 
-# Both ranks have the one k and v head of the first; the second has biases where inputs are split.
+WIDE: dict[str, Any] = {**SIZES, "hidden_size": 256, "intermediate_size": 512}
+# Both ranks have the one k and v head of Llama and Qwen 3; OPT has biases where inputs are split; GPT-2 has q, k and v
+# in one layer; of 5 experts one rank has 3.
 MODELS: dict[str, dict[str, Any]] = {
-    "Llama": {"num_key_value_heads": 1, "vocab_size": 263, "hidden_size": 256, "intermediate_size": 512},
-    "OPT": {**OPT, "hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 512},
+    "Llama": {**WIDE, "num_key_value_heads": 1, "vocab_size": 263},
+    "OPT": {**WIDE, **OPT, "word_embed_proj_dim": 256, "ffn_dim": 512},
+    "GPT2": {**WIDE, "n_inner": 512},
+    "Mixtral": {**WIDE, "num_local_experts": 5},
+    "Qwen3Moe": {**WIDE, "num_key_value_heads": 1, "num_experts": 6, "num_experts_per_tok": 3,
+                 "moe_intermediate_size": 256},
+}  # fmt: skip
+# Fits the columns of two ranks: one rank and two have the same bits.
+FITS: dict[str, Any] = {"block": 64, "group": 128}
+SPLIT: dict[str, dict[str, Any]] = {
+    "tensors": {},
+    "experts": {"enable_expert_parallel": True},
+    "experts in turn": {"enable_expert_parallel": True, "expert_placement_strategy": "round_robin"},
 }
 
 
 def save(kind: str, path: Path) -> Path:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **MODELS[kind]})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else 0.05)
-    model.save_pretrained(path)
-    return path
+    config = getattr(transformers, f"{kind}Config")(**MODELS[kind])
+    return save_random(AutoModelForCausalLM.from_config(config), path)
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +45,28 @@ def two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
 
 
-def test_stored(tmp_path: Path) -> None:
-    original = load(save("Llama", tmp_path))
-    path, model = quantized(tmp_path, allocation=mixed(original), scales="random", block=64, group=128)
-    with engine(path, tensor_parallel_size=2) as llm:
-        assert served_tokens(llm) == expected_tokens(model)
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [
+        ("Llama", "tensors"),
+        ("GPT2", "tensors"),
+        ("Mixtral", "tensors"),
+        ("Mixtral", "experts"),
+        ("Qwen3Moe", "tensors"),
+    ],
+)
+def test_stored(kind: str, split: str, tmp_path: Path) -> None:
+    original = load(save(kind, tmp_path))
+    path, model = quantized(tmp_path, allocation=mixed(original), scales="random", **FITS)
+    with engine(path, tensor_parallel_size=2, max_logprobs=-1, **SPLIT[split]) as llm:
+        assert_same_logits(llm, model)
 
 
-def test_quantized_while_loading(tmp_path: Path) -> None:
-    """With a block that fits both, one rank and two have the same bits."""
-    path, plan = save("OPT", tmp_path), {"bits": 6, "block": 64, "group": 128}
+@pytest.mark.parametrize(
+    ("kind", "split"), [("OPT", "tensors"), ("Mixtral", "tensors"), ("Qwen3Moe", "experts in turn")]
+)
+def test_quantized_while_loading(kind: str, split: str, tmp_path: Path) -> None:
+    path, plan = save(kind, tmp_path), {"bits": 6, **FITS}
     model = load(path, quantization_config=HiggsQuantConfig(**plan))
-    with engine(path, tensor_parallel_size=2, **overrides(**plan)) as llm:
-        assert served_tokens(llm) == expected_tokens(model)
+    with engine(path, tensor_parallel_size=2, max_logprobs=-1, **SPLIT[split], **overrides(**plan)) as llm:
+        assert_same_logits(llm, model)

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..energies import ROUTER, linear_layers
+from ..embedding import input_embedding
+from ..energies import ROUTER, quantizable_layers
 from ..errors import UnsupportedError
+from ..linear import is_conv1d
 from .experts import ExpertsLayer, find_experts
 from .files import Checkpoint
 
@@ -23,15 +25,19 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_e
 @dataclass
 class LinearWeights:
     """``layers`` maps the tensor name of each Linear weight to the name of its module in transformers (which input
-    energies go by); the two usually differ by ``.weight`` only. ``experts`` are projections of experts of a mixture, in
-    pairs. ``head`` is the output head's layer name and ``head_source`` the tensor that holds its weight: that of the
-    embedding where they are ``tied``."""
+    energies go by); the two usually differ by ``.weight`` only. Those in ``transposed`` are [in_features, out_features]
+    (Conv1D of GPT-2). ``experts`` are projections of experts of a mixture, in pairs. ``head`` is the output head's
+    layer name and ``head_source`` the tensor that holds its weight: that of the embedding where they are ``tied``.
+    ``embedding`` is the name of the input embedding in transformers and ``embedding_source`` its tensor."""
 
     layers: dict[str, str]
+    transposed: set[str] = field(default_factory=set)
     experts: list[ExpertsLayer] = field(default_factory=list)
     head: str | None = None
     head_source: str | None = None
     tied: bool = False
+    embedding: str | None = None
+    embedding_source: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -40,7 +46,7 @@ def layer_name(tensor: str) -> str:
 
 
 def find_linear_weights(checkpoint: Checkpoint) -> LinearWeights:
-    """Asks transformers which modules are ``nn.Linear``: the model is built without memory (meta device).
+    """Asks transformers which modules are ``nn.Linear`` or Conv1D: the model is built without memory (meta device).
 
     The output head, routers of experts and weights shared with an embedding are left out. Without transformers, or for
     an architecture unknown to it or with other tensor names, every 2-D ``*.weight`` tensor counts whose name has none
@@ -103,7 +109,7 @@ def _conversion_targets(model: Any, tensors: Iterable[str]) -> dict[str, tuple[s
 
 def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
     """None if no tensor of the checkpoint carries the name of a Linear weight of ``model``."""
-    modules = linear_layers(model)
+    modules = quantizable_layers(model)
     targets = _conversion_targets(model, checkpoint.tensors)
     keys = {tensor: key for tensor, (key, converter, _) in targets.items() if converter is None}
     experts = find_experts(checkpoint, model, targets)
@@ -117,6 +123,7 @@ def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
             other.append(entry)
     if modules and not linear:
         return None
+    transposed = {tensor for tensor, module in linear.items() if is_conv1d(modules[module])}
     notes = []
     if other:
         weights = sum(e.elements for e in other)
@@ -124,16 +131,18 @@ def _from_model(checkpoint: Checkpoint, model: Any) -> LinearWeights | None:
             f"{len(other)} matrices ({weights / 1e6:.1f} M weights) are no Linear layers in transformers and stay as "
             f"they are: {other[0].name}, ..."
         )
-    return _with_head(checkpoint, model, keys, LinearWeights(linear, experts, notes=notes))
+    return _with_head(checkpoint, model, keys, LinearWeights(linear, transposed, experts, notes=notes))
 
 
 def _with_head(checkpoint: Checkpoint, model: Any, keys: dict[str, str], found: LinearWeights) -> LinearWeights:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
+    tensors = {key: tensor for tensor, key in keys.items()}
+    found.embedding = input_embedding(model)
+    found.embedding_source = tensors.get(f"{found.embedding}.weight")
     if head is None:
         return found
-    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
     found.tied = embedding is not None and head.weight is embedding.weight
-    tensors = {key: tensor for tensor, key in keys.items()}
     found.head = names[head]
     found.head_source = tensors.get(f"{names[embedding if found.tied else head]}.weight")
     return found
@@ -154,6 +163,7 @@ def _guess(checkpoint: Checkpoint, reason: str) -> LinearWeights:
     found = LinearWeights(layers, notes=[f"{reason}; the Linear layers were picked by the names of the tensors"])
     found.tied = bool(checkpoint.config.get("tie_word_embeddings", "lm_head.weight" not in checkpoint.tensors))
     embedding = next((t for t in checkpoint.tensors if _EMBEDDING.search(t)), None)
+    found.embedding, found.embedding_source = layer_name(embedding or ""), embedding
     found.head_source = embedding if found.tied else "lm_head.weight"
     found.head = "lm_head" if found.head_source in checkpoint.tensors else None
     return found

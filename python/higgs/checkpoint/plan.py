@@ -11,6 +11,7 @@ import torch
 
 from .. import _core
 from .._ops import LayerFormat, layer_format
+from ..embedding import tied_message
 from ..moe import require_pairs
 from ..seeds import layer_seeds
 from .experts import ExpertsLayer
@@ -30,6 +31,7 @@ class Options:
 
     grid: str
     lm_head_grid: str | None = None
+    embedding_grid: str | None = None
     block: int | None = None
     group: int | None = None
     seed: int = 0
@@ -38,16 +40,17 @@ class Options:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The tensors ``sources`` (one, but for ``experts``, whose rows they are one below the other) become the tensors
-    ``name``.indices, ``name``.scales (and .column_scale). Input energies know the layer as ``module``; of an output
-    ``head`` they know nothing."""
+    """The tensors ``sources`` (one, but for ``experts``, whose rows they are one below the other; it is ``transposed``
+    if it has the rows as its columns) become the tensors ``name``.indices, ``name``.scales (and .column_scale). Input
+    energies know the layer as ``module``; of an ``outer`` one, the output head or the embedding, they know nothing."""
 
     name: str
     module: str
     sources: tuple[str, ...]
     fmt: LayerFormat
-    head: bool = False
+    outer: bool = False
     experts: int | None = None
+    transposed: bool = False
 
     def specs(self, column_scale: bool) -> dict[str, TensorSpec]:
         n, k = self.fmt.n, self.fmt.k
@@ -109,9 +112,9 @@ def make_plan(
 ) -> Plan:
     """All layers on ``options.grid``, or those that ``allocation`` ({module name: grid}) names on theirs.
 
-    Raises ValueError for a source that is quantized already, a block or group that does not fit a layer, a head that
-    cannot be quantized, an allocation for a layer that is not there, or, if ``strict``, a layer whose k is no multiple
-    of 64 (left as it is otherwise)."""
+    Raises ValueError for a source that is quantized already, a block or group that does not fit a layer, a head or an
+    embedding that cannot be quantized, an allocation for a layer that is not there, or, if ``strict``, a layer whose k
+    is no multiple of 64 (left as it is otherwise)."""
     existing = checkpoint.config.get("quantization_config")
     if existing:
         method = existing.get("quant_method", "unknown") if isinstance(existing, dict) else existing
@@ -125,25 +128,29 @@ def make_plan(
     skipped: dict[str, str] = {}
     for source in sorted(linear.layers, key=natural):
         entry, name = checkpoint.tensors[source], layer_name(source)
-        module = linear.layers[source]
-        reason = _obstacle(entry.dtype, entry.shape)
+        module, transposed = linear.layers[source], source in linear.transposed
+        shape = entry.shape[::-1] if transposed else entry.shape
+        reason = _obstacle(entry.dtype, shape)
         if reason and strict:
-            raise ValueError(f"layer {name} {list(entry.shape)} cannot be quantized: {reason}")
+            raise ValueError(f"layer {name} {list(shape)} cannot be quantized: {reason}")
         if not reason and allocation is not None and module not in allocation:
             reason = "not in the allocation"
         if reason:
             skipped[name] = reason
         else:
             grid = options.grid if allocation is None else allocation[module]
-            planned[source] = LayerPlan(name, module, (source,), _format(name, entry.shape, options, grid))
+            fmt = _format(name, shape, options, grid)
+            planned[source] = LayerPlan(name, module, (source,), fmt, transposed=transposed)
     experts = _plan_experts(checkpoint, linear.experts, skipped, options, strict=strict, allocation=allocation)
     planned.update({layer.sources[0]: layer for layer in experts})
     head_grid = options.lm_head_grid or (allocation or {}).get(linear.head or "")
-    if not planned and head_grid is None:
+    if not planned and head_grid is None and options.embedding_grid is None:
         raise ValueError(f"{checkpoint.path}: none of the {len(skipped)} Linear layers can be quantized")
     plan = Plan(_shards(checkpoint, planned), skipped, list(linear.notes))
     if head_grid is not None:
         _plan_head(plan, checkpoint, linear, options, head_grid)
+    if options.embedding_grid is not None:
+        _plan_embedding(plan, checkpoint, linear, options, options.embedding_grid)
     return plan
 
 
@@ -217,21 +224,37 @@ def _shards(checkpoint: Checkpoint, planned: dict[str, LayerPlan]) -> list[Shard
 
 
 def _plan_head(plan: Plan, checkpoint: Checkpoint, linear: LinearWeights, options: Options, grid: str) -> None:
-    """Adds the output head. A tied head is quantized from the embedding, which stays as it is."""
+    """Adds the output head. A tied head is quantized from the embedding, which stays unless it is planned, too."""
     if linear.head is None or linear.head_source is None:
         raise ValueError(f"{checkpoint.path}: no output head to quantize on {grid} was found")
-    entry = checkpoint.tensors[linear.head_source]
+    name = linear.head if linear.tied else layer_name(linear.head_source)
+    _plan_outer(plan, checkpoint, name, linear.head, linear.head_source, options, grid)
+    plan.unties = linear.tied
+
+
+def _plan_embedding(plan: Plan, checkpoint: Checkpoint, linear: LinearWeights, options: Options, grid: str) -> None:
+    """Adds the input embedding, after the head if that is tied to it."""
+    if linear.embedding is None or linear.embedding_source is None:
+        raise ValueError(f"{checkpoint.path}: no embedding to quantize on {grid} was found")
+    if linear.tied and not plan.unties:
+        raise ValueError(tied_message(linear.embedding, linear.head))
+    name = layer_name(linear.embedding_source)
+    _plan_outer(plan, checkpoint, name, linear.embedding, linear.embedding_source, options, grid)
+
+
+def _plan_outer(
+    plan: Plan, checkpoint: Checkpoint, name: str, module: str, source: str, options: Options, grid: str
+) -> None:
+    entry = checkpoint.tensors[source]
     reason = _obstacle(entry.dtype, entry.shape)
     if reason:
-        raise ValueError(f"the output head {linear.head} {list(entry.shape)} cannot be quantized: {reason}")
-    name = linear.head if linear.tied else layer_name(linear.head_source)
+        raise ValueError(f"layer {module} {list(entry.shape)} cannot be quantized: {reason}")
     fmt = _format(name, entry.shape, options, _core.find_grid(grid).name)
     for shard in plan.shards:
-        if f"{name}.weight" in shard.copied:  # tied checkpoints may hold a copy
+        if f"{name}.weight" in shard.copied:  # tied checkpoints may hold a copy for the head
             shard.copied.remove(f"{name}.weight")
         if shard.source == entry.shard:
-            shard.layers.append(LayerPlan(name, linear.head, (linear.head_source,), fmt, head=True))
-    plan.unties = linear.tied
+            shard.layers.append(LayerPlan(name, module, (source,), fmt, outer=True))
 
 
 def shard_specs(checkpoint: Checkpoint, shard: ShardPlan, scaled: set[str]) -> dict[str, TensorSpec]:

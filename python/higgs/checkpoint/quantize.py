@@ -38,6 +38,7 @@ def quantize_checkpoint(
     allocation: Callable[[Path], Allocation] | None = None,
     allocated: str | None = None,
     lm_head_grid: str | None = None,
+    embedding_grid: str | None = None,
     block: int | None = None,
     group: int | None = None,
     seed: int = 0,
@@ -53,8 +54,8 @@ def quantize_checkpoint(
     """Quantizes the Linear layers of the Hugging Face model directory ``source`` into the directory ``out``.
 
     ``grid`` (an id) or ``bits`` (the uniform choice of that rate, default 4) for all layers but the output head, which
-    stays as it is unless ``lm_head_grid`` is given; a head tied to the embedding then gets tensors of its own. Memory
-    holds about the largest tensor.
+    stays as it is unless ``lm_head_grid`` is given; a head tied to the embedding then gets tensors of its own. The
+    embedding stays unless ``embedding_grid`` is given (of a tied one: both). Memory holds about the largest tensor.
 
     ``allocation`` instead is a function that returns the grids of the layers (by their names in transformers; those it
     leaves out stay), called only if there is work to do. It gets a path at which to keep sensitivities until the output
@@ -78,7 +79,9 @@ def quantize_checkpoint(
         raise ValueError("an allocation excludes grid and bits, and needs `allocated`")
     target = pick_device(device)
     chosen = pick_grid(grid, bits)
-    options = Options(chosen if allocated is None else allocated, lm_head_grid, block, group, seed, scale_exponent)
+    options = Options(
+        chosen if allocated is None else allocated, lm_head_grid, embedding_grid, block, group, seed, scale_exponent
+    )
     out = Path(out)
     if out.resolve() == Path(source).resolve():
         raise ValueError(f"{out} is the source itself; choose another output directory")
@@ -132,6 +135,7 @@ def _settings(checkpoint: Checkpoint, options: Options, scales: str) -> dict[str
     settings = {"higgs": _core.version, "format_version": str(_core.format_version)}
     settings.update({key: "default" if value is None else str(value) for key, value in asdict(options).items()})
     settings["lm_head_grid"] = options.lm_head_grid or "none"
+    settings["embedding_grid"] = options.embedding_grid or "none"
     settings["scales"] = scales
     if scales == "none":
         del settings["scale_exponent"]  # decides nothing
@@ -175,7 +179,7 @@ class _Job:
         self.checkpoint, self.plan, self.options, self.settings = checkpoint, plan, options, settings
         self.out, self.work, self.device, self.progress = out, work, device, progress
         self.scales = ColumnScales(checkpoint, plan, energies, options.scale_exponent)
-        unscaled = [layer.name for layer in plan.layers if not layer.head and layer.name not in self.scales.layers]
+        unscaled = [layer.name for layer in plan.layers if not layer.outer and layer.name not in self.scales.layers]
         if energies is not None and unscaled:
             plan.notes.append(f"no column scale, for want of input energies: {', '.join(unscaled)}")
 

@@ -67,7 +67,9 @@ def command_line(source: Path, out: Path, options: Options, scales: str) -> str:
     uniform = options.grid in {grid.name for grid in _core.grids()}
     words = ["higgs", "quantize", source.resolve().name, "-o", out.resolve().name]
     words += ["--grid", options.grid] if uniform else shlex.split(re.sub(_HASH, "", options.grid))
-    for option, value in (("lm-head-grid", options.lm_head_grid), ("block", options.block), ("group", options.group)):
+    given = {"lm-head-grid": options.lm_head_grid, "embedding-grid": options.embedding_grid, "block": options.block,
+             "group": options.group}  # fmt: skip
+    for option, value in given.items():
         words += [] if value is None else [f"--{option}", str(value)]
     words += ["--seed", str(options.seed), *_scale_options(scales)]
     if scales != "none":

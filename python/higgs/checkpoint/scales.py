@@ -114,7 +114,8 @@ class ColumnScales:
 def read_rows(checkpoint: Checkpoint, layer: LayerPlan) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a layer, each with its rows [n, k], read one at a time."""
     for source in layer.sources:
-        yield source, checkpoint.read(source).flatten(0, -2)
+        weight = checkpoint.read(source)
+        yield source, weight.T if layer.transposed else weight.flatten(0, -2)
 
 
 def quantize_named(weight: Tensor, source: str, fmt: LayerFormat, scale: Tensor | None) -> tuple[Tensor, Tensor, float]:

@@ -70,6 +70,9 @@ def quantize(
     fix: allocation.Fix = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Mixed grids: include the output head.")] = False,
     lm_head_grid: Annotated[MaybeText, typer.Option(help="Quantize the output head too, on this grid.")] = None,
+    embedding_grid: Annotated[
+        MaybeText, typer.Option(help="Quantize the embedding too, on this grid; a tied head needs its own.")
+    ] = None,
     block: Annotated[MaybeInt, typer.Option(help="Hadamard block (default: largest that divides k).")] = None,
     group: Annotated[MaybeInt, typer.Option(help="Columns that share a scale (default: at least 512).")] = None,
     seed: Annotated[int, typer.Option(help="Key of the random signs, and of sampled or random tokens.")] = 0,
@@ -105,9 +108,9 @@ def quantize(
         )
         report = quantize_checkpoint(
             model, out, grid=grid, bits=None if mixed else bits, allocation=mixed and mixed[0],
-            allocated=mixed and mixed[1], lm_head_grid=lm_head_grid, block=block, group=group, seed=seed,
-            energies=energies, scales=label, scales_optional=scales is None, scale_exponent=scale_exponent,
-            strict=strict, force=force, device=device, progress=progress,
+            allocated=mixed and mixed[1], lm_head_grid=lm_head_grid, embedding_grid=embedding_grid, block=block,
+            group=group, seed=seed, energies=energies, scales=label, scales_optional=scales is None,
+            scale_exponent=scale_exponent, strict=strict, force=force, device=device, progress=progress,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     _emit(
@@ -187,6 +190,7 @@ def evaluate_command(
     text: Annotated[MaybePath, typer.Option(help="Text file to measure on.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     windows: Annotated[int, typer.Option(help="Number of windows, from the start of the text.")] = 16,
+    bos: Annotated[bool, typer.Option("--bos", help="Start every window with BOS, for models trained so.")] = False,
     base: Annotated[MaybePath, typer.Option(help="Original model: also measure the KL divergence from it.")] = None,
     tasks: Annotated[MaybeText, typer.Option(metavar="NAME,...", help="Tasks of lm-eval to run.")] = None,
     task_dir: Annotated[MaybePath, typer.Option(metavar="DIR", help="More tasks: YAML files of lm-eval.")] = None,
@@ -212,7 +216,7 @@ def evaluate_command(
         if text is not None:
             base_dir = None if base is None else _local_model(base)
             result = evaluate(
-                model, _text_file(text), context, windows, base=base_dir, device=device, progress=progress
+                model, _text_file(text), context, windows, base=base_dir, bos=bos, device=device, progress=progress
             )
             lines.append(_perplexity_text(result))
         if tasks is not None:

@@ -11,8 +11,9 @@ from torch import nn
 from .._formats import LayerFormat
 from ..checkpoint.layers import module_keys
 from ..config import QuantizationConfig
+from ..embedding import quantized_class
 from ..errors import FormatError, UnsupportedError
-from ..linear import HiggsLinear
+from ..linear import as_linear
 from ..moe import PROJECTIONS, HiggsExperts, is_experts
 from .layers import check_shapes, replace_layer
 
@@ -36,8 +37,8 @@ def place_layer(model: nn.Module, name: str, formats: Mapping[str, LayerFormat])
         model.set_submodule(parent, HiggsExperts.without_weights(place, pair))
         return
     original: Any = model.get_submodule(name)
-    module = HiggsLinear(formats[name], device="meta")
-    module.bias = original.bias
+    module = quantized_class(original)(formats[name], device="meta")
+    module.bias = as_linear(original).bias
     replace_layer(model, name, original, module)
 
 

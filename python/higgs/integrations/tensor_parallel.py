@@ -12,13 +12,16 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from ..embedding import HiggsEmbedding
 from ..errors import UnsupportedError
 from ..linear import HiggsLinear, constant
 
 
-def before_loading(module: HiggsLinear) -> None:
+def before_loading(name: str, module: HiggsLinear) -> None:
     """Hides the column scale, which has no rows, from the plan that would slice it like the rest: as a buffer it is
-    loaded whole."""
+    loaded whole. Raises UnsupportedError for an embedding."""
+    if isinstance(module, HiggsEmbedding):
+        raise UnsupportedError(f"{name}: quantized embeddings are not supported with distributed_config or tp_plan")
     column_scale = module.column_scale
     if column_scale is not None:
         del module.column_scale

@@ -22,9 +22,18 @@ from .. import _core
 from .._ops import LayerFormat, quantize
 from ..checkpoint.layers import layer_name, module_keys
 from ..config import QUANT_METHOD, QuantizationConfig
+from ..embedding import input_embedding, quantized_class
 from ..errors import FormatError, UnsupportedError
 from ..linear import HiggsLinear, as_linear, constant
-from ..model import grid_of_all, plan_formats, quantization_config, quantize_, quantized_layer, unquantized_layers
+from ..model import (
+    grid_of_all,
+    plan_formats,
+    quantization_config,
+    quantize_,
+    quantized_layer,
+    tied_head,
+    unquantized_layers,
+)
 from ..moe import layer_of, place_layers
 from ..shared_inputs import share_inputs_
 from . import tensor_parallel
@@ -39,11 +48,11 @@ class HiggsQuantConfig(QuantizationConfigMixin):
     """``quantization_config`` as transformers sees it, in two uses.
 
     To quantize while loading: ``from_pretrained(path, quantization_config=HiggsQuantConfig(bits=4))``. Exactly one of
-    ``bits``, ``grid`` and ``allocation``, and ``lm_head_grid``, ``scales``, ``skip``, ``block``, ``group``, ``seed``
-    and ``strict`` as in :func:`higgs.quantize_`, whose result on the loaded model this is, bit for bit. With ``scales``
-    "none", the default here, every weight is quantized as it is read, so that memory holds one unquantized layer at a
-    time. Column scales ("self" or "random": better, above all for small models) come from running the model, which is
-    loaded whole first.
+    ``bits``, ``grid`` and ``allocation``, and ``lm_head_grid``, ``embedding_grid``, ``scales``, ``skip``, ``block``,
+    ``group``, ``seed`` and ``strict`` as in :func:`higgs.quantize_`, whose result on the loaded model this is, bit for
+    bit. With ``scales`` "none", the default here, every weight is quantized as it is read, so that memory holds one
+    unquantized layer at a time. Column scales ("self" or "random": better, above all for small models) come from
+    running the model, which is loaded whole first.
 
     In a checkpoint: ``layers``, ``format_version`` and ``quant_method`` (FORMAT.md). They win over the above.
 
@@ -61,6 +70,7 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         grid: str | None = None,
         allocation: Mapping[str, str] | None = None,
         lm_head_grid: str | None = None,
+        embedding_grid: str | None = None,
         scales: str = "none",
         skip: Iterable[str] = (),
         block: int | None = None,
@@ -82,11 +92,11 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         self.scales = scales
         self.plan: dict[str, Any] = {
             "bits": bits, "grid": grid, "allocation": None if allocation is None else dict(allocation),
-            "lm_head_grid": lm_head_grid, "skip": list(skip), "block": block, "group": group, "seed": seed,
-            "strict": strict,
+            "lm_head_grid": lm_head_grid, "embedding_grid": embedding_grid, "skip": list(skip), "block": block,
+            "group": group, "seed": seed, "strict": strict,
         }  # fmt: skip
         if layers is None and any(option is not None for option in (bits, grid, allocation)):
-            grid_of_all(bits, grid, allocation, lm_head_grid)
+            grid_of_all(bits, grid, allocation, lm_head_grid, embedding_grid)
 
     def parsed(self) -> QuantizationConfig:
         return QuantizationConfig.from_dict(self.__dict__)
@@ -138,8 +148,11 @@ class HiggsHfQuantizer(HfQuantizer):
     quantization_config: HiggsQuantConfig
 
     def __init__(self, quantization_config: HiggsQuantConfig, **kwargs: Any) -> None:
+        from . import attention  # noqa: F401 (registers; `import higgs` could not while modeling_utils was importing it)
+
         super().__init__(quantization_config, **kwargs)
         self.formats: dict[str, LayerFormat] = {}  # of the layers to quantize while loading
+        self.later: dict[str, LayerFormat] = {}  # of those to quantize then: an embedding to which the head is tied
         self.failures: dict[str, ValueError] = {}  # of those that could not be
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -173,7 +186,7 @@ class HiggsHfQuantizer(HfQuantizer):
             if not isinstance(linear, nn.Linear):
                 raise FormatError(f"quantization_config names layer {name}, which is a {type(original).__name__}")
             fmt = layer.format(name, linear.out_features, linear.in_features)
-            module = HiggsLinear(
+            module = quantized_class(original)(
                 fmt,
                 bias=linear.bias is not None,
                 column_scale=layer.column_scale,
@@ -182,7 +195,7 @@ class HiggsHfQuantizer(HfQuantizer):
             )
             check_shapes(name, module, stored)
             if _distributed(model):
-                tensor_parallel.before_loading(module)
+                tensor_parallel.before_loading(name, module)
             replace_layer(model, module_name, original, module)
 
     def _plan(self, model: nn.Module) -> None:
@@ -195,6 +208,9 @@ class HiggsHfQuantizer(HfQuantizer):
         for name, reason in skipped.items():
             logger.warning(f"layer {name} is not quantized: {reason}")
         if self.quantization_config.scales == "none":
+            embedding = input_embedding(model)
+            if embedding in formats and tied_head(model) is not None:
+                self.later = {embedding: formats.pop(embedding)}
             self.formats = formats
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -210,15 +226,16 @@ class HiggsHfQuantizer(HfQuantizer):
         return _Quantize(self.formats, self.failures)
 
     def _quantize_rest(self, model: nn.Module) -> None:
-        """What has no weight of its own in the checkpoint (a tied head), and everything if there are column scales."""
+        """What has no weight of its own in the checkpoint (a tied head) or lends it, and everything if there are column
+        scales."""
         config = self.quantization_config
         if config.scales != "none":
             quantize_(model, **config.plan, scales=config.scales)
             return
         for name, e in self.failures.items():
             raise ValueError(f"layer {name}: {e}") from e
-        layers = unquantized_layers(model)
-        rest = {n: quantized_layer(n, layers[n], fmt)[0] for n, fmt in self.formats.items() if n in layers}
+        layers, formats = unquantized_layers(model), {**self.formats, **self.later}
+        rest = {n: quantized_layer(n, layers[n], fmt)[0] for n, fmt in formats.items() if n in layers}
         place_layers(model, rest)
         attach(model, quantization_config(model))
 

@@ -2,7 +2,7 @@
 
 The entry point ``vllm.general_plugins`` makes vLLM import this in each of its processes. A linear layer of vLLM holds
 the rows of one or more layers of the checkpoint (``qkv_proj``), or this rank's share of them, and each may have a grid
-of its own: they are the :class:`_Part` s of the layer, :class:`HiggsLinear` modules to which the tensors of the
+of its own: they are the :class:`Part` s of the layer, :class:`HiggsLinear` modules to which the tensors of the
 checkpoint go as they are read. Parts that differ in nothing but rows are joined after loading.
 """
 
@@ -11,12 +11,14 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -33,71 +35,25 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.utils import set_weight_attrs
 
 from .. import _core
-from .._ops import LayerFormat, quantize
 from ..config import QUANT_METHOD, LayerConfig
 from ..config import QuantizationConfig as StoredConfig
 from ..energies import ROUTER
 from ..errors import FormatError, UnsupportedError
 from ..linear import HiggsLinear, constant, digest, linear_shared
 from ..model import grid_of_all
+from ..moe import require_pairs
 from ..seeds import layer_seeds
-from .transformers import HiggsQuantConfig, check_scales
+from .transformers import HiggsQuantConfig
+from .vllm_experts import HiggsExpertsMethod
+from .vllm_parts import Part
 
 logger = init_logger(f"vllm.plugins.{__name__}")
 _QKV = {"q": 0, "k": 1, "v": 2}
-_EXPERTS = re.compile(r"(^|\.)experts\.")
 _PLAN = ("bits", "grid", "allocation", "skip", "block", "group", "seed", "strict")  # of HiggsQuantConfig
 
 
 def register() -> None:
     """The entry point. Importing this module has registered the quantization method, as often as vLLM calls it."""
-
-
-@dataclass
-class _Part:
-    """What a rank has of one layer of the checkpoint: rows from ``first_row``, columns from ``first_column``."""
-
-    name: str
-    whole: LayerFormat
-    first_row: int
-    first_column: int
-    module: HiggsLinear
-
-    def load(self, kind: str, tensor: Tensor, device: torch.device) -> None:
-        """Takes this part's share of the checkpoint's tensor ``NAME.kind``; a float ``weight`` is quantized."""
-        whole, own = self.whole, self.module.format
-        found = f"{tensor.dtype} {list(tensor.shape)}"
-        expected = {
-            "indices": f"{torch.uint8} {[whole.n, whole.row_bytes]}",
-            "scales": f"{torch.float16} {[whole.n, whole.row_groups]}",
-            "column_scale": "none" if self.module.column_scale is None else f"{torch.float16} {[whole.k]}",
-            "weight": f"{tensor.dtype} {[whole.n, whole.k]}",
-        }
-        if found != expected[kind]:
-            raise FormatError(f"tensor {self.name}.{kind} is {found}, expected {expected[kind]}")
-        first = self.first_column
-        if kind == "scales":
-            columns = slice(first // whole.group, first // whole.group + own.row_groups)
-        elif kind == "indices":
-            columns = slice(first * whole.row_bytes // whole.k, (first + own.k) * whole.row_bytes // whole.k)
-        else:
-            columns = slice(first, first + own.k)
-        tensor = tensor[..., columns]
-        if kind != "column_scale":
-            tensor = tensor[self.first_row : self.first_row + own.n]
-            tensor = nn.functional.pad(tensor, (0, 0, 0, own.n - len(tensor)))  # of a vocabulary; rows of zeros
-        tensor = tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-        if kind == "weight":
-            self.quantize(tensor)
-        else:
-            setattr(self.module, kind, constant(tensor))
-
-    def quantize(self, weight: Tensor) -> None:
-        try:
-            indices, scales, _t2 = quantize(weight, self.module.format)
-        except ValueError as e:
-            raise ValueError(f"layer {self.name}: {e}") from e
-        self.module.indices, self.module.scales = constant(indices), constant(scales)
 
 
 class HiggsLinearMethod(LinearMethodBase):
@@ -108,7 +64,7 @@ class HiggsLinearMethod(LinearMethodBase):
         self.kinds = ["weight"] if owner.plan is not None else ["indices", "scales"]
         if any(config.column_scale for config in configs.values()):
             self.kinds.append("column_scale")
-        self.parts: list[_Part] = []
+        self.parts: list[Part] = []
         self.tied: Any = None
 
     def create_weights(
@@ -139,7 +95,7 @@ class HiggsLinearMethod(LinearMethodBase):
             except ValueError as e:
                 raise UnsupportedError(f"layer {name} in {layer.tp_size} ranks of tensor parallelism: {e}") from e
             module = HiggsLinear(own, column_scale=config.column_scale, device="meta")
-            self.parts.append(_Part(name, whole, first_row, first_column, module))
+            self.parts.append(Part(name, whole, slice(first_row, first_row + n), first_column, module))
         for kind in self.kinds:
             dtype = params_dtype if kind == "weight" else getattr(self.parts[0].module, kind).dtype
             parameter = constant(torch.empty(0, dtype=dtype))
@@ -169,12 +125,7 @@ class HiggsLinearMethod(LinearMethodBase):
         if self.tied is not None:
             self.parts[0].quantize(self.tied.weight.detach())
         for part in self.parts:
-            missing = next((kind for kind, tensor in part.module.named_parameters() if tensor.is_meta), None)
-            if missing is not None:
-                raise FormatError(
-                    f"the checkpoint has no tensor {part.name}.{'weight' if 'weight' in self.kinds else missing}"
-                )
-            check_scales(part.name, part.module)
+            part.check("weight" in self.kinds)
         for kind in self.kinds:
             delattr(layer, kind)
         layer.higgs = nn.ModuleList(module.tile_() for module in _joined([part.module for part in self.parts]))
@@ -231,6 +182,7 @@ class HiggsVllmConfig(QuantizationConfig):
             )
         self.layers, self.plan = layers or {}, plan
         self.found: set[str] = set()
+        self.model_type = ""
         if plan is not None:
             self.grid = grid_of_all(plan["bits"], plan["grid"], plan["allocation"])
 
@@ -254,6 +206,10 @@ class HiggsVllmConfig(QuantizationConfig):
     def from_config_dict_json(cls, text: str) -> HiggsVllmConfig:
         return cls.from_config(json.loads(text))
 
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """What vLLM tells of the model before it builds it."""
+        self.model_type = "" if hf_config is None else hf_config.get_text_config().model_type
+
     def get_name(self) -> str:
         return QUANT_METHOD
 
@@ -276,16 +232,14 @@ class HiggsVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
-            if self.plan is not None or any(_EXPERTS.search(name) for name in self.layers):
-                raise UnsupportedError(f"{prefix}: quantized experts of a mixture are not supported in vLLM")
-            return None
+            return self._experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
             if prefix in self._named():
                 raise UnsupportedError(f"{prefix}: quantized embeddings are not supported in vLLM")
             return None
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
-        parent, dot, leaf = prefix.rpartition(".")
+        parent, dot, leaf = prefix.removeprefix(".").rpartition(".")  # vLLM's GPT-2 has a head called ".lm_head"
         names = [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
         self.found.update(names)
         configs = {name: config for name in names if (config := self._config_of(name, layer)) is not None}
@@ -310,20 +264,60 @@ class HiggsVllmConfig(QuantizationConfig):
         """Layers that are named one by one."""
         return self.layers if self.plan is None else self.plan["allocation"] or {}
 
+    def _experts_method(self, layer: Any, prefix: str) -> HiggsExpertsMethod | None:
+        moe = layer.moe_config
+        columns = {
+            "gate_up": (moe.hidden_dim, moe.hidden_dim),
+            "down": (moe.intermediate_size_per_partition, moe.intermediate_size),
+        }
+        names = {projection: f"{prefix}.{projection}" for projection in columns}
+        self.found.update(names.values())
+        configs, skipped = {}, {}
+        for projection, name in names.items():
+            config = self.layers.get(name)
+            if self.plan is not None and (grid := self._planned_grid(name)) is not None:
+                config = self._planned(name, grid, *columns[projection], seed_name=self._in_transformers(name))
+                if config is None:
+                    skipped[name] = "its columns are not a multiple of 64"
+                else:
+                    config = replace(config, experts=moe.num_logical_experts)
+            if config is not None:
+                configs[name] = config
+        for name in require_pairs(names.values(), configs, skipped):
+            logger.warning(f"layer {name} is not quantized: {skipped[name]}")
+            del configs[name]
+        return HiggsExpertsMethod(self, layer, configs) if configs else None
+
+    def _in_transformers(self, name: str) -> str:
+        """What transformers calls a layer of this name in a checkpoint: seeds hang on it."""
+        for conversion in get_checkpoint_conversion_mapping(self.model_type) or []:
+            if isinstance(conversion, WeightRenaming):
+                name, _ = conversion.rename_source_key(name)
+        return name
+
     def _config_of(self, name: str, layer: Any) -> LayerConfig | None:
         """How the layer of this name is quantized; None if it is not."""
-        plan = self.plan
-        if plan is None:
+        if self.plan is None:
             return self.layers.get(name)
-        if plan["allocation"] is not None:
-            grid = plan["allocation"].get(name)
-        else:
-            left_alone = isinstance(layer, ParallelLMHead) or ROUTER.search(name)
-            grid = None if left_alone or any(re.search(pattern, name) for pattern in plan["skip"]) else self.grid
+        named = self.plan["allocation"] is not None
+        grid = None if isinstance(layer, ParallelLMHead) and not named else self._planned_grid(name)
         if grid is None:
             return None
-        # Blocks and groups that fit a rank's columns: those of the whole layer may not.
-        k = getattr(layer, "input_size_per_partition", layer.input_size)
+        return self._planned(name, grid, getattr(layer, "input_size_per_partition", layer.input_size), layer.input_size)
+
+    def _planned_grid(self, name: str) -> str | None:
+        plan = self.plan
+        assert plan is not None
+        if plan["allocation"] is not None:
+            return plan["allocation"].get(name)
+        left_alone = ROUTER.search(name) or any(re.search(pattern, name) for pattern in plan["skip"])
+        return None if left_alone else self.grid
+
+    def _planned(self, name: str, grid: str, k: int, whole: int, seed_name: str | None = None) -> LayerConfig | None:
+        """Of a layer of which each rank has ``k`` of the ``whole`` columns, with blocks and groups that fit those: the
+        ones of the whole layer may not. None if there are none."""
+        plan = self.plan
+        assert plan is not None
         if k % 64 != 0:
             reason = f"layer {name} is not quantized: in_features = {k} on each rank is not a multiple of 64"
             if plan["strict"]:
@@ -332,6 +326,7 @@ class HiggsVllmConfig(QuantizationConfig):
             return None
         block = plan["block"] or _core.default_block(k)
         group = plan["group"] or _core.default_group(k, block)
-        if k % group != 0 and k != layer.input_size:
+        if k % group != 0 and k != whole:
             group = block
+        name = seed_name or name
         return LayerConfig(grid, block, group, layer_seeds(plan["seed"], [name])[name])
