@@ -260,8 +260,6 @@ class TableFill {
   static constexpr int kPieces = Decoder::kCopies * kEntryBytes / 16;  // 16-byte stores that make one entry's copies
   static constexpr int kSplit = kPieces > 1 ? 2 : 1;
   static constexpr int kTasks = Decoder::kTableEntries * kSplit;
-  static constexpr bool kWhole = Decoder::kShape.trellis() && kEntryBytes == 8;  // 8-byte entries stay together
-  using Entry = std::conditional_t<kWhole, uint2, uint32_t>;
 
  public:
   // Thread `thread` of `threads`; a negative one has nothing to do.
@@ -279,27 +277,25 @@ class TableFill {
   }
 
  private:
-  __device__ __forceinline__ Entry load(int task) const {
-    const int half = kEntryBytes == 8 && !kWhole ? task % 2 * 4 : 0;
+  __device__ __forceinline__ uint32_t load(int task) const {
+    const int half = kEntryBytes == 8 ? task % 2 * 4 : 0;
     return __ldg(
-        reinterpret_cast<const Entry*>(table_ + task / kSplit % Decoder::kShape.entries() * kEntryBytes + half));
+        reinterpret_cast<const uint32_t*>(table_ + task / kSplit % Decoder::kShape.entries() * kEntryBytes + half));
   }
-  static __device__ __forceinline__ uint4 repeat(uint32_t e) { return make_uint4(e, e, e, e); }
-  static __device__ __forceinline__ uint4 repeat(uint2 e) { return make_uint4(e.x, e.y, e.x, e.y); }
   // Neighbouring threads start at different pieces: 8 threads cover all banks.
-  static __device__ __forceinline__ void store_task(uint8_t* shared, int task, Entry e) {
+  static __device__ __forceinline__ void store_task(uint8_t* shared, int task, uint32_t e) {
     constexpr int kEach = kPieces / kSplit;
     uint8_t* to = shared + (task / kSplit << Decoder::kStrideLog) + task % kSplit * kEach * 16;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      *reinterpret_cast<uint4*>(to + (i + (kEach == 8 ? task : task / kSplit)) % kEach * 16) = repeat(e);
+      *reinterpret_cast<uint4*>(to + (i + (kEach == 8 ? task : task / kSplit)) % kEach * 16) = make_uint4(e, e, e, e);
     }
   }
 
   const uint8_t* table_;
   int task_;
   int threads_;
-  Entry entry_ = {};
+  uint32_t entry_ = 0;
 };
 
 }  // namespace higgs::cuda

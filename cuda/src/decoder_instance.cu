@@ -69,7 +69,12 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
 template <typename T, bool Regular>
 void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
   switch (plan.tokens) {
-    case 16: return launch_gemm<GemmConfig<D, T, 16, Regular>>(params, plan, stream);
+    case 16:
+      if constexpr (D::kShape.trellis() && Regular) {
+        using Bytes = ByteTrellisDecoder<D::kShape.bits>;
+        if (plan.bytes) return launch_gemm<GemmConfig<Bytes, T, 16, true>>(params, plan, stream);
+      }
+      return launch_gemm<GemmConfig<D, T, 16, Regular>>(params, plan, stream);
     case 32: return launch_gemm<GemmConfig<D, T, 32, Regular>>(params, plan, stream);
     case 64: return launch_gemm<GemmConfig<D, T, 64, Regular>>(params, plan, stream);
     case 128: return launch_gemm<GemmConfig<D, T, 128, Regular>>(params, plan, stream);
@@ -152,9 +157,9 @@ void dequantize_rotated(const TiledLayer& layer, const uint8_t* tiled, void* out
   const auto needed = static_cast<unsigned>((unit_threads(layer.tiled) + kBlock - 1) / kBlock);
   const unsigned blocks = std::min(needed, 3u * static_cast<unsigned>(current_device().multiprocessors));
   dispatch(dtype, [&]<typename T>() {
-    allow_shared<dequantize_tiled_kernel<D, T>>(D::kTableBytes);
-    dequantize_tiled_kernel<D, T>
-        <<<blocks, kBlock, D::kTableBytes, to_stream(stream)>>>(layer, tiled, static_cast<T*>(out));
+    constexpr int kShared = GemmTable<D, T>::Table::kTableBytes;
+    allow_shared<dequantize_tiled_kernel<D, T>>(kShared);
+    dequantize_tiled_kernel<D, T><<<blocks, kBlock, kShared, to_stream(stream)>>>(layer, tiled, static_cast<T*>(out));
   });
   check(cudaGetLastError(), "dequantize_rotated");
 }

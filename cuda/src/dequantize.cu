@@ -66,18 +66,14 @@ __device__ __forceinline__ void fill_table(const HashedTrellis& trellis, uint16_
 __device__ __forceinline__ void stored_values(const HashedTrellis& trellis, const uint16_t* table,
                                               const StoredLayer& layer, const uint8_t* bytes, int64_t column,
                                               float scale, float (&v)[32]) {
-  const LongRun run(bytes, layer.k, column, trellis.p, trellis.bits);
+  LongRun run(bytes, layer.k, column, trellis.p, trellis.bits);
   const auto* pairs = reinterpret_cast<const uint32_t*>(table);
   const int pairs_per_step = trellis.p / 2;
-  int position = static_cast<int>(column - run.first) / trellis.p * trellis.bits;
   uint32_t hash = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int c = i & (pairs_per_step - 1);
-    if (c == 0) {
-      hash = run.window(position) * trellis.multiplier;
-      position += trellis.bits;
-    }
+    if (c == 0) hash = run.next() * trellis.multiplier;
     const uint32_t signs = (hash << c) & 0x80008000u;
     const uint32_t pair = pairs[(hash >> 16 & (trellis.rows - 1)) * pairs_per_step + c] ^ signs;
     v[2 * i] = __fmul_rn(scale, __half2float(__ushort_as_half(static_cast<uint16_t>(pair))));

@@ -6,13 +6,37 @@
 
 #include "gemm_weights.cuh"
 #include "higgs/cuda/plan.h"
+#include "trellis.cuh"
+#include "trellis_table.h"
 
 namespace higgs::cuda {
+
+// What a decoder looks up: the table, where it is in the tiled buffer, and the unit in which its points come.
+template <typename Decoder, typename T, bool Trellis = Decoder::kShape.trellis()>
+struct GemmTable {
+  using Table = Decoder;
+  static constexpr bool kIntegers = false;
+  static constexpr int kTableOffset = GemmWeights<Decoder, T>::kTableOffset;
+  static constexpr float kUnit = 1;
+};
+template <typename Decoder, typename T>
+struct GemmTable<Decoder, T, true> {
+  using Table = typename Decoder::Table;
+  static constexpr bool kIntegers = Decoder::kIntegers;  // integer products, see GemmPlan::bytes
+  static constexpr int kTableOffset = kIntegers ? 0 : Decoder::kShape.byte_tables_bytes() / 2;
+  static constexpr float kUnit = kIntegers ? 1 : kTrellisStep / WindowPair<T>::kUnit;
+};
 
 template <typename Decoder_, typename T_, int N_, bool Regular_>
 struct GemmConfig : GemmWeights<Decoder_, T_> {
   using Weights = GemmWeights<Decoder_, T_>;
+  using Looked = GemmTable<Decoder_, T_>;
+  using Table = typename Looked::Table;
+  static constexpr bool kIntegers = Looked::kIntegers;
+  static constexpr int kTableOffset = Looked::kTableOffset;
+  static constexpr float kUnit = Looked::kUnit;
   static constexpr int kN = N_;
+  static constexpr int kRowsOfToken = kIntegers ? 2 : 1;  // of B
   static constexpr bool kRegular = Regular_;
   static constexpr int kWarpgroups = gemm_rows(N_, Weights::kShape) / 64;
   static constexpr int kClusterSize = gemm_cluster_size(N_);
@@ -40,7 +64,10 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
       Weights::kLoads % 2 == 0;
   static constexpr int kWindow = Weights::kLoads / (kHalf ? 2 : 1);
 
-  static constexpr int kStageBytes = N_ * kBlockColumns * 2;  // one k block of x
+  // Steps of 16 columns whose products are one group of wgmmas: the operands of two groups are in registers.
+  static constexpr int kGroupSteps = kIntegers && kWarpgroups == 4 ? kBlockSteps / 2 : kBlockSteps;
+
+  static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
   static constexpr int kStagingTokens = N_ < 64 ? N_ : 64;
   static constexpr int kStagingStride = 48;  // bytes per token: 16 rows, spread over the banks
   static constexpr int kStagingBytes = kRowTiles * kStagingTokens * kStagingStride;
@@ -50,7 +77,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   // Shared memory: stages | scratch | barriers | ... | table at address kTableAddress | the other stages
   // where k may be split: stages | barriers | ... | table | the other stages | scratch
   static constexpr int kTableStart = kTableAddress - kSharedBase;
-  static constexpr int kTableEnd = kTableStart + Decoder_::kTableBytes;
+  static constexpr int kTableEnd = kTableStart + Table::kTableBytes;
   static constexpr int kBarrierBytes = 2 * kStages * static_cast<int>(sizeof(uint64_t));
   static constexpr int kScratchBefore = kSplitsK ? 0 : kScratchBytes;
   static constexpr int kStagesThatFit = (kTableStart - kScratchBefore - kBarrierBytes) / kStageBytes;

@@ -22,7 +22,8 @@ struct GemmPart {
 };
 
 struct GemmParams {
-  const void* x = nullptr;  // packed by pack_x: [k / 64][padded_m][64 columns], swizzled
+  const void* x = nullptr;          // packed by pack_x: [k / 64][padded_m][64 columns], swizzled
+  const float* x_scales = nullptr;  // of digits
   float* partials = nullptr;
   std::uint32_t* flags = nullptr;  // one per set of partial sums, cleared by pack_x
   int m = 0;

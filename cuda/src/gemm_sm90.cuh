@@ -19,6 +19,10 @@
 // (multicast): x comes from the L2 once per cluster. Or, where tiles are few, they take parts of the k of one tile each
 // (GemmPlan::k_split_log), and add up their sums as gemm_cluster.cuh says.
 //
+// Integers. For up to 16 rows of x a trellis may have integer products (GemmPlan::bytes): the looked-up bytes of two
+// windows are the A operand as they are (trellis.cuh), a row of x is two of B, the digits of 16-bit integers; their
+// sums over a chunk of 1024 columns are exact.
+//
 // Schedule: gemm_schedule.cuh. Shared memory and registers: GemmConfig in gemm_config.cuh.
 //
 // Template values: Decoder of instances.h; T = __half, __nv_bfloat16; N = tokens of a tile: 16, 32, 64, 128 or 256.
@@ -150,13 +154,14 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   constexpr int kShare = Config::kStageBytes / Config::kClusterSize;
   Schedule schedule(p, cta);
   Segment s;
-  const long long block_stride = static_cast<long long>(p.padded_m) * kRowBytes;
+  constexpr int kTokenBytes = Config::kRowsOfToken * kRowBytes;
+  const long long block_stride = static_cast<long long>(p.padded_m) * kTokenBytes;
   wait_for_primary();
   while (schedule.next(p, s)) {
     const int first = s.begin * p.units_per_slice * 2;
     const int last = min(p.k_blocks, s.end * p.units_per_slice * 2);
     const uint8_t* x = static_cast<const uint8_t*>(p.x) + cta.rank * kShare + first * block_stride +
-                       static_cast<long long>(place_of<Config>(p, cta, s.tile).token) * kRowBytes;
+                       static_cast<long long>(place_of<Config>(p, cta, s.tile).token) * kTokenBytes;
     for (int k = first; k < last; ++k, x += block_stride) {
       uint64_t* full = stages.full + stages.index;
       barrier_wait(stages.empty + stages.index, stages.phase ^ 1);
@@ -167,13 +172,49 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   }
 }
 
-// One slice: `units` units from k block `block` on.
+// Sums of digits, 16 bits of B's row pairs hi, lo: what a lane holds of 16 tokens (rows of B: digit_row) goes to where
+// the sums of 16 columns would be.
+struct DigitSums {
+  int sums[16] = {};
+  float2 x_scales[2] = {};
+
+  // Of k block `block`: so long before move_to that it need not wait, and not longer, as they take registers.
+  __device__ __forceinline__ void load_scales(const GemmParams& p, int block) {
+    const float* from = p.x_scales + block / (kChunk / kBlockColumns) * 16 + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) x_scales[i] = __ldcg(reinterpret_cast<const float2*>(from + 8 * i));
+  }
+  // At the end of a chunk, a scale group or the last slice.
+  __device__ __forceinline__ void move_to(float (&acc)[8]) {
+    wgmma_wait<0>();
+#pragma unroll
+    for (int& sum : sums) asm volatile("" : "+r"(sum)::"memory");  // not read before
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int at = i / 4 * 8 + i % 2 * 4 + i / 2 % 2 * 2;
+      const float value = fmaf(256.0f, static_cast<float>(sums[at]), static_cast<float>(sums[at + 1]));
+      acc[i] = fmaf(value, i % 2 == 0 ? x_scales[i / 4].x : x_scales[i / 4].y, acc[i]);
+      sums[at] = sums[at + 1] = 0;
+    }
+  }
+};
+struct NoDigits {
+  __device__ __forceinline__ void load_scales(const GemmParams& /*p*/, int /*block*/) {}
+  template <int Registers>
+  __device__ __forceinline__ void move_to(float (& /*acc*/)[Registers]) {}
+};
+template <typename Config>
+using Digits = std::conditional_t<Config::kIntegers, DigitSums, NoDigits>;
+
+// One slice: `units` units from k block `block` on, of a segment that ends with k block `end`.
 template <typename Config>
 __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream<Config>& weights, RowScales<1>& scales,
-                                               Stages<Config>& stages, uint32_t offset, int block, int units,
-                                               bool& holding, float (&acc)[Config::kRegisters]) {
+                                               Stages<Config>& stages, uint32_t offset, int block, int end, int units,
+                                               bool& holding, Digits<Config>& digits,
+                                               float (&acc)[Config::kRegisters]) {
   constexpr int kWords = Config::kUnitWords;
-  uint32_t a[2][kBlockSteps][4];  // of a block and the one before
+  constexpr int kGroup = Config::kGroupSteps;
+  uint32_t a[2][kGroup][4];  // of a group of steps and the one before
   const auto new_group = [&] {
     wgmma_wait<0>();
     scales.next_group(p, acc);
@@ -193,21 +234,32 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     weights.template advance<u * kWords / 4, u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4>();
     unrolled<Config::kUnitBlocks>([&](auto block_of_unit) {
       constexpr int b_of_u = decltype(block_of_unit)::value;
-      constexpr int h = b_of_u % 2;
       if (!Config::kRegular && b_of_u > 0 && block >= p.k_blocks) return false;
+      if (u == Config::kUnits - 1 && b_of_u == Config::kUnitBlocks - 1) digits.load_scales(p, block);
 #pragma unroll
-      for (int s = 0; s < kBlockSteps; ++s) {
-        decoder.fragment(b_of_u * kBlockSteps + s, SharedWindow<typename Config::T>{}, offset, a[h][s]);
+      for (int first = 0; first < kBlockSteps; first += kGroup) {
+        const int h = (b_of_u * kBlockSteps + first) / kGroup % 2;
+#pragma unroll
+        for (int s = 0; s < kGroup; ++s) {
+          decoder.fragment(b_of_u * kBlockSteps + first + s, SharedWindow<typename Config::T>{}, offset, a[h][s]);
+        }
+        if (first == 0) barrier_wait(stages.full + stages.index, stages.phase);
+        if (!Config::kRegular && block == scales.boundary) new_group();
+        const uint64_t b = tile_descriptor(shared_address(stages.stage())) + first * kDescriptorStep;
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < kGroup; ++s) {
+          if constexpr (Config::kIntegers) {
+            wgmma_bytes(digits.sums, a[h][s], b + s * kDescriptorStep);
+          } else {
+            wgmma<typename Config::T>(acc, a[h][s], b + s * kDescriptorStep);
+          }
+        }
+        wgmma_commit();
+        // The group before: a[1 - h] is free, and the stage of the block before.
+        wgmma_wait<Config::kRegular ? 1 : 0>();
+        if (first == 0 && holding) stages.release_previous(threadIdx.x % kLanes);
       }
-      barrier_wait(stages.full + stages.index, stages.phase);
-      if (!Config::kRegular && block == scales.boundary) new_group();
-      const uint64_t b = tile_descriptor(shared_address(stages.stage()));
-      wgmma_fence();
-#pragma unroll
-      for (int s = 0; s < kBlockSteps; ++s) wgmma<typename Config::T>(acc, a[h][s], b + s * kDescriptorStep);
-      wgmma_commit();
-      wgmma_wait<Config::kRegular ? 1 : 0>();  // the block before: a[1 - h] and its stage are free
-      if (holding) stages.release_previous(threadIdx.x % kLanes);
       holding = true;
       stages.advance();
       ++block;
@@ -215,6 +267,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     });
     return true;
   });
+  if (block % (kChunk / kBlockColumns) == 0 || block == scales.boundary || block == end) digits.move_to(acc);
 }
 
 template <typename Config>
@@ -242,16 +295,17 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     if (!waited) wait_for_primary();
     waited = true;
     float acc[Config::kRegisters] = {};
+    Digits<Config> digits;
     bool holding = false;  // a stage whose wgmmas may still run
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {
-      multiply_slice<Config>(p, weights, scales, stages, offset, slice * p.units_per_slice * 2,
-                             (slice == p.slices - 1 ? p.last_units : p.units_per_slice) / Config::kJoined, holding,
-                             acc);
+      multiply_slice<Config>(
+          p, weights, scales, stages, offset, slice * p.units_per_slice * 2, s.end * p.units_per_slice * 2,
+          (slice == p.slices - 1 ? p.last_units : p.units_per_slice) / Config::kJoined, holding, digits, acc);
     }
     wgmma_wait<0>();
     stages.release_previous(lane);
-    scales.finish(acc);
+    scales.finish(acc, Config::kUnit);
     if constexpr (Config::kSplitsK) {
       if (p.k_split_log > 0) {
         const ClusterSums<Config> sums(p, shared, cta.k_rank);

@@ -22,11 +22,10 @@ template <typename Decoder_, typename T_>
 struct GemmWeights {
   using Decoder = Decoder_;
   using T = T_;
+  using Table = Decoder_;  // what is looked up
   static constexpr FieldShape kShape = Decoder_::kShape;
-  static constexpr int kTableSize = (kShape.entries() * kShape.entry_bytes() + kTiledAlignment - 1) / kTiledAlignment *
-                                    kTiledAlignment;  // in the tiled buffer: fp16, then bf16, then the scales
-  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kTableSize;
-  static constexpr int kScalesOffset = 2 * kTableSize + kShape.byte_tables_bytes();
+  static constexpr int kTableOffset = std::is_same_v<T_, __half> ? 0 : kShape.value_table_bytes();
+  static constexpr int kScalesOffset = 2 * kShape.value_table_bytes() + kShape.byte_tables_bytes();
   static constexpr int kJoined = kShape.joined_units();  // units of the layout that make one of the decoder
   static constexpr int kUnits = kShape.max_units() / kJoined;
   static constexpr int kUnitWords = kShape.unit_words() * kJoined;
@@ -73,14 +72,15 @@ class RowScales {
                                     {__fdividef(before[i].x, now.x), __fdividef(before[i].y, now.y)});
     }
   }
+  // unit: of the grid points, if not 1
   template <int Registers>
-  __device__ __forceinline__ void finish(float (&acc)[Registers]) const {
+  __device__ __forceinline__ void finish(float (&acc)[Registers], float unit = 1.0f) const {
 #pragma unroll
     for (int i = 0; i < Tiles; ++i) {
       const float2 now = scale(i);
       const float2 greatest = __half22float2(greatest_[i]);
       scale_rows<Registers / Tiles>(acc + i * (Registers / Tiles),
-                                    {greatest.x == 0 ? 0.0f : now.x, greatest.y == 0 ? 0.0f : now.y});
+                                    {greatest.x == 0 ? 0.0f : now.x * unit, greatest.y == 0 ? 0.0f : now.y * unit});
     }
   }
 
@@ -126,7 +126,7 @@ __device__ __forceinline__ void unrolled(const Body& body) {
 template <typename Config, int Threads>
 __device__ __forceinline__ void change_table(const GemmPart& part, uint8_t* table, int id) {
   named_barrier(id, Threads);  // nobody reads the table before
-  TableFill<typename Config::Decoder>(part.data + Config::kTableOffset, threadIdx.x, Threads).store(table);
+  TableFill<typename Config::Table>(part.data + Config::kTableOffset, threadIdx.x, Threads).store(table);
   named_barrier(id, Threads);
 }
 

@@ -31,9 +31,8 @@ struct TrellisConfig {
   static constexpr bool kPermuteHere = kBits > 4;      // fewer bits leave registers for both pieces of all steps
   static constexpr int kRows = kTileRows;
   static constexpr int kPartialStride = kRows + 4;
-  static constexpr int kTables = 2 * kShape.entries() * kShape.entry_bytes();  // bytes before the byte tables
-  static constexpr int kTableOffset = kTables + (kBytes ? 0 : kShape.byte_tables_bytes() / 2);
-  static constexpr int kScalesOffset = kTables + kShape.byte_tables_bytes();
+  static constexpr int kTableOffset = kBytes ? 0 : kShape.byte_tables_bytes() / 2;
+  static constexpr int kScalesOffset = kShape.byte_tables_bytes();
   static_assert(Tokens == 4 || Tokens == 8 || Tokens == 16);
   static_assert(Regular_ || Tokens == 16);
 };
@@ -203,7 +202,7 @@ struct HalfProducts {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint32_t e = entry(rows[r], 2 * s + odd, table, offset);
-        a[2 * odd + r] = pair_of(e, before[0][r]);
+        a[2 * odd + r] = WindowPair<__half>::sum(e, before[0][r]);
 #pragma unroll
         for (int n = 0; n + 1 < Config::kShift; ++n) before[n][r] = before[n + 1][r];
         before[Config::kShift - 1][r] = e;

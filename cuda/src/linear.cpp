@@ -186,20 +186,26 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
     plans.push_back(plan_group(plan_gemm, m, dtype, group, device));
     sizes.add(plans.back());
   }
+  // Launches share packed x.
+  const bool bytes =
+      std::ranges::all_of(plans, [&](const GemmPlan& p) { return p.bytes && p.field.shift == plans[0].field.shift; });
   auto* const base = static_cast<std::byte*>(workspace);
   auto* flags = reinterpret_cast<std::uint32_t*>(base + sizes.x_bytes + sizes.partial_bytes);
   const LayerFormat& f = parts[0].weights.format;
-  pack_x({x, d, base, flags, static_cast<int>(sizes.flag_bytes / 4), static_cast<int>(m), sizes.padded_m,
-          static_cast<int>(f.k), f.block},
+  auto* const x_scales = bytes ? reinterpret_cast<float*>(base + f.k * sizes.padded_m * 4) : nullptr;
+  pack_x({x, d, base, x_scales, flags, static_cast<int>(sizes.flag_bytes / 4), static_cast<int>(m), sizes.padded_m,
+          static_cast<int>(f.k), f.block, plans[0].field.shift},
          dtype, stream);
   for (std::size_t i = 0; i < groups.size(); ++i) {
     GemmParams params = make_gemm_params(plans[i], groups[i]);
     params.x = base;
+    params.x_scales = x_scales;
     params.m = static_cast<int>(m);
     params.padded_m = sizes.padded_m;
     params.partials = reinterpret_cast<float*>(base + sizes.x_bytes);
     params.flags = flags;
     flags += plans[i].flag_bytes / 4;
+    plans[i].bytes = bytes;
     decoder_ops(plans[i].field).gemm(plans[i], params, stream);
   }
 }

@@ -7,6 +7,8 @@
 #include "ptx.cuh"
 #include "rotate_x.cuh"
 #include "transform.cuh"
+#include "trellis.cuh"
+#include "trellis_table.h"
 
 namespace higgs::cuda {
 namespace {
@@ -69,48 +71,66 @@ __device__ __forceinline__ void transform_chunk(float* values, int block) {
   __syncthreads();
 }
 
+// Where a CTA works: a chunk of columns, the same in all its rows.
+struct ChunkPlace {
+  int first_row;
+  int row_step;
+  int chunk;  // first column
+  int count;  // of columns from there on
+
+  __device__ __forceinline__ explicit ChunkPlace(const PackParams& p) {
+    const int chunks = (p.k + kChunk - 1) / kChunk;
+    first_row = blockIdx.x / chunks;
+    row_step = gridDim.x / chunks;
+    chunk = (blockIdx.x - first_row * chunks) * kChunk;
+    count = p.k - chunk;
+  }
+};
+
+// values = the chunk of a row of x, rotated, without the norm; beyond the columns of x anything.
+template <typename T>
+__device__ __forceinline__ void rotate_chunk(const PackParams& p, const ChunkPlace& place, int row, float* values) {
+  // Through shared memory: registers for both loads at once there are not.
+  const auto raw = reinterpret_cast<uint4(*)[kThreads]>(values + kPaddedChunk);  // 8 columns a thread and half
+  const int column = 8 * threadIdx.x;
+  const T* from = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k + place.chunk + column;
+  if (column < place.count) copy_async(shared_address(&raw[0][threadIdx.x]), from);
+  if (column + kChunk / 2 < place.count) copy_async(shared_address(&raw[1][threadIdx.x]), from + kChunk / 2);
+  commit_copies();
+  wait_for_copies<0>();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int first = column + h * kChunk / 2;
+    float d[8] = {};
+    if (first < place.count) load_values(p.d + place.chunk + first, d);
+    const uint4 words = raw[h][threadIdx.x];
+    const T* x = reinterpret_cast<const T*>(&words);
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      float v[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[j] = __fmul_rn(d[i + j], to_float(x[i + j]));
+      two_strides(v, true);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) padded(values, first + i + j) = v[j];
+    }
+  }
+  transform_chunk(values, p.block);
+}
+
 // The grid is a multiple of the chunks of a row: a CTA keeps its chunk.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
     pack_ctas_kernel(const __grid_constant__ PackParams p, float norm) {
   extern __shared__ __align__(16) float values[];
-  const auto raw = reinterpret_cast<uint4(*)[kThreads]>(values + kPaddedChunk);  // of x, 8 columns a thread and half
   launch_dependents();
-  const int chunks = (p.k + kChunk - 1) / kChunk;
-  const int first_row = blockIdx.x / chunks;
-  const int row_step = gridDim.x / chunks;
-  const int chunk = (blockIdx.x - first_row * chunks) * kChunk;
-  const int count = p.k - chunk;
+  const ChunkPlace place(p);
   wait_for_primary();
   clear_flags(p);
 #pragma unroll 1
-  for (int row = first_row; row < p.m; row += row_step) {
-    // Through shared memory: registers for both loads at once there are not.
-    const int column = 8 * threadIdx.x;
-    const T* from = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k + chunk + column;
-    if (column < count) copy_async(shared_address(&raw[0][threadIdx.x]), from);
-    if (column + kChunk / 2 < count) copy_async(shared_address(&raw[1][threadIdx.x]), from + kChunk / 2);
-    commit_copies();
-    wait_for_copies<0>();
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int first = column + h * kChunk / 2;
-      float d[8] = {};
-      if (first < count) load_values(p.d + chunk + first, d);
-      const uint4 words = raw[h][threadIdx.x];
-      const T* x = reinterpret_cast<const T*>(&words);
-#pragma unroll
-      for (int i = 0; i < 8; i += 4) {
-        float v[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) v[j] = __fmul_rn(d[i + j], to_float(x[i + j]));
-        two_strides(v, true);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) padded(values, first + i + j) = v[j];
-      }
-    }
-    transform_chunk(values, p.block);
-    auto* const out = static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(chunk / 64) * p.padded_m + row) * 128;
+  for (int row = place.first_row; row < p.m; row += place.row_step) {
+    rotate_chunk<T>(p, place, row, values);
+    auto* const out = static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(place.chunk / 64) * p.padded_m + row) * 128;
 #pragma unroll 2
     for (int q = 0; q < kQuads; ++q) {
       const int quad = threadIdx.x + q * kThreads;
@@ -118,11 +138,63 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
       const int first = quad / 4 * 16 + quad % 2 * 8 + quad / 2 % 2 * 2;
       const auto scaled = [&](int i) { return __fmul_rn(padded(values, first + i), norm); };
       const int piece = quad / 2;  // of 16 bytes; 8 pieces are a row of 64 columns
-      if (4 * quad >= count) break;
+      if (4 * quad >= place.count) break;
       *reinterpret_cast<uint2*>(out + static_cast<int64_t>(piece / 8) * p.padded_m * 128 + (piece % 8 ^ row % 8) * 16 +
                                 quad % 2 * 8) = {pack2<T>(scaled(0), scaled(1)), pack2<T>(scaled(4), scaled(5))};
     }
     __syncthreads();  // `values` has been read
+  }
+}
+
+// Of B, for the digits of a row of x: the sums of a token's digits fall to the lane that has those of column `row`
+// of 16.
+__device__ __forceinline__ int digit_row(int row) { return row / 8 * 16 + row % 2 * 8 + row % 8 / 2 * 2; }
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
+    pack_digits_kernel(const __grid_constant__ PackParams p, float norm) {
+  extern __shared__ __align__(16) float values[];
+  __shared__ float most_of_warp[kThreads / kLanes];
+  launch_dependents();
+  const ChunkPlace place(p);  // of one row
+  wait_for_primary();
+  clear_flags(p);
+  rotate_chunk<T>(p, place, place.first_row, values);
+  float most = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < min(kChunk, place.count); i += kThreads) {
+    most = max_or_nan(most, fabsf(padded(values, i)));
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, step));
+  if (threadIdx.x % kLanes == 0) most_of_warp[threadIdx.x / kLanes] = most;
+  __syncthreads();
+  most = max_or_nan(most_of_warp[0], most_of_warp[1]);
+  if (threadIdx.x == 0)
+    p.scales[place.chunk / kChunk * 16 + place.first_row] = most * (norm * kTrellisStep / kMostDigits);
+  const float inverse = most > 1e-30f ? __fdividef(kMostDigits, most) : 0.0f;
+  const int row = digit_row(place.first_row);
+#pragma unroll 1
+  for (int item = threadIdx.x; item < kChunk / 8 && item * 8 < place.count; item += kThreads) {
+    const int piece = item % 8;  // of 16 bytes; 8 are a row of 64 columns
+    const int step = item / 2;   // of 16 columns
+    const int odd = item % 2;
+    const int next = step / 16 * 16 + (step + 1) % 16;  // runs are circular in 256 columns
+    uint32_t hi[4];
+    uint32_t lo[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const int first = 16 * step + 4 * t + 2 * odd;
+      const int second = p.shift == 2 ? 16 * next + 4 * t + 2 * odd : odd == 0 ? first + 2 : 16 * next + 4 * t;
+      const uint2 digits = digits_of(
+          {padded(values, first), padded(values, first + 1), padded(values, second), padded(values, second + 1)},
+          inverse);
+      hi[t] = digits.x;
+      lo[t] = digits.y;
+    }
+    auto* const out = static_cast<uint4*>(p.out) + static_cast<int64_t>(place.chunk / 64 + item / 8) * 32 * 8;
+    out[row * 8 + (piece ^ row % 8)] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+    out[(row + 1) * 8 + (piece ^ (row + 1) % 8)] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
   }
 }
 
@@ -173,6 +245,12 @@ void pack_x(const PackParams& params, DType dtype, Stream stream) {
   const std::int64_t items = params.m * chunks;
   const int multiprocessors = current_device().multiprocessors;
   const auto each = static_cast<int>((items + multiprocessors - 1) / multiprocessors);
+  if (params.scales != nullptr) {
+    const float norm = hadamard_norm(params.block);
+    const LaunchShape shape{static_cast<int>(items), kThreads, kCtaBytes};
+    return dtype == DType::f16 ? launch_dependent<pack_digits_kernel<__half>>(shape, stream, params, norm)
+                               : launch_dependent<pack_digits_kernel<__nv_bfloat16>>(shape, stream, params, norm);
+  }
   if (each <= 2 * kResident && transform.runs == 1) {
     const std::int64_t rows = each <= kResident ? params.m : (params.m + 1) / 2;
     const LaunchShape shape{static_cast<int>(rows * chunks), kThreads,
@@ -182,10 +260,10 @@ void pack_x(const PackParams& params, DType dtype, Stream stream) {
                                : launch_dependent<pack_ctas_kernel<__nv_bfloat16>>(shape, stream, params, norm);
   }
   const int warps = items < 8 * multiprocessors ? 1 : kWarps;  // few items: on as many multiprocessors as possible
-  const LaunchShape shape{static_cast<int>((items + warps - 1) / warps), warps * kLanes,
-                          warps * kChunkScratch * static_cast<int>(sizeof(float))};
-  dtype == DType::f16 ? launch_dependent<pack_warps_kernel<__half>>(shape, stream, params, transform)
-                      : launch_dependent<pack_warps_kernel<__nv_bfloat16>>(shape, stream, params, transform);
+  const LaunchShape many{static_cast<int>((items + warps - 1) / warps), warps * kLanes,
+                         warps * kChunkScratch * static_cast<int>(sizeof(float))};
+  dtype == DType::f16 ? launch_dependent<pack_warps_kernel<__half>>(many, stream, params, transform)
+                      : launch_dependent<pack_warps_kernel<__nv_bfloat16>>(many, stream, params, transform);
 }
 
 }  // namespace higgs::cuda

@@ -2,6 +2,7 @@
 #include <span>
 #include <string>
 
+#include "checks.h"
 #include "higgs/cuda/plan.h"
 #include "higgs/error.h"
 
@@ -96,7 +97,10 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
   }
   p.tiles = row_blocks * (p.padded_m / p.tokens);
   share_out(p, device);
-  p.x_bytes = problem.matrices[0].k * p.padded_m * 2;
+  const std::int64_t k = problem.matrices[0].k;
+  p.bytes = p.field.trellis() && p.regular && p.tokens == 16 && supports_block(problem.matrices[0].block);
+  p.x_bytes = k * p.padded_m * 2;
+  if (p.bytes) p.x_bytes = 2 * p.x_bytes + ceil_div(k, 1024) * p.padded_m * 4;  // and a scale for every 1024 columns
   // Sets of partial sums, and one flag per set and warpgroup: of the mma kernel a set for the tile with which a CTA
   // begins and one for the tile with which it ends.
   const std::int64_t sets = p.split_tiles == 0 ? 0 : p.kernel == GemmKernel::mma ? 2 * p.ctas() : p.ctas();
@@ -112,6 +116,7 @@ std::string GemmPlan::to_string() const {
     s += std::string(" ") + name + "=" + std::to_string(value);
   };
   add("regular", regular ? 1 : 0);
+  add("bytes", bytes ? 1 : 0);
   add("rows", rows);
   add("tokens", tokens);
   add("tiles", tiles);

@@ -26,14 +26,11 @@ __global__ void table_kernel(const __grid_constant__ Points points, FieldShape f
   if (field.quads()) bytes[i] = static_cast<int8_t>(__float2int_rn(__half2float(point) / kQuadStep));
 }
 
-// The tables of a trellis: T1, T2 in fp16, in bf16 and in signed bytes, and in bytes T1 + 128, 128 - T2 (trellis.cuh).
-__global__ void trellis_table_kernel(const __grid_constant__ TrellisTable trellis, __half* f16, __nv_bfloat16* bf16,
-                                     uint8_t* bytes) {
+// The tables of a trellis: T1, T2 in signed bytes, and T1 + 128, 128 - T2 (trellis.cuh).
+__global__ void trellis_table_kernel(const __grid_constant__ TrellisTable trellis, uint8_t* bytes) {
   const int i = static_cast<int>(threadIdx.x);
   for (int c = 0; c < 4; ++c) {
     const int value = static_cast<int8_t>(trellis.entries[i] >> (8 * c) & 0xff);
-    f16[4 * i + c] = __float2half_rn(static_cast<float>(value) * kTrellisStep);
-    bf16[4 * i + c] = __float2bfloat16_rn(static_cast<float>(value) * kTrellisStep);
     bytes[4 * i + c] = static_cast<uint8_t>(value);
     bytes[1024 + 4 * i + c] = static_cast<uint8_t>(c < 2 ? value + 128 : 128 - value);
   }
@@ -94,12 +91,11 @@ void repack(const PackedView& packed, std::byte* tiled, Stream stream) {
     return copy_stored("repack", packed, out + layer.tiled.weights, out + layer.tiled.scales, stream);
   }
   const DecoderOps& ops = decoder_ops(layer.tiled.field);
-  auto* f16 = reinterpret_cast<__half*>(out + layer.tiled.table_f16);
-  auto* bf16 = reinterpret_cast<__nv_bfloat16*>(out + layer.tiled.table_bf16);
   if (f.grid->trellis != nullptr) {
-    trellis_table_kernel<<<1, 256, 0, to_stream(stream)>>>(make_trellis_table(*f.grid), f16, bf16,
-                                                           out + layer.tiled.table_bytes);
+    trellis_table_kernel<<<1, 256, 0, to_stream(stream)>>>(make_trellis_table(*f.grid), out + layer.tiled.table_bytes);
   } else {
+    auto* f16 = reinterpret_cast<__half*>(out + layer.tiled.table_f16);
+    auto* bf16 = reinterpret_cast<__nv_bfloat16*>(out + layer.tiled.table_bf16);
     with_points(*f.grid, [&](const auto& points) {
       table_kernel<<<blocks_for(layer.tiled.field.entries() * 4), kThreads, 0, to_stream(stream)>>>(
           points, layer.tiled.field, f16, bf16, reinterpret_cast<std::int8_t*>(out + layer.tiled.table_bytes));

@@ -5,6 +5,7 @@
 #include "bits.cuh"
 #include "decode.cuh"
 #include "decoder_ops.h"
+#include "gemm_config.cuh"
 #include "numeric.cuh"
 
 namespace higgs::cuda {
@@ -126,7 +127,8 @@ __global__ void __launch_bounds__(512, 1)
   constexpr FieldShape kShape = Decoder::kShape;
   constexpr int kJoined = kShape.joined_units();
   constexpr int kWords = kShape.unit_words() * kJoined;
-  TableFill<Decoder>(tiled + layer.tiled.table_f16, threadIdx.x, blockDim.x).store(table);
+  using Looked = GemmTable<Decoder, __half>;
+  TableFill<typename Looked::Table>(tiled + Looked::kTableOffset, threadIdx.x, blockDim.x).store(table);
   __syncthreads();
   const auto* weights = reinterpret_cast<const uint32_t*>(tiled + layer.tiled.weights);
   const auto* scales = reinterpret_cast<const __half*>(tiled + layer.tiled.scales);
@@ -141,16 +143,24 @@ __global__ void __launch_bounds__(512, 1)
     Decoder decoder(w);
     const uint32_t offset = Decoder::lane_offset(p.lane);
     const int64_t column = (p.slice * layer.tiled.units_per_slice + p.unit * kJoined) * kUnitColumns + p.lane % 4 * 4;
+    float row_scales[2];
 #pragma unroll
     for (int s = 0; s < kSteps * kJoined; ++s) {
       uint32_t a[4];
       decoder.fragment(s, table, offset, a);
       const int64_t c = column + s * 16;
       if (c >= layer.k) continue;
+      if (s % (kMinBlock / 16) == 0) {  // a scale group is a number of blocks; a division of 64 bits would take longer
+        const uint32_t group = static_cast<uint32_t>(c) / static_cast<uint32_t>(layer.group);
+        const __half* from = scales + (p.tile * layer.tiled.row_groups + group) * kTileRows + p.lane / 4;
+        row_scales[0] = __half2float(from[0]) * Looked::kUnit;
+        row_scales[1] = __half2float(from[8]) * Looked::kUnit;
+      }
+#pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = p.lane / 4 + 8 * r;
         if (p.tile * kTileRows + row >= layer.n) continue;
-        const float scale = __half2float(scales[(p.tile * layer.tiled.row_groups + c / layer.group) * kTileRows + row]);
+        const float scale = row_scales[r];
         const __half2 lo = *reinterpret_cast<const __half2*>(&a[r]);
         const __half2 hi = *reinterpret_cast<const __half2*>(&a[2 + r]);
         alignas(4 * sizeof(T)) T v[4] = {

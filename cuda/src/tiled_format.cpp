@@ -66,7 +66,7 @@ TiledFormat tiled_format(const LayerFormat& format) {
   t.last_units = static_cast<int>(units - std::int64_t{t.slices - 1} * t.units_per_slice);
   t.slice_bytes = bytes_of_slice(t.field, t.units_per_slice);
   t.tile_bytes = (t.slices - 1) * t.slice_bytes + bytes_of_slice(t.field, t.last_units);
-  const std::int64_t table = align(std::int64_t{t.field.entries()} * t.field.entry_bytes());
+  const std::int64_t table = t.field.value_table_bytes();
   t.table_f16 = 0;
   t.table_bf16 = table;
   t.table_bytes = 2 * table;

@@ -101,79 +101,116 @@ struct RunWindows {
   }
 };
 
-__device__ __forceinline__ uint2 look_up_both(const uint8_t* table, uint32_t at) {
-  return *reinterpret_cast<const uint2*>(table + at);
-}
+// Two weights of a step, T1 of entry `e` plus T2 of `before`, in multiples of kUnit. Entries are bytes T1 + 128 and
+// 128 - T2, from the table with offsets. One of two operands of a permutation can be a constant without a register:
+// here the selector.
 template <typename T>
-__device__ __forceinline__ uint2 look_up_both(SharedWindow<T>, uint32_t at) {
-  uint2 v;
-  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
-  return v;
-}
+struct WindowPair;
+template <>
+struct WindowPair<__half> {
+  static constexpr float kUnit = 0x1p-24f;  // bytes are subnormal fp16 numbers
+  static __device__ __forceinline__ uint32_t sum(uint32_t e, uint32_t before) {
+    const uint32_t first = __byte_perm(e, 0, 0x4140);
+    const uint32_t second = __byte_perm(before, 0, 0x4342);
+    const __half2 sum = __hsub2(*reinterpret_cast<const __half2*>(&first), *reinterpret_cast<const __half2*>(&second));
+    return *reinterpret_cast<const uint32_t*>(&sum);
+  }
+};
+template <>
+struct WindowPair<__nv_bfloat16> {
+  static constexpr float kUnit = 0x1p-6f;  // bytes are multiples of 2^-133, times 2^127: products must not vanish
+  static __device__ __forceinline__ uint32_t sum(uint32_t e, uint32_t before) {
+    constexpr uint32_t kScale = 0x7f007f00u;
+    constexpr uint32_t kMinus = 0xff00ff00u;
+    const uint32_t first = __byte_perm(e, 0, 0x4140);
+    const uint32_t second = __byte_perm(before, 0, 0x4342);
+    uint32_t v;
+    asm("{.reg .b32 t;\nmul.rn.bf16x2 t, %2, %4;\nfma.rn.bf16x2 %0, %1, %3, t;\n}"
+        : "=r"(v)
+        : "r"(first), "r"(second), "r"(kScale), "r"(kMinus));
+    return v;
+  }
+};
 
-// Sums of two pairs from a table; exact, as entries are.
-template <typename Pair>
-__device__ __forceinline__ uint32_t add_as(uint32_t a, uint32_t b) {
-  const Pair sum = __hadd2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&sum);
-}
-__device__ __forceinline__ uint32_t add_pairs(const uint8_t* /*fp16*/, uint32_t a, uint32_t b) {
-  return add_as<__half2>(a, b);
-}
-__device__ __forceinline__ uint32_t add_pairs(SharedWindow<__half>, uint32_t a, uint32_t b) {
-  return add_as<__half2>(a, b);
-}
-__device__ __forceinline__ uint32_t add_pairs(SharedWindow<__nv_bfloat16>, uint32_t a, uint32_t b) {
-  return add_as<__nv_bfloat162>(a, b);
-}
-
-// A decoder as those of decode.cuh, for units of 256 columns; steps in order. Entries of the table are T1[w], T2[w].
-// Instructions for two weights: PRMT LDS.64 HADD2, and 0.2-0.6 to put odd windows together.
+// The windows of a unit of 256 columns, rows g and g + 8, and their entries in a table of bytes.
 template <int Bits>
-struct TrellisDecoder {
+struct TrellisWindows {
   static constexpr FieldShape kShape{Bits, 2, trellis_shift(Bits)};
-  static constexpr int kStrideLog = 8;
-  static constexpr int kTableEntries = 256;
-  static constexpr int kTableBytes = kTableEntries << kStrideLog;
-  static constexpr int kCopies = 32;
+  using Table = ByteTable<8>;
 
   RunWindows<Bits> rows[2];
-  uint32_t before[kShape.shift][2];  // T2 of the last windows, the oldest first
 
-  __device__ __forceinline__ explicit TrellisDecoder(const uint32_t (&w)[2 * Bits])
+  __device__ __forceinline__ explicit TrellisWindows(const uint32_t (&w)[2 * Bits])
       : rows{RunWindows<Bits>([&](int i) { return w[2 * i]; }), RunWindows<Bits>([&](int i) { return w[2 * i + 1]; })} {
   }
-  static __device__ __forceinline__ uint32_t lane_offset(int lane) { return lane * 8; }
+  static __device__ __forceinline__ uint32_t lane_offset(int lane) { return lane * 4; }
 
-  template <typename Table>
-  __device__ __forceinline__ void fragment(int step, Table table, uint32_t offset, uint32_t (&a)[4]) {
+  // Window `window` of 32.
+  template <typename SharedTable>
+  __device__ __forceinline__ uint32_t entry(int window, int r, SharedTable table, uint32_t offset) const {
+    const int step = window / 2;
+    const uint32_t word = window % 2 == 0 ? rows[r].even[step % 4] : rows[r].odd[step % 4];
+    return look_up(table, byte_address(word, step / 4, offset));
+  }
+};
+
+// A decoder as those of decode.cuh, from the table with offsets, steps in order; in multiples of WindowPair's kUnit.
+// Instructions for two weights: PRMT LDS, 3 (fp16) or 4 (bf16) for the sum, 0.2-0.6 to put odd windows together.
+template <int Bits>
+struct TrellisDecoder : TrellisWindows<Bits> {
+  static constexpr int kShift = trellis_shift(Bits);
+  static constexpr bool kIntegers = false;
+
+  using TrellisWindows<Bits>::TrellisWindows;
+
+  template <typename T>
+  __device__ __forceinline__ void fragment(int step, SharedWindow<T> table, uint32_t offset, uint32_t (&a)[4]) {
+    fragment_as<T>(step, table, offset, a);
+  }
+  __device__ __forceinline__ void fragment(int step, const uint8_t* table, uint32_t offset, uint32_t (&a)[4]) {
+    fragment_as<__half>(step, table, offset, a);
+  }
+
+ private:
+  template <typename T, typename SharedTable>
+  __device__ __forceinline__ void fragment_as(int step, SharedTable table, uint32_t offset, uint32_t (&a)[4]) {
     if (step == 0) {  // the run is circular
 #pragma unroll
-      for (int i = 0; i < kShape.shift; ++i) {
-        const int window = 2 * kRunSteps - kShape.shift + i;
+      for (int i = 0; i < kShift; ++i) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) before[i][r] = entry(window, r, table, offset).y;
+        for (int r = 0; r < 2; ++r) before_[i][r] = this->entry(2 * kRunSteps - kShift + i, r, table, offset);
       }
     }
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint2 e = entry(2 * step + odd, r, table, offset);
-        a[2 * odd + r] = add_pairs(table, e.x, before[0][r]);
+        const uint32_t e = this->entry(2 * step + odd, r, table, offset);
+        a[2 * odd + r] = WindowPair<T>::sum(e, before_[0][r]);
 #pragma unroll
-        for (int i = 0; i + 1 < kShape.shift; ++i) before[i][r] = before[i + 1][r];
-        before[kShape.shift - 1][r] = e.y;
+        for (int i = 0; i + 1 < kShift; ++i) before_[i][r] = before_[i + 1][r];
+        before_[kShift - 1][r] = e;
       }
     }
   }
 
- private:
-  template <typename Table>
-  __device__ __forceinline__ uint2 entry(int window, int r, Table table, uint32_t offset) const {
-    const int step = window / 2;
-    const uint32_t word = window % 2 == 0 ? rows[r].even[step % 4] : rows[r].odd[step % 4];
-    return look_up_both(table, byte_address(word, step / 4, offset));
+  uint32_t before_[kShift][2];  // entries of the last windows, the oldest first
+};
+
+// The same for the integer MMA: looked-up signed bytes are its A operand, 16 x 32 for a step of 16 columns.
+template <int Bits>
+struct ByteTrellisDecoder : TrellisWindows<Bits> {
+  static constexpr bool kIntegers = true;
+
+  using TrellisWindows<Bits>::TrellisWindows;
+
+  template <typename SharedTable>
+  __device__ __forceinline__ void fragment(int step, SharedTable table, uint32_t offset, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      a[r] = this->entry(2 * step, r, table, offset);
+      a[2 + r] = this->entry(2 * step + 1, r, table, offset);
+    }
   }
 };
 
@@ -207,17 +244,6 @@ __device__ __forceinline__ uint2 x_operand(const uint32_t (&x)[kRunSteps], int s
   }
 }
 
-// Two weights in fp16, T1 of `e` plus T2 of `before`, times kPairUnit: entries of the table that holds bytes T1 + 128
-// and 128 - T2, which are subnormal fp16 numbers. One of two operands of a permutation can be a constant without a
-// register: here the selector.
-inline constexpr float kPairUnit = 0x1p-24f;
-__device__ __forceinline__ uint32_t pair_of(uint32_t e, uint32_t before) {
-  const uint32_t first = __byte_perm(e, 0, 0x4140);
-  const uint32_t second = __byte_perm(before, 0, 0x4342);
-  const __half2 sum = __hsub2(*reinterpret_cast<const __half2*>(&first), *reinterpret_cast<const __half2*>(&second));
-  return *reinterpret_cast<const uint32_t*>(&sum);
-}
-
 // --- rotated x in shared memory -------------------------------------------------------------------------------------
 //
 // A chunk (1024 columns) is rounded to multiples of a scale of its own: to integers of 16 bits, or to fp16. Both take
@@ -243,29 +269,38 @@ __device__ __forceinline__ float chunk_scale(const float (&y)[4][2][4], float mo
   return most > 1e-30f ? __fdividef(most_value, most) : 0.0f;
 }
 
+// Digits of four values: integers 256 hi + lo, in signed bytes {hi, lo}.
+__device__ __forceinline__ uint2 digits_of(const float (&values)[4], float inverse) {
+  constexpr float kMagic = 12582912.0f + 128.0f;  // the integer in the low bits, plus 128: byte 1 is hi
+  uint32_t v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = __float_as_uint(fmaf(values[i], inverse, kMagic));
+  const uint32_t a = __byte_perm(v[0], v[1], 0x5140);  // lo, lo, hi, hi
+  const uint32_t b = __byte_perm(v[2], v[3], 0x5140);
+  return {__byte_perm(a, b, 0x7632), __byte_perm(a, b, 0x5410) ^ 0x80808080u};
+}
+inline constexpr float kMostDigits = 127 * 256.0f;
+
 // Digits 256 hi + lo: two planes of bytes per row. Within 64 columns, those of lane t for four MMA steps are
 // neighbours: byte 16 t + 4 s + c. A plane is 64 bytes longer than its chunks, so that the 16-byte loads of two planes
 // meet different banks.
 __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scale,
                                              int lane) {
-  const float inverse = chunk_scale(y, 127 * 256.0f, 1, scale, lane);
-  constexpr float kMagic = 12582912.0f + 128.0f;  // the integer in the low bits, plus 128: byte 1 is hi
+  const float inverse = chunk_scale(y, kMostDigits, 1, scale, lane);
   const int place = lane / 16 * 64 + lane % 4 * 16 + lane / 4 % 4 * 4;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    uint32_t v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = __float_as_uint(fmaf(y[j / 2][i / 2][j % 2 * 2 + i % 2], inverse, kMagic));
-    const uint32_t a = __byte_perm(v[0], v[1], 0x5140);  // lo, lo, hi, hi
-    const uint32_t b = __byte_perm(v[2], v[3], 0x5140);
-    *reinterpret_cast<uint32_t*>(lo + 128 * j + place) = __byte_perm(a, b, 0x5410) ^ 0x80808080u;
-    *reinterpret_cast<uint32_t*>(hi + 128 * j + place) = __byte_perm(a, b, 0x7632);
+    const auto& part = y[j / 2];
+    const int c = j % 2 * 2;
+    const uint2 digits = digits_of({part[0][c], part[0][c + 1], part[1][c], part[1][c + 1]}, inverse);
+    *reinterpret_cast<uint32_t*>(lo + 128 * j + place) = digits.y;
+    *reinterpret_cast<uint32_t*>(hi + 128 * j + place) = digits.x;
   }
 }
 
 // fp16, in the order of Rotation::rotate.
 __device__ __forceinline__ void store_halves(const float (&y)[4][2][4], __half* out, float* scale, int lane) {
-  const float inverse = chunk_scale(y, 2048.0f, kPairUnit, scale, lane);
+  const float inverse = chunk_scale(y, 2048.0f, WindowPair<__half>::kUnit, scale, lane);
   const int place = Rotation<__half>::first_place(lane);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {

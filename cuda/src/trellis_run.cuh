@@ -30,26 +30,40 @@ struct StoredRun {
   }
 };
 
-// Of a hashed grid: 512 consecutive columns; the last run of a row takes the rest too.
-struct LongRun {
-  const uint8_t* bytes;
-  int count;          // of bytes
-  int64_t first = 0;  // column
-
-  // The run of a column of a row of k columns, of which `columns` take `bits` bits.
-  __device__ __forceinline__ LongRun(const uint8_t* row, int64_t k, int64_t column, int columns, int bits) {
+// Reads the windows of a hashed grid step by step. A run is 512 consecutive columns; the last one of a row takes what
+// is left, too. Runs begin and end at multiples of 16 bits.
+class LongRun {
+ public:
+  // From a column (a multiple of 32) of a row of k columns on, of which `columns` take `bits` bits.
+  __device__ __forceinline__ LongRun(const uint8_t* row, int64_t k, int64_t column, int columns, int bits)
+      : bits_(bits) {
     const int64_t last = max(k / kLongRun, int64_t{1}) - 1;
     const int64_t run = min(column / kLongRun, last);
-    first = run * kLongRun;
-    count = static_cast<int>(run < last ? kLongRun : k - first) / columns * bits / 8;
-    bytes = row + first / columns * bits / 8;
+    const int64_t first = run * kLongRun;
+    halves_ = reinterpret_cast<const uint16_t*>(row + first / columns * bits / 8);
+    count_ = static_cast<int>(run < last ? kLongRun : k - first) / columns * bits / 16;
+    at_ = static_cast<int>(column - first) / columns * bits / 16;
   }
-  // 16 bits from bit `position` of the run on, around its end.
-  __device__ __forceinline__ uint32_t window(int position) const {
-    const int byte = position / 8;
-    const auto at = [&](int i) { return static_cast<uint32_t>(bytes[i < count ? i : i - count]); };
-    return (at(byte) | at(byte + 1) << 8 | at(byte + 2) << 16) >> (position % 8) & 0xffff;
+  // 16 bits from the next step on, around the end of the run.
+  __device__ __forceinline__ uint32_t next() {
+    while (filled_ < 16) {
+      buffer_ |= static_cast<uint32_t>(halves_[at_]) << filled_;
+      filled_ += 16;
+      if (++at_ == count_) at_ = 0;
+    }
+    const uint32_t window = buffer_ & 0xffff;
+    buffer_ >>= bits_;
+    filled_ -= bits_;
+    return window;
   }
+
+ private:
+  const uint16_t* halves_;
+  int count_;  // of 16 bits, in the run
+  int at_;
+  int bits_;
+  uint32_t buffer_ = 0;
+  int filled_ = 0;  // bits in the buffer
 };
 
 }  // namespace higgs::cuda

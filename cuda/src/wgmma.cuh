@@ -68,6 +68,15 @@ HIGGS_WGMMA_N(64, "128", HIGGS_P64, "64", "65", "66", "67", "68", HIGGS_D32(0), 
 HIGGS_WGMMA_N(128, "256", HIGGS_P128, "128", "129", "130", "131", "132", HIGGS_D32(0), HIGGS_D32(32), HIGGS_D32(64),
               HIGGS_D32(96))
 
+// The same for signed bytes: a 64 x 32, b 32 x 32, d 64 x 32 in integers.
+__device__ __forceinline__ void wgmma_bytes(int (&d)[16], const uint32_t (&a)[4], uint64_t b_tile) {
+  asm volatile("{.reg .pred p;\nsetp.eq.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {" HIGGS_P16
+               "}, {%16,%17,%18,%19}, %20, p;\n}"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
+                 "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile));
+}
+
 // --- barriers in shared memory (mbarrier_expect: ptx.cuh), and bulk copies that count their bytes at one
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {

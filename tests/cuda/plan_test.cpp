@@ -196,6 +196,24 @@ TEST(Plan, GemmSplitsKWithinClustersThatFit) {
   EXPECT_EQ(split(64), 1) << "by 2, CTAs would have twice the slices that even shares give them";
 }
 
+TEST(Plan, UpToSixteenRowsMeetATrellisInProductsOfIntegers) {
+  constexpr std::int64_t kDigits = 4 * 16 * 4096;  // two planes of 16 rows, each window's piece of x on its own
+  const DeviceProperties& h200 = kDevices[3];
+  for (const char* name : {"a2_b4", "a2_b5", "a2_b6", "a2_b7", "a2_b8"}) {
+    LayerFormat f = format(find_grid(name), 4096, 4096);
+    for (const std::int64_t m : {1, 5, 16}) {
+      const GemmPlan p = plan_gemm({m, DType::bf16, {&f, 1}}, h200);
+      EXPECT_TRUE(p.bytes) << name;
+      EXPECT_EQ(p.x_bytes, kDigits + 4 * 16 * 4) << name;
+    }
+    EXPECT_FALSE(plan_gemm({17, DType::bf16, {&f, 1}}, h200).bytes) << name;
+    f.group = f.block = 64;  // scales change within a slice
+    EXPECT_FALSE(plan_gemm({16, DType::bf16, {&f, 1}}, h200).bytes) << name;
+  }
+  const LayerFormat pairs = format(find_grid("p2_n256"), 4096, 4096);
+  EXPECT_FALSE(plan_gemm({16, DType::bf16, {&pairs, 1}}, h200).bytes);
+}
+
 TEST(Plan, GemmTakesBlocksWithAnOddFactor) {
   const LayerFormat f{&find_grid("p2_n256"), 64, 576, 576, 576, 0};
   for (const DeviceProperties& d : kDevices) expect_valid(plan_gemm({3, DType::f16, {&f, 1}}, d), f, 3, d);

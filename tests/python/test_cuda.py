@@ -97,6 +97,22 @@ def test_linear_is_as_exact_as_torch(grid: str, dtype: torch.dtype) -> None:
     assert ours**0.5 <= 2 * theirs**0.5
 
 
+# 9 to 16 rows of x meet large layers in a GEMM, trellises of regular layers (k is a multiple of 512) in products of
+# integers.
+@pytest.mark.parametrize("grid", ["p2_n256", "a2_b4", "a2_b5", "a2_b6", "a2_b7", "a2_b8"])
+def test_large_layers(grid: str) -> None:
+    n, k = 16500, 4608
+    fmt = higgs.layer_format(n, k, grid, seed=3)
+    module = HiggsLinear(fmt, device="cuda")
+    module.indices.data.random_(256)
+    module.scales.data = (0.5 + torch.rand(n, fmt.row_groups, device="cuda")).half()
+    module.tile_()
+    for dtype in HALVES:
+        for m in (8, 9, 16, 1300):
+            error, reference = errors(module, dtype, m)
+            assert error <= 2 * reference
+
+
 def test_weights_that_are_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     module = layer(100, 1024).cuda()
     x = torch.randn(70, 1024, device="cuda", requires_grad=True)

@@ -117,6 +117,7 @@ struct GemmPlan {
   FieldShape field;
   DType dtype = DType::f16;
   bool regular = false;  // as in LaunchPlan
+  bool bytes = false;    // integer products of a trellis: x in two 8-bit digits
   int tokens = 0;
   int rows = 0;
   int padded_m = 0;

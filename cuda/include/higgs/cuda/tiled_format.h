@@ -1,7 +1,9 @@
 // The layout the matmul kernels read, made from the stored one by `repack`. Never written to a file: it may change with
 // every version of the kernels.
 //
-//   [fp16 table | bf16 table | byte tables, of quads and trellises | scales | weights], every part 256-byte aligned
+//   [fp16 table | bf16 table | byte tables | scales | weights], every part 256-byte aligned
+//
+// Quads have byte tables too, trellises have no others.
 //
 // Fields. Indices are grouped into fields of `weights` consecutive columns and `bits` bits, so that one table look-up
 // yields up to four weights whatever the grid: p1_n16 becomes pairs of indices (8 bits, the decoder of p2_n256), p1_n4
@@ -55,8 +57,12 @@ struct FieldShape {
   [[nodiscard]] constexpr int max_units() const noexcept { return unit_words() <= 8 ? 4 : unit_words() <= 11 ? 3 : 2; }
   // Units a decoder takes at once: a trellis run covers two.
   [[nodiscard]] constexpr int joined_units() const noexcept { return trellis() ? 2 : 1; }
-  // A table entry: `weights` 16-bit values, a single one stored twice; of a trellis, for both windows.
-  [[nodiscard]] constexpr int entry_bytes() const noexcept { return weights == 4 || trellis() ? 8 : 4; }
+  // An entry of a table of 16-bit values: `weights` of them, a single one stored twice.
+  [[nodiscard]] constexpr int entry_bytes() const noexcept { return weights == 4 ? 8 : 4; }
+  // The table in fp16, or in bf16; a trellis has none.
+  [[nodiscard]] constexpr int value_table_bytes() const noexcept {
+    return trellis() ? 0 : (entries() * entry_bytes() + kTiledAlignment - 1) / kTiledAlignment * kTiledAlignment;
+  }
   // Tables of four bytes per entry. Of a trellis two: signed, and with offsets (trellis.cuh). Of quads one: the points
   // over kQuadStep.
   [[nodiscard]] constexpr int byte_tables_bytes() const noexcept {
