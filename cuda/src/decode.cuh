@@ -259,7 +259,7 @@ class TableFill {
   static constexpr int kEntryBytes = Decoder::kShape.entry_bytes();
   static constexpr int kPieces = Decoder::kCopies * kEntryBytes / 16;  // 16-byte stores that make one entry's copies
   static constexpr int kSplit = kPieces > 1 ? 2 : 1;
-  static constexpr int kTasks = Decoder::kTableEntries * kSplit;
+  static constexpr uint32_t kTasks = Decoder::kTableEntries * kSplit;
   static constexpr bool kWhole = Decoder::kShape.trellis() && kEntryBytes == 8;  // 8-byte entries stay together
   using Entry = std::conditional_t<kWhole, uint2, uint32_t>;
 
@@ -279,26 +279,26 @@ class TableFill {
   }
 
  private:
-  __device__ __forceinline__ Entry load(int task) const {
-    const int half = kEntryBytes == 8 && !kWhole ? task % 2 * 4 : 0;
+  __device__ __forceinline__ Entry load(uint32_t task) const {
+    const uint32_t half = kEntryBytes == 8 && !kWhole ? task % 2 * 4 : 0;
     return __ldg(
         reinterpret_cast<const Entry*>(table_ + task / kSplit % Decoder::kShape.entries() * kEntryBytes + half));
   }
   static __device__ __forceinline__ uint4 repeat(uint32_t e) { return make_uint4(e, e, e, e); }
   static __device__ __forceinline__ uint4 repeat(uint2 e) { return make_uint4(e.x, e.y, e.x, e.y); }
   // Neighbouring threads start at different pieces: 8 threads cover all banks.
-  static __device__ __forceinline__ void store_task(uint8_t* shared, int task, Entry e) {
+  static __device__ __forceinline__ void store_task(uint8_t* shared, uint32_t task, Entry e) {
     constexpr int kEach = kPieces / kSplit;
     uint8_t* to = shared + (task / kSplit << Decoder::kStrideLog) + task % kSplit * kEach * 16;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
+    for (uint32_t i = 0; i < kEach; ++i) {
       *reinterpret_cast<uint4*>(to + (i + (kEach == 8 ? task : task / kSplit)) % kEach * 16) = repeat(e);
     }
   }
 
   const uint8_t* table_;
-  int task_;
-  int threads_;
+  uint32_t task_;
+  uint32_t threads_;
   Entry entry_ = {};
 };
 
