@@ -17,8 +17,8 @@
 // x and (twice that) weights:
 //
 //   held     x fragments of the slice stay in registers: the fewest loads, but a CTA fills a multiprocessor
-//   paired   x fragments come from shared memory, each for two row tiles: for m > 8, and for small layers, as half a
-//            multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
+//   paired   x fragments come from shared memory, each for two row tiles: for m > 8, and for small layers, where half
+//            a multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
 //            wait in griddepcontrol.wait for x
 //   general  slices that are not full, or several scale groups in one
 //

@@ -45,7 +45,7 @@ __device__ __forceinline__ uint2 load_streaming(const uint2* p) {
   return v;
 }
 
-// 16 bytes of shared memory, or anything. A load takes less time the fewer lanes take part.
+// 16 bytes of shared memory if `valid`, otherwise anything.
 __device__ __forceinline__ uint4 load_shared_if(bool valid, const void* p) {
   uint4 v;
   asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %4, 0;\n@valid ld.shared.v4.u32 {%0,%1,%2,%3}, [%5];\n}"
