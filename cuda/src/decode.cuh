@@ -259,7 +259,7 @@ class TableFill {
   static constexpr int kEntryBytes = Decoder::kShape.entry_bytes();
   static constexpr int kPieces = Decoder::kCopies * kEntryBytes / 16;  // 16-byte stores that make one entry's copies
   static constexpr int kSplit = kPieces > 1 ? 2 : 1;
-  static constexpr int kTasks = Decoder::kTableEntries * kSplit;
+  static constexpr uint32_t kTasks = Decoder::kTableEntries * kSplit;
 
  public:
   // Thread `thread` of `threads`; a negative one has nothing to do.
@@ -277,24 +277,24 @@ class TableFill {
   }
 
  private:
-  __device__ __forceinline__ uint32_t load(int task) const {
-    const int half = kEntryBytes == 8 ? task % 2 * 4 : 0;
+  __device__ __forceinline__ uint32_t load(uint32_t task) const {
+    const uint32_t half = kEntryBytes == 8 ? task % 2 * 4 : 0;
     return __ldg(
         reinterpret_cast<const uint32_t*>(table_ + task / kSplit % Decoder::kShape.entries() * kEntryBytes + half));
   }
   // Neighbouring threads start at different pieces: 8 threads cover all banks.
-  static __device__ __forceinline__ void store_task(uint8_t* shared, int task, uint32_t e) {
+  static __device__ __forceinline__ void store_task(uint8_t* shared, uint32_t task, uint32_t e) {
     constexpr int kEach = kPieces / kSplit;
     uint8_t* to = shared + (task / kSplit << Decoder::kStrideLog) + task % kSplit * kEach * 16;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
+    for (uint32_t i = 0; i < kEach; ++i) {
       *reinterpret_cast<uint4*>(to + (i + (kEach == 8 ? task : task / kSplit)) % kEach * 16) = make_uint4(e, e, e, e);
     }
   }
 
   const uint8_t* table_;
-  int task_;
-  int threads_;
+  uint32_t task_;
+  uint32_t threads_;
   uint32_t entry_ = 0;
 };
 

@@ -17,8 +17,8 @@
 // x and (twice that) weights:
 //
 //   held     x fragments of the slice stay in registers: the fewest loads, but a CTA fills a multiprocessor
-//   paired   x fragments come from shared memory, each for two row tiles: for m > 8, and for small layers, as half a
-//            multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
+//   paired   x fragments come from shared memory, each for two row tiles: for m > 8, and for small layers, where half
+//            a multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
 //            wait in griddepcontrol.wait for x
 //   general  slices that are not full, or several scale groups in one
 //
@@ -68,26 +68,33 @@ struct RotateRole {
     row_step = small_divide(p.rotate_warps, chunk_step);
     if (row >= row_step || row >= p.m) chunk = chunks;  // nothing to do
   }
-  // Waits for x. finish(raw, d, row, chunk) rotates and stores. One copy of the code: a launch starts with cold
-  // instruction caches, every instruction before the main loop counts.
-  template <typename Finish>
+  // Waits for x. finish(b, row, chunk) rotates and stores. One copy of the code: a launch starts with cold instruction
+  // caches, every instruction before the main loop counts. kRows (1 or 2) rows at a time: their loads overlap.
+  template <int kRows, typename Finish>
   __device__ __forceinline__ void run(const GemvParams& p, int lane, const Finish& finish) const {
-    int c = chunk;
-    int r = row;
 #pragma unroll 1
-    while (c < chunks) {
+    for (int c = chunk; c < chunks; c += chunk_step) {
       const int column = (chunk0 + c) * kChunk;
-      const int count = p.k - column;
-      float4 d[8];
-      rotation.load_d(p.d + column, count, lane, d);
-      wait_for_primary();
-      uint2 raw[8];
-      rotation.load_x(static_cast<const T*>(p.x) + static_cast<long long>(r) * p.k + column, count, lane, raw);
-      finish(raw, d, r, c);
-      r += row_step;
-      if (r >= p.m) {
-        r = row;
-        c += chunk_step;
+      const T* x = static_cast<const T*>(p.x) + column;
+#pragma unroll 1
+      for (int r = row; r < p.m; r += kRows * row_step) {
+        float4 d[8];
+        rotation.load_d(p.d + column, p.k - column, lane, d);
+        wait_for_primary();
+        uint2 raw[kRows][8];
+        const bool two = kRows == 2 && r + row_step < p.m;
+        rotation.load_x(x + static_cast<long long>(r) * p.k, p.k - column, lane, raw[0]);
+        if (two) rotation.load_x(x + static_cast<long long>(r + row_step) * p.k, p.k - column, lane, raw[kRows - 1]);
+        uint2 b[kRows][8];
+        rotation.multiply(raw[0], d, b[0]);
+        if (two) rotation.multiply(raw[kRows - 1], d, b[kRows - 1]);
+#pragma unroll 1
+        for (int i = 0;; ++i) {
+          finish(b[0], r + i * row_step, c);
+          if (i == kRows - 1 || !two) break;
+#pragma unroll
+          for (int j = 0; j < 8; ++j) b[0][j] = b[kRows - 1][j];
+        }
       }
     }
     wait_for_primary();
@@ -164,7 +171,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0;
   const int cluster_index = p.cluster > 1 ? small_divide(blockIdx.x, p.cluster) : blockIdx.x;
   int which = 0;
-  while (which + 1 < p.part_count && cluster_index >= p.parts[which + 1].first_cluster) ++which;
+  if (p.part_count > 1) {  // most launches need not wait for the constants of the other parts
+    while (which + 1 < p.part_count && cluster_index >= p.parts[which + 1].first_cluster) ++which;
+  }
   const GemvPart& part = p.parts[which];
 
   const int first_slice = p.first_slice + rank * p.cta_slices;
@@ -181,7 +190,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   const int stride = part.clusters * p.cta_row_groups;
   const int row_block = first_block + row_group;
   RowBlocks blocks;
-  blocks.count = role.units > 0 ? max(0, all_blocks - row_block + stride - 1) / stride : 0;
+  blocks.count = role.units > 0 ? part.rounds - (row_block + (part.rounds - 1) * stride >= all_blocks ? 1 : 0) : 0;
   blocks.odd = row_tiles % 2 != 0 && row_block + (blocks.count - 1) * stride == all_blocks - 1;
 
   WordWindow<Config> words = {};
@@ -228,9 +237,8 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   }
   const RotateRole<T> rotate(p, first_slice, warp, lane);
   table.store(shared);
-  rotate.run(p, lane, [&](const uint2(&raw)[8], const float4(&d)[8], int r, int c) {
-    xs.store(rotate.rotation, raw, d, r, c, lane);
-  });
+  rotate.template run<Config::kRotatedRows>(
+      p, lane, [&](const uint2(&b)[8], int r, int c) { xs.store(rotate.rotation, b, r, c, lane); });
   __syncthreads();
   if (p.cluster > 1) cluster_wait();  // the other CTAs have started: their inboxes may be written
 
@@ -239,7 +247,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
 #pragma unroll
   for (int t = 0; t < Config::kTokenTiles; ++t) {
     // Rows beyond m: the sums of any other row do.
-    const uint8_t* row = xs.row(min(t * 8 + lane / 4, p.m * Config::kDigits - 1));
+    const int last = p.m * Config::kDigits - 1;
+    x.needed[t] = t * 8 + lane / 4 <= last;
+    const uint8_t* row = xs.row(min(t * 8 + lane / 4, last));
     x.from[t] = row + first_column * (2 / Config::kDigits) + lane % 4 * 16;
   }
   if (role.units > 0) x.hold();

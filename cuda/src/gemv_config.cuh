@@ -33,11 +33,13 @@ struct GemvConfig {
   static constexpr bool kRegular = kLoop != Loop::general;
   static constexpr int kUnitWords = Decoder::kShape.unit_words();
   static constexpr bool kPaired = kLoop == Loop::paired;
-  static constexpr int kMaxThreads = kLoop == Loop::held ? 512 : 256;  // 128 registers each
+  static constexpr int kMaxThreads = kLoop == Loop::general ? 256 : 512;  // 128 registers each
   static constexpr int kUnits = iteration_units(Decoder::kShape, kPaired);
   static constexpr int kTiles = block_tiles(Decoder::kShape, kPaired);
   static constexpr int kLoads = iteration_loads(Decoder::kShape, kPaired);  // per row tile
   static constexpr bool kHeld = kLoop == Loop::held;
+  // Rows of x that a warp rotates at a time: two where there may be many, unless registers spill.
+  static constexpr int kRotatedRows = kHeld && kUnits == 4 && kTokens * TokenTiles_ == 8 ? 2 : 1;
   static constexpr int kWindow = kHeld ? held_window(Decoder::kShape) : kLoads;  // loads in flight per row tile
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
@@ -46,9 +48,11 @@ struct GemvConfig {
   static_assert(Table::kTableBytes == 65536);
 };
 
-// a / b for 0 <= a < 2^16 and small b, without the integer division sequence.
+// a / b for 0 <= a < 2^16 and b < 2^16, without the integer division sequence: a relative error of 2^-22 does no harm.
 __device__ __forceinline__ int small_divide(int a, int b) {
-  return __float2int_rd((static_cast<float>(a) + 0.5f) * __frcp_rn(static_cast<float>(b)));
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(static_cast<float>(b)));
+  return __float2int_rd((static_cast<float>(a) + 0.5f) * inverse);
 }
 
 }  // namespace higgs::cuda

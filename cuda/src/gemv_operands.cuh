@@ -173,14 +173,14 @@ struct SharedX {
   }
 
   template <typename T>
-  __device__ __forceinline__ void store(const Rotation<T>& rotation, const uint2 (&raw)[8], const float4 (&d)[8], int r,
-                                        int chunk, int lane) const {
+  __device__ __forceinline__ void store(const Rotation<T>& rotation, const uint2 (&b)[8], int r, int chunk,
+                                        int lane) const {
     if constexpr (Config::kBytes) {
       float y[4][2][4];
-      rotation.rotate(raw, d, y);
+      rotation.rotate(b, y);
       store_digits(y, row(2 * r) + chunk * kChunk, row(2 * r + 1) + chunk * kChunk, scales + r * chunks + chunk, lane);
     } else {
-      rotation.rotate(raw, d, reinterpret_cast<T*>(row(r)) + chunk * kChunk, lane);
+      rotation.rotate(b, reinterpret_cast<T*>(row(r)) + chunk * kChunk, lane);
     }
   }
 };
@@ -193,6 +193,7 @@ struct XFragments {
   static constexpr int kUnitBytes = Config::kPieces * kPieceBytes;
   static constexpr int kCount = Config::kHeld ? Config::kUnits * Config::kPieces : 1;
   const uint8_t* from[Config::kTokenTiles];  // the lane's first piece of the iteration
+  bool needed[Config::kTokenTiles];          // whether its row is one of x: sums of others are not stored
   uint4 held[Config::kTokenTiles][kCount];
 
   __device__ __forceinline__ void hold() {
@@ -200,7 +201,7 @@ struct XFragments {
 #pragma unroll
       for (int t = 0; t < Config::kTokenTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) held[t][i] = *reinterpret_cast<const uint4*>(from[t] + i * kPieceBytes);
+        for (int i = 0; i < kCount; ++i) held[t][i] = load_shared_if(needed[t], from[t] + i * kPieceBytes);
       }
     }
   }

@@ -31,12 +31,15 @@ __device__ __forceinline__ void store_outputs(const GemvParams& p, const GemvPar
     for (int i = 0; i < count; ++i) part.partial[out + i] = value[i];
     return;
   }
+  if (part.bias != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) value[i] += to_float(static_cast<const T*>(part.bias)[n_row + i]);
+    }
+  }
   T y[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (part.bias != nullptr && i < count) value[i] += to_float(static_cast<const T*>(part.bias)[n_row + i]);
-    y[i] = from_float<T>(value[i]);
-  }
+  for (int i = 0; i < 4; ++i) y[i] = from_float<T>(value[i]);
   T* to = static_cast<T*>(part.y) + out;
   if (part.n % 4 == 0) {
     if (count > 0) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(y);

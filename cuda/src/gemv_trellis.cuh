@@ -358,9 +358,9 @@ __global__ void __launch_bounds__(512, 1) gemv_trellis_kernel(const __grid_const
   }
   const RotateRole<T> rotate(p, first_slice, warp, lane);
   table.store(shared);
-  rotate.run(p, lane, [&](const uint2(&raw)[8], const float4(&d)[8], int r, int c) {
+  rotate.template run<1>(p, lane, [&](const uint2(&b)[8], int r, int c) {
     float y[4][2][4];
-    rotate.rotation.rotate(raw, d, y);
+    rotate.rotation.rotate(b, y);
     Products::store(y, xs, r, c, p.chunks, x_scales + r * p.chunks + c, lane);
   });
   __syncthreads();

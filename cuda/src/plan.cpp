@@ -14,7 +14,7 @@ namespace {
 constexpr int kTableBytes = 65536;  // of every decoder (decode.cuh)
 constexpr int kChunkColumns = 1024;
 constexpr int kMaxCluster = 8;  // the portable limit
-constexpr int kMaxBatch = 8;
+constexpr int kMaxBatch = 32;
 constexpr int kReservedShared = 1024;  // of every CTA
 
 template <typename T>
@@ -108,10 +108,8 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
       static_cast<int>(std::clamp<std::int64_t>(ceil_div<std::int64_t>(all, clusters), 1, max_warps / p.slices));
   split_clusters(p, blocks, clusters);
   p.chunks = chunks_of(t, f.k, p.slices);
-  const int whole = device.shared_bytes_per_block - kTableBytes;
-  const int half = (device.shared_bytes_per_block - kReservedShared) / 2 - kTableBytes;
-  SharedUse use = shared_use(p, half);
-  if (use.bytes == 0) use = shared_use(p, whole);
+  const int budget = p.whole ? device.shared_bytes_per_block : (device.shared_bytes_per_block - kReservedShared) / 2;
+  const SharedUse use = shared_use(p, budget - kTableBytes);
   p.batch = use.batch;
   p.rotate_warps = std::min(p.slices * p.row_groups, p.rows * p.chunks);
   p.inbox_floats = use.inbox_floats;
@@ -122,10 +120,9 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
 // Cycles of a launch, roughly; what the partitions differ in. The constants are a fit to about 700 partitions of 8
 // shapes on an H200 (14 % rms; the cheapest partition is 0.7 % slower than the fastest, on average), and with bytes to
 // 79 of 4 shapes (10 %; 0.9 %).
-double cost(const LaunchPlan& p, const DeviceProperties& device) {
+double cost(const LaunchPlan& p) {
   const int tiles = block_tiles(p.field, p.paired);
   const int warps = p.slices * p.row_groups;
-  const bool alone = p.max_threads() > 256 || p.shared_bytes > (device.shared_bytes_per_block - kReservedShared) / 2;
   // Main loop: cycles of the load unit for an MMA step (16 x 16 weights): look-ups, x, and 8 for 16 bytes a lane of
   // weights; a warp alone waits for latencies. Larger clusters come to share multiprocessors where that is possible.
   const double lookups = p.bytes() ? 2 : p.field.weights == 1 ? 8 : 4;
@@ -133,7 +130,7 @@ double cost(const LaunchPlan& p, const DeviceProperties& device) {
   const double weights = p.field.unit_words() / 4.0;
   const double products = p.bytes() ? 0.1 * (p.token_tiles - 1) : 0;
   const double step =
-      std::max(1.14 * warps * (lookups + x + weights + products), 58.0) * (!alone && p.cluster > 2 ? 1.16 : 1);
+      std::max(1.14 * warps * (lookups + x + weights + products), 58.0) * (!p.whole && p.cluster > 2 ? 1.16 : 1);
   const double main = step * 8 * p.units * tiles * p.rounds;
   const int chunks = p.chunks * p.rows;
   // To bytes it takes more instructions, which the warps of a scheduler issue in turn.
@@ -142,7 +139,7 @@ double cost(const LaunchPlan& p, const DeviceProperties& device) {
   // Partial sums go through shared memory; each batch waits for its slowest warp.
   const double sums = p.rounds * (375 + warps * tiles * p.rows * (p.cluster > 1 ? 1.2 : 0.6));
   const double batches = std::ceil(static_cast<double>(p.rounds) / p.batch) * (p.cluster > 1 ? 2220 : 1060);
-  return p.k_launches * (main + rotation + sums + batches + (!alone ? 0 : p.bytes() ? 2700 : 1770));
+  return p.k_launches * (main + rotation + sums + batches + (!p.whole ? 0 : p.bytes() ? 2700 : 1770));
 }
 
 // The cheapest partition of the launches' kind (rows, paired) into `launches` launches; cost 0 if none fits.
@@ -162,12 +159,16 @@ double best_of_kind(LaunchPlan& p, const LinearProblem& problem, const TiledForm
     if (most % units != 0) continue;
     // Paired CTAs in clusters: alone, two of a launch may come to share a multiprocessor while others have none.
     for (int cluster = p.paired ? std::min(2, max_cluster) : 1; cluster <= max_cluster; cluster *= 2) {
-      LaunchPlan candidate = p;
-      if (!partition(candidate, format, t, blocks, static_cast<int>(units), cluster, launches, device)) continue;
-      const double c = cost(candidate, device);
-      if (least == 0 || c < least) {
-        least = c;
-        best = candidate;
+      for (const bool whole : {false, true}) {
+        LaunchPlan candidate = p;
+        candidate.whole = whole;
+        if (!whole && candidate.max_threads() > 256) continue;  // fills a multiprocessor anyway
+        if (!partition(candidate, format, t, blocks, static_cast<int>(units), cluster, launches, device)) continue;
+        const double c = cost(candidate);
+        if (least == 0 || c < least) {
+          least = c;
+          best = candidate;
+        }
       }
     }
   }
@@ -259,6 +260,7 @@ std::string LaunchPlan::to_string() const {
   add("token_tiles", token_tiles);
   add("regular", regular ? 1 : 0);
   add("paired", paired ? 1 : 0);
+  add("whole", whole ? 1 : 0);
   add("units", units);
   add("ctas", ctas());
   add("threads", threads());

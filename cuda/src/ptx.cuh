@@ -45,6 +45,16 @@ __device__ __forceinline__ uint2 load_streaming(const uint2* p) {
   return v;
 }
 
+// 16 bytes of shared memory if `valid`, otherwise anything.
+__device__ __forceinline__ uint4 load_shared_if(bool valid, const void* p) {
+  uint4 v;
+  asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %4, 0;\n@valid ld.shared.v4.u32 {%0,%1,%2,%3}, [%5];\n}"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(static_cast<int>(valid)), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p)))
+               : "memory");
+  return v;
+}
+
 // Programmatic dependent launch: let the next kernel start its prologue / wait for the results of the previous one.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

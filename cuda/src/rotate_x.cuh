@@ -34,6 +34,17 @@ __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
+template <typename T>
+__device__ __forceinline__ float2 unpack2(uint32_t v);
+template <>
+__device__ __forceinline__ float2 unpack2<__half>(uint32_t v) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&v));
+}
+template <>
+__device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t v) {
+  return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
+}
+
 // Rotated x in shared memory. Within 32 columns, those of lane t for two MMA steps are neighbours (columns 4 t .. + 3
 // and 16 + 4 t .. + 3). Rows are 64 bytes apart modulo 128: the 16-byte fragment loads of a quarter-warp (2 rows x 4
 // lanes) cover all banks.
@@ -51,7 +62,12 @@ __device__ __forceinline__ void hadamard_fragment(int bits, int lane, uint32_t o
   uint32_t low = one | odd << 15 | odd_next << 31;
   if (bits == 2 && ((g ^ column) & 4) != 0) low = 0;
   a[0] = low;
-  a[1] = a[2] = bits == 4 ? low : 0;
+  // A register each, although some are equal: the compiler must not know, or it copies them before every MMA.
+  uint32_t zero;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(zero));
+  zero ^= static_cast<uint32_t>(lane);
+  a[1] = (bits == 4 ? low : 0) ^ zero;
+  a[2] = (bits == 4 ? low : 0) + zero;
   a[3] = bits == 4 ? low ^ 0x80008000u : low;
 }
 
@@ -82,22 +98,36 @@ struct Rotation {
 
   // d[j] = p[128 j + first_column + 0..3]; p is a chunk with `count` columns.
   static __device__ __forceinline__ void load_d(const float* p, int count, int lane, float4 (&d)[8]) {
-    load_all(reinterpret_cast<const float4*>(p + first_column(lane)), count - first_column(lane), d,
+    load_all(reinterpret_cast<const float4*>(p + first_column(lane)), count, lane, d,
              std::make_integer_sequence<int, 8>());
   }
   static __device__ __forceinline__ void load_x(const T* x, int count, int lane, uint2 (&raw)[8]) {
-    load_all(reinterpret_cast<const uint2*>(x + first_column(lane)), count - first_column(lane), raw,
+    load_all(reinterpret_cast<const uint2*>(x + first_column(lane)), count, lane, raw,
              std::make_integer_sequence<int, 8>());
   }
   template <typename V, int... kJ>
-  static __device__ __forceinline__ void load_all(const V* p, int count, V (&out)[8],
+  static __device__ __forceinline__ void load_all(const V* p, int count, int lane, V (&out)[8],
                                                   std::integer_sequence<int, kJ...> /*j*/) {
-    (load_if<kJ * 32>(kJ * 128 < count, p, out[kJ]), ...);
+    if (count >= kChunk) {  // apart, as it takes half the instructions
+      (load_if<kJ * 32>(true, p, out[kJ]), ...);
+    } else {
+      (load_if<kJ * 32>(kJ * 128 < count - first_column(lane), p, out[kJ]), ...);
+    }
   }
 
-  __device__ __forceinline__ void rotate(const uint2 (&raw)[8], const float4 (&d)[8], T* out, int lane) const {
+  // x times d, the B operand of the first MMAs.
+  static __device__ __forceinline__ void multiply(const uint2 (&raw)[8], const float4 (&d)[8], uint2 (&b)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 lo = unpack2<T>(raw[j].x);
+      const float2 hi = unpack2<T>(raw[j].y);
+      b[j] = {pack2<T>(lo.x * d[j].x, lo.y * d[j].y), pack2<T>(hi.x * d[j].z, hi.y * d[j].w)};
+    }
+  }
+
+  __device__ __forceinline__ void rotate(const uint2 (&b)[8], T* out, int lane) const {
     float y[4][2][4];
-    rotate(raw, d, y);
+    rotate(b, y);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const auto& part = y[i / 2];
@@ -107,18 +137,12 @@ struct Rotation {
     }
   }
   // To y[pair][h][2 c + e]: columns 256 pair + 128 c + first_column + 2 h + e.
-  __device__ __forceinline__ void rotate(const uint2 (&raw)[8], const float4 (&d)[8], float (&y)[4][2][4]) const {
+  __device__ __forceinline__ void rotate(const uint2 (&b)[8], float (&y)[4][2][4]) const {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       float mid[2][4] = {};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int j = 2 * pair + i;
-        const T* v = reinterpret_cast<const T*>(&raw[j]);
-        const uint2 b = {pack2<T>(to_float(v[0]) * d[j].x, to_float(v[1]) * d[j].y),
-                         pack2<T>(to_float(v[2]) * d[j].z, to_float(v[3]) * d[j].w)};
-        mma_m16n8k16<T>(mid[i], first, b);
-      }
+      mma_m16n8k16<T>(mid[0], first, b[2 * pair]);
+      mma_m16n8k16<T>(mid[1], first, b[2 * pair + 1]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -127,18 +151,25 @@ struct Rotation {
                         {pack2<T>(mid[0][2 * h], mid[0][2 * h + 1]), pack2<T>(mid[1][2 * h], mid[1][2 * h + 1])});
       }
     }
+    if (block > 512) {  // not one after the other, which would take moves of what the second one changes
+      across_pairs<1>(y);
+      across_pairs<2>(y);
+    } else if (block > 256) {
+      across_pairs<1>(y);
+    }
+  }
+
+ private:
+  template <int kStride>
+  static __device__ __forceinline__ void across_pairs(float (&y)[4][2][4]) {
 #pragma unroll
-    for (int stride = 1; stride < 4; stride *= 2) {
-      if (block <= 256 * stride) break;
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        const int pair = i / 8;
-        if ((pair & stride) != 0) continue;
-        const float a = y[pair][i / 4 % 2][i % 4];
-        const float b = y[pair | stride][i / 4 % 2][i % 4];
-        y[pair][i / 4 % 2][i % 4] = a + b;
-        y[pair | stride][i / 4 % 2][i % 4] = a - b;
-      }
+    for (int i = 0; i < 32; ++i) {
+      const int pair = i / 8;
+      if ((pair & kStride) != 0) continue;
+      const float a = y[pair][i / 4 % 2][i % 4];
+      const float b = y[pair | kStride][i / 4 % 2][i % 4];
+      y[pair][i / 4 % 2][i % 4] = a + b;
+      y[pair | kStride][i / 4 % 2][i % 4] = a - b;
     }
   }
 };

@@ -260,11 +260,12 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 // the chunk's scale for a greatest value `most_value`, over `unit`, and returns its inverse.
 __device__ __forceinline__ float chunk_scale(const float (&y)[4][2][4], float most_value, float unit, float* scale,
                                              int lane) {
-  float most = 0;
+  float of_lane[4] = {};  // four short chains instead of a long one
 #pragma unroll
-  for (int i = 0; i < 32; ++i) most = max_or_nan(most, fabsf(y[i / 8][i / 4 % 2][i % 4]));
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, step));
+  for (int i = 0; i < 32; ++i) of_lane[i / 8] = max_or_nan(of_lane[i / 8], fabsf(y[i / 8][i / 4 % 2][i % 4]));
+  const float greatest = max_or_nan(max_or_nan(of_lane[0], of_lane[1]), max_or_nan(of_lane[2], of_lane[3]));
+  // Floats that are not negative are in the order of their bits, NaN last.
+  const float most = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(greatest)));
   if (lane == 0) *scale = most * (1 / (most_value * unit));
   return most > 1e-30f ? __fdividef(most_value, most) : 0.0f;
 }

@@ -36,6 +36,10 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
   EXPECT_GE(p.slices, 1);
   EXPECT_GE(p.row_groups, 1);
   EXPECT_LE(p.shared_bytes, d.shared_bytes_per_block);
+  if (!p.whole) {  // two find room on a multiprocessor
+    EXPECT_LE(p.threads(), 256);
+    EXPECT_LE(2 * p.shared_bytes, d.shared_bytes_per_block - 1024);
+  }
   EXPECT_LE(p.cluster, d.has_clusters() ? 8 : 1);
   EXPECT_GE(p.slices * p.cluster * p.k_launches, t.slices) << "some columns have no warp";
   EXPECT_LT(p.slices * p.cluster * (p.k_launches - 1), t.slices) << "a launch without columns";

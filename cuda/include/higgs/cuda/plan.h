@@ -65,6 +65,7 @@ struct LaunchPlan {
   bool regular = false;  // all slices full and inside one scale group: the instances without tail code
   bool paired = false;  // regular, and fragments of x come from shared memory, each for two row tiles: m > 8, and small
                         // layers, as the CTAs of the next kernel then find room beside these
+  bool whole = false;   // a CTA may take all of a multiprocessor; otherwise two of 256 threads find room
   int units = 0;        // of a warp's slice: as in the layout, or a multiple of iteration_units
   int slices = 0;       // per CTA
   int row_groups = 0;   // row blocks in flight per CTA
@@ -79,8 +80,11 @@ struct LaunchPlan {
   int shared_bytes = 0;
   std::vector<PartPlan> parts;
 
-  // Most threads of a CTA, with up to 128 registers each: all of a multiprocessor's where warps hold x fragments.
-  [[nodiscard]] int max_threads() const noexcept { return (regular || field.trellis()) && !paired ? 512 : 256; }
+  // Most threads of a CTA, with up to 128 registers each. Paired: 512 only where measured to win.
+  [[nodiscard]] int max_threads() const noexcept {
+    if (paired) return whole && rows > 8 && !bytes() ? 512 : 256;
+    return regular || field.trellis() ? 512 : 256;
+  }
   [[nodiscard]] bool bytes() const noexcept { return uses_bytes(field, regular); }
   [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
   [[nodiscard]] int ctas() const noexcept {
