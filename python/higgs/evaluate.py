@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -169,11 +169,12 @@ def mirror_perplexity(
     windows: int | None = None,
     progress: Progress | None = None,
 ) -> float:
-    """Perplexity (fp32 arithmetic) of the mirror image (:func:`mirror_`) of the checkpoint ``model_dir``, which was made
-    from ``base_dir``, on windows as of :func:`evaluate`."""
+    """Perplexity (fp32 arithmetic) of the mirror image (:func:`mirror_`) of the checkpoint ``model_dir``, made from
+    ``base_dir``, on the windows of :func:`evaluate`."""
     model, tokenizer = load(model_dir)
     mirror_(model, load_model(base_dir))
-    return score(model, token_windows(tokenizer, read_text(text_path), context, windows), progress=progress)["perplexity"]
+    ids = token_windows(tokenizer, read_text(text_path), context, windows)
+    return cast(float, score(model, ids, progress=progress)["perplexity"])
 
 
 def evaluate_tasks(

@@ -18,8 +18,8 @@ from .sensitivity import Sensitivities
 
 @dataclass(frozen=True)
 class Subject:
-    """A quantized checkpoint: its report, and its perplexity and that of its mirror image (evaluate.mirror_) if they were
-    measured."""
+    """A quantized checkpoint: its report, and its perplexity and that of its mirror image (evaluate.mirror_), if they
+    were measured."""
 
     name: str
     report: Report
@@ -31,8 +31,8 @@ class Subject:
         return None if base is None or self.perplexity is None else math.log(self.perplexity / base)
 
     def luck(self) -> float | None:
-        """The part of the increase that changes sign with the rounding errors: it has mean 0 over the draws of the signs,
-        and no prediction."""
+        """The part of the increase that changes sign with the rounding errors: its mean over the draws of the signs is
+        0, and no prediction knows it."""
         if self.perplexity is None or self.mirror_perplexity is None:
             return None
         return 0.5 * math.log(self.perplexity / self.mirror_perplexity)
@@ -153,7 +153,7 @@ def _draw_pareto(axes: Any, subjects: Sequence[Subject], base: float | None) -> 
 def _predictions(
     subjects: Sequence[Subject], alphas: Mapping[str, float], base: float | None
 ) -> list[tuple[str, float, float, float]]:
-    """(name, predicted, measured loss increase in nats, luck of the draw or 0) of the subjects of which all is known."""
+    """(name, predicted, measured loss increase in nats, luck of the draw or 0) of the subjects whose are known."""
     points = []
     for s in subjects:
         predicted, measured = predicted_increase(s.report, alphas), s.increase(base)
@@ -186,7 +186,8 @@ def _page(
         cells = [html.escape(s.name), number(s.report.bits, 3), number(s.report.t2, 5), number(s.perplexity, 3),
                  number(predicted, 4), number(measured, 4), number(luck, 4)]  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = ("checkpoint", "bits", "mean t2", "perplexity", "predicted increase", "measured increase", "of it luck of the draw")
+    heads = ("checkpoint", "bits", "mean t2", "perplexity", "predicted increase", "measured increase",
+             "of it luck of the draw")  # fmt: skip
     images = [
         f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for path, title in pictures

@@ -35,7 +35,7 @@ def test_mirror_image_errs_the_other_way(stories260k, tmp_path):
     for name, p in model.named_parameters():
         original, other = base.get_parameter(name), quantized.get_parameter(name)
         assert torch.allclose(p + other, 2 * original, rtol=0, atol=1e-6)
-        changed = "proj" in name and "down" not in name or name == "lm_head.weight"
+        changed = ("proj" in name and "down" not in name) or name == "lm_head.weight"
         assert torch.equal(p, original) != changed
 
 
