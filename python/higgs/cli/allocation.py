@@ -126,7 +126,9 @@ def measure(
         str, typer.Option(metavar="self|random|FILE", help="Tokens: sampled from the model, random, or of a text.")
     ] = "self",
     tokens: Annotated[MaybeInt, typer.Option(help="Number of tokens (fisher 8192, noise 2048).")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    context: Annotated[
+        int, typer.Option(help="Tokens of a window: with less context, tokens are more sensitive.")
+    ] = 1024,
     objective: Annotated[
         Objective, typer.Option(help="noise: KL from the original, or loss on the text (needs a FILE).")
     ] = Objective.kl,
