@@ -27,8 +27,8 @@ _TIED = (
 
 # The linear model under-predicts at low rates. Loss increases over those it predicts, for one grid in all layers, are
 # 1.11 and 1.37 at t2 = 0.0078 and 0.021 as published for Llama-3.1-8B, about 1 + 14 t2; for SmolLM2-135M (WikiText-2)
-# 1.00, 0.99, 1.12, 1.38 at 0.0077, 0.015, 0.029, 0.057, which is less. A factor of each layer's own t2 keeps the problem
-# a sum over layers.
+# 1.00, 0.99, 1.12, 1.38 at 0.0077, 0.015, 0.029, 0.057, which is less. A factor of each layer's own t2 keeps the
+# problem a sum over layers.
 LOW_RATE = 14.0
 
 # Grids below 2 bits are for budgets that need them: alphas are slopes at 0, and some layers that look insensitive (the

@@ -43,8 +43,8 @@ class Sensitivities:
     layers: list[LayerSensitivity]
     base_perplexity: float | None = None
     measured_t2: dict[str, tuple[float, float]] = field(default_factory=dict)
-    relative_error: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    relative_error: float | None = None
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -93,7 +93,7 @@ class Sensitivities:
             raise FormatError(f"{name}: malformed measured_t2, base perplexity or relative error: {e!r}") from None
         own = ("format", "version", "layers", "measured_t2", "relative_error")
         about = {k: v for k, v in data.items() if k not in own and not k.startswith("base_p")}
-        return cls(layers, base[0] if base else None, measured, error, about)
+        return cls(layers, base[0] if base else None, measured, about, error)
 
     def save(self, path: str | Path) -> None:
         from .checkpoint.files import json_bytes, write_file
