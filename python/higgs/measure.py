@@ -262,10 +262,10 @@ def perturbed(target: Target, t2: float, seed: int) -> Iterator[None]:
     """While open, the layer's weight carries noise of relative squared error ``t2``; afterwards its old bits."""
     weight = target.linear.weight
     before = weight.detach().clone()
-    generator = torch.Generator(weight.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
-            noise = torch.randn(weight.shape, generator=generator, device=weight.device)
+            noise = torch.randn(weight.shape, generator=generator).to(weight.device)
             weight.copy_(before.float() + math.sqrt(t2) * target.noise_std() * noise)
         yield
     finally:

@@ -198,6 +198,7 @@ def test_menu():
         ({"layers": [{"name": "a", "alpha": 1, "shape": [0, 64]}]}, "two positive integers"),
         ({"layers": [{"name": "a", "alpha": 1, "shape": [1, 64]}] * 2}, "a twice"),
         ({"layers": [{"name": "a", "alpha": 1, "shape": [1, 64]}], "measured_t2": {"p": 1}}, "measured_t2"),
+        ({"layers": [{"name": "a", "alpha": 1, "shape": [1, 64]}], "relative_error": "x"}, "relative error"),
     ],
 )
 def test_broken_sensitivities(data, message):
