@@ -17,11 +17,11 @@ diagonal of F is left:
 
 Labels drawn from the model are independent given the tokens and their scores have mean 0, so the squared gradient of
 the *sum* of log-probabilities over all positions of a batch is an unbiased estimate of the sum of the F's: one backward
-pass a batch serves all layers. A few unlikely labels can double it for a batch. The KL under noise in all layers at once
-(each its own, so that they add up) is the same sum, and a draw of so many numbers varies by a few percent: one more
-forward pass a batch gives the factor that the alphas of all layers are multiplied by. Assumed: small noise (the limit t2 -> 0), and a loss whose increase is
-this KL (exact for a model that predicts the text as it expects to; on real text the first-order term averages out over
-the noise).
+pass a batch serves all layers. A few unlikely labels can double it for a batch. The KL under noise in all layers at
+once (each its own, so that they add up) is the same sum, and a draw of so many numbers varies by a few percent: one
+more forward pass a batch gives the factor that the alphas of all layers are multiplied by. Assumed: small noise (the
+limit t2 -> 0), and a loss whose increase is this KL (exact for a model that predicts the text as it expects to; on real
+text the first-order term averages out over the noise).
 """
 
 from __future__ import annotations
