@@ -26,8 +26,9 @@ _TIED = (
 
 
 # The linear model under-predicts at low rates. Loss increases over those it predicts, for one grid in all layers, are
-# 1.06, 1.20, 1.47 at t2 = 0.0077, 0.0152, 0.0295 (SmolLM2-135M, WikiText-2) and, as published, 1.11 and 1.37 at 0.0078
-# and 0.021 (Llama-3.1-8B): about 1 + 14 t2. A factor of each layer's own t2 keeps the problem a sum over layers.
+# 1.11 and 1.37 at t2 = 0.0078 and 0.021 as published for Llama-3.1-8B, about 1 + 14 t2; for SmolLM2-135M (WikiText-2)
+# 1.00, 0.99, 1.12, 1.38 at 0.0077, 0.015, 0.029, 0.057, which is less. A factor of each layer's own t2 keeps the
+# problem a sum over layers.
 LOW_RATE = 14.0
 
 # Grids below 2 bits are for budgets that need them: alphas are slopes at 0, and some layers that look insensitive (the
@@ -68,7 +69,8 @@ class Allocation:
     """A grid for every layer. ``bits`` are effective bits a weight (index bits if so counted), ``cost`` is the exact
     sum in ``unit``, at most ``budget``. ``predicted_loss`` is the linear sum alpha t2, ``corrected_loss`` that with
     :func:`corrected` t2, ``objective`` says which of them was minimized; no allocation is better by more than ``gap``
-    (0: the optimum). The perplexity is that of the same one."""
+    (0: the optimum). The perplexity is that of the same one. ``predicted_error``: standard error of ``predicted_loss``
+    by that of the alphas (None if not known); a single draw of rounding errors differs from any prediction by more."""
 
     bits: float
     cost: int
@@ -82,6 +84,7 @@ class Allocation:
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     predicted_perplexity: float | None = None
+    predicted_error: float | None = None
 
     @property
     def grids(self) -> dict[str, str]:
@@ -227,15 +230,17 @@ def plan_allocation(
 
     planned = _planned(layers, chosen, sizes, found.choice)
     negative = [x.name for x in layers if x.alpha < 0]
-    base = sensitivities.base_perplexity
+    base, error_of_sum = sensitivities.base_perplexity, sensitivities.relative_error
+    predicted = sum(x.loss for x in planned)
     return Allocation(
         bits=sum(row[c] for row, c in zip(sizes, found.choice, strict=True)) / weights,
         cost=found.cost, budget=budget, unit=unit, objective="corrected" if low_rate else "linear",
-        predicted_loss=sum(x.loss for x in planned),
+        predicted_loss=predicted,
         corrected_loss=sum(max(x.alpha, 0.0) * corrected(x.t2) for x in planned),
         gap=found.gap, layers=planned, skipped=skipped,
         notes=[f"{len(negative)} negative sensitivities count as 0: {', '.join(negative)}"] if negative else [],
         predicted_perplexity=None if base is None else base * math.exp(found.loss),
+        predicted_error=None if error_of_sum is None else error_of_sum * predicted,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .devices import pick_device
 from .errors import HiggsError
 from .linear import HiggsLinear, as_linear
+from .model import dequantize_
 from .progress import NullProgress, Progress
 
 
@@ -146,6 +147,34 @@ def evaluate(
     base_model = load(base, device=chosen)[0] if base is not None else None
     result: dict[str, Any] = score(model, ids, base_model, progress)
     return {**result, "bits": effective_bits(model), "windows": len(ids), "context": context}
+
+
+@torch.no_grad()
+def mirror_(model: nn.Module, original: nn.Module) -> nn.Module:
+    """Dequantizes ``model`` in place and gives the errors of its weights the other sign, W - (W^ - W); returns it.
+
+    Half the sum of the loss increases of a quantized model and of its mirror image is free of the first-order term, the
+    luck of one draw of rounding errors, and is what the linearity theorem predicts (up to fourth order)."""
+    dequantize_(model)
+    for name, p in model.named_parameters():
+        p.copy_(2 * original.get_parameter(name) - p)  # exactly p where nothing was quantized
+    return model
+
+
+def mirror_perplexity(
+    model_dir: str | Path,
+    base_dir: str | Path,
+    text_path: str | Path,
+    context: int = 2048,
+    windows: int | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Perplexity (fp32 arithmetic) of the mirror image (:func:`mirror_`) of the checkpoint ``model_dir``, made from
+    ``base_dir``, on the windows of :func:`evaluate`."""
+    model, tokenizer = load(model_dir)
+    mirror_(model, load_model(base_dir))
+    ids = token_windows(tokenizer, read_text(text_path), context, windows)
+    return cast(float, score(model, ids, progress=progress)["perplexity"])
 
 
 def evaluate_tasks(

@@ -17,15 +17,18 @@ diagonal of F is left:
 
 Labels drawn from the model are independent given the tokens and their scores have mean 0, so the squared gradient of
 the *sum* of log-probabilities over all positions of a batch is an unbiased estimate of the sum of the F's: one backward
-pass a batch serves all layers. Assumed: small noise (the limit t2 -> 0), and a loss whose increase is this KL (exact
-for a model that predicts the text as it expects to; on real text the first-order term averages out over the noise).
+pass a batch serves all layers. A few unlikely labels can double it for a batch. The KL under noise in all layers at
+once (each its own, so that they add up) is the same sum, and a draw of so many numbers varies by a few percent: one
+more forward pass a batch gives the factor that the alphas of all layers are multiplied by. Assumed: small noise (the
+limit t2 -> 0), and a loss whose increase is this KL (exact for a model that predicts the text as it expects to; on real
+text the first-order term averages out over the noise).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +41,7 @@ from .moe import Projection, projections
 
 _BATCH_TOKENS = 1024
 LEVELS = (0.01, 0.02, 0.04)
+JOINT_T2 = 0.002  # of the noise in all layers at once: that of 5 bits a weight, where nothing is far from linear
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ class Method(Protocol):
     def fit(self, results: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
         """{layer: (alpha, residual)} from the results of all jobs."""
 
+    def relative_error(self, results: Mapping[str, Any]) -> float | None:
+        """Standard error of the sum of the alphas over it; None if not known."""
+
 
 def _batches(token_ids: Tensor) -> list[Tensor]:
     return list(token_ids.split(max(1, _BATCH_TOKENS // token_ids.shape[1])))
@@ -100,27 +107,54 @@ class Fisher:
     def jobs(self) -> list[str]:
         return [f"batch {i}" for i in range(len(self._ids))]
 
-    def run(self, job: str) -> dict[str, float]:
-        """{layer: estimate of alpha}"""
+    def run(self, job: str) -> dict[str, Any]:
+        """``alphas``: {layer: estimate}; ``sum``: what noise in all layers says that the sum of the alphas is."""
         i = int(job.split()[1])
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + i)
-        result: dict[str, float] = {}
+        seed = self._seed * 1_000_003 + i
+        ids, result = self._ids[i].to(_device(self._model)), dict[str, float]()
         with torch.enable_grad(), _gradients(self._model, self._targets, result):
-            log_probs = _log_probs(self._model, self._ids[i].to(_device(self._model))).flatten(0, 1)
-            labels = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
-            log_probs.gather(1, labels.to(log_probs.device)).sum().backward()
-        return {name: 0.5 * total / len(labels) for name, total in result.items()}
+            log_probs = _log_probs(self._model, ids).flatten(0, 1)
+            base = log_probs.detach()
+            labels = _draw_labels(base, torch.Generator().manual_seed(seed))
+            log_probs.gather(1, labels).sum().backward()
+            del log_probs
+        if bad := [name for name, total in result.items() if not math.isfinite(total)]:
+            raise ValueError(f"the gradient of layer {bad[0]} is not finite on the tokens of {job}")
+        with torch.inference_mode(), jointly_perturbed(self._model, self._targets, JOINT_T2, seed):
+            kl = _kl(base, _log_probs(self._model, ids).flatten(0, 1))
+        alphas = {name: 0.5 * total / len(labels) for name, total in result.items()}
+        return {"alphas": alphas, "sum": kl / len(labels) / JOINT_T2}
 
     def fit(self, results: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-        """The mean over the batches, by their numbers of tokens."""
-        tokens = [ids.numel() - len(ids) for ids in self._ids]
-        return {
-            name: (
-                sum(t * results[job].get(name, 0.0) for t, job in zip(tokens, self.jobs(), strict=True)) / sum(tokens),
-                None,
-            )
-            for name in self._targets
+        """The mean over the batches, by their numbers of tokens, times the factor that gives the alphas the sum that
+        noise in all layers has."""
+        means = {
+            name: sum(w * r["alphas"].get(name, 0.0) for w, r in self._weighted(results)) for name in self._targets
         }
+        total = sum(means.values())
+        factor = sum(w * r["sum"] for w, r in self._weighted(results)) / total if total else 1.0
+        return {name: (factor * mean, None) for name, mean in means.items()}
+
+    def relative_error(self, results: Mapping[str, Any]) -> float | None:
+        """From how the batches differ; None if there is but one."""
+        sums = [(w, r["sum"]) for w, r in self._weighted(results)]
+        mean = sum(w * s for w, s in sums)
+        if len(sums) < 2 or mean <= 0:
+            return None
+        return math.sqrt(sum((w * (s - mean)) ** 2 for w, s in sums) * len(sums) / (len(sums) - 1)) / mean
+
+    def _weighted(self, results: Mapping[str, Any]) -> list[tuple[float, Any]]:
+        """The share of each batch in the tokens that are predicted, and its result."""
+        tokens = [ids.numel() - len(ids) for ids in self._ids]
+        return [(t / sum(tokens), results[job]) for t, job in zip(tokens, self.jobs(), strict=True)]
+
+
+def _draw_labels(log_probs: Tensor, generator: torch.Generator) -> Tensor:
+    """One label for each row, drawn from its distribution on its device: int64 [rows, 1]. ``torch.multinomial`` with a
+    generator of the CPU, which gives any device the same draw, takes longer there than passing through the model."""
+    sums = log_probs.exp().cumsum(1)
+    chosen = torch.rand(len(sums), 1, generator=generator).to(sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, chosen, right=True).clamp_(max=sums.shape[1] - 1)
 
 
 @contextmanager
@@ -195,6 +229,9 @@ class Noise:
             name: fit_line(self._levels, [results[f"{name} {t2:g}"] for t2 in self._levels]) for name in self._targets
         }
 
+    def relative_error(self, results: Mapping[str, Any]) -> None:
+        """Not known: the residuals say how far from linear the layers are."""
+
     def _noise_seed(self, job: str) -> int:
         """Depends on the job alone, not on who does it when."""
         import hashlib
@@ -211,8 +248,12 @@ class Noise:
         """Summed over the positions of a batch."""
         assert self._base is not None
         base, now = self._base[i], self._measure(self._ids[i])
-        difference = base - now if self._objective == "loss" else base.exp() * (base - now)
-        return difference.sum(-1).sum(dtype=torch.float64).item()
+        return (base - now).sum(dtype=torch.float64).item() if self._objective == "loss" else _kl(base, now)
+
+
+def _kl(base: Tensor, now: Tensor) -> float:
+    """KL(base || now), summed over the positions; both are log-probabilities [..., vocabulary]."""
+    return (base.exp() * (base - now)).sum(-1).sum(dtype=torch.float64).item()
 
 
 @contextmanager
@@ -229,6 +270,37 @@ def perturbed(target: Target, t2: float, seed: int) -> Iterator[None]:
     finally:
         with torch.no_grad():
             weight.copy_(before)
+
+
+@contextmanager
+def jointly_perturbed(model: nn.Module, targets: Mapping[str, Target], t2: float, seed: int) -> Iterator[None]:
+    """While open, all layers compute with noise of relative squared error ``t2``, each with its own. A weight carries
+    it only while its module runs, so that no more than one is in memory twice."""
+    seeds = torch.randint(2**62, (len(targets),), generator=torch.Generator().manual_seed(seed)).tolist()
+    seeded = {id(target.linear.weight): (s, target) for s, target in zip(seeds, targets.values(), strict=True)}
+    of_module: dict[nn.Module, list[tuple[int, Target]]] = {}
+    for module in model.modules():
+        own = [seeded[id(p)] for p in module._parameters.values() if id(p) in seeded]
+        if own:
+            of_module[module] = own
+    stacks: dict[nn.Module, ExitStack] = {}
+
+    def before(module: nn.Module, _: Any) -> None:
+        stacks[module] = ExitStack()
+        for its_seed, target in of_module[module]:
+            stacks[module].enter_context(perturbed(target, t2, its_seed))
+
+    def after(module: nn.Module, _: Any, __: Any) -> None:
+        stacks.pop(module).close()
+
+    handles = []
+    for module in of_module:
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def fit_line(t2: Sequence[float], increase: Sequence[float]) -> tuple[float, float]:

@@ -18,11 +18,24 @@ from .sensitivity import Sensitivities
 
 @dataclass(frozen=True)
 class Subject:
-    """A quantized checkpoint: its report, and its perplexity if it was measured."""
+    """A quantized checkpoint: its report, and its perplexity and that of its mirror image (evaluate.mirror_), if they
+    were measured."""
 
     name: str
     report: Report
     perplexity: float | None = None
+    mirror_perplexity: float | None = None
+
+    def increase(self, base: float | None) -> float | None:
+        """Of the loss over that of the original with perplexity ``base``, in nats."""
+        return None if base is None or self.perplexity is None else math.log(self.perplexity / base)
+
+    def luck(self) -> float | None:
+        """The part of the increase that changes sign with the rounding errors: its mean over the draws of the signs is
+        0, and no prediction knows it."""
+        if self.perplexity is None or self.mirror_perplexity is None:
+            return None
+        return 0.5 * math.log(self.perplexity / self.mirror_perplexity)
 
 
 def kind_of(layer: str) -> str:
@@ -139,24 +152,25 @@ def _draw_pareto(axes: Any, subjects: Sequence[Subject], base: float | None) -> 
 
 def _predictions(
     subjects: Sequence[Subject], alphas: Mapping[str, float], base: float | None
-) -> list[tuple[str, float, float]]:
-    """(name, predicted, measured loss increase in nats) of the subjects of which all is known."""
+) -> list[tuple[str, float, float, float]]:
+    """(name, predicted, measured loss increase in nats, luck of the draw or 0) of the subjects whose are known."""
     points = []
     for s in subjects:
-        predicted = predicted_increase(s.report, alphas)
-        if predicted is not None and s.perplexity is not None and base is not None:
-            points.append((s.name, predicted, math.log(s.perplexity / base)))
+        predicted, measured = predicted_increase(s.report, alphas), s.increase(base)
+        if predicted is not None and measured is not None:
+            points.append((s.name, predicted, measured, s.luck() or 0.0))
     return points
 
 
-def _draw_linearity(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    top = max(max(p, m) for _, p, m in points)
+def _draw_linearity(axes: Any, points: Sequence[tuple[str, float, float, float]]) -> None:
+    top = max(max(p, m) for _, p, m, _ in points)
     axes.plot([0, top], [0, top], color="black", linewidth=0.8, linestyle="--")
-    for name, predicted, measured in points:
+    for name, predicted, measured, luck in points:  # the bar ends at the mirror image, its middle is what is predicted
         axes.plot(predicted, measured, "o")
+        axes.errorbar(predicted, measured - luck, yerr=abs(luck), color="gray", capsize=3, zorder=0)
         axes.annotate(name, (predicted, measured), xytext=(5, -8), textcoords="offset points")
     axes.set_xlabel("predicted (nats; dashed: as predicted)")
-    axes.set_ylabel("measured (nats)")
+    axes.set_ylabel("measured (nats; bars: to the mirrored errors)")
 
 
 def _page(
@@ -168,11 +182,12 @@ def _page(
     rows = []
     for s in subjects:
         predicted = predicted_increase(s.report, alphas)
-        measured = None if base is None or s.perplexity is None else math.log(s.perplexity / base)
+        measured, luck = s.increase(base), s.luck()
         cells = [html.escape(s.name), number(s.report.bits, 3), number(s.report.t2, 5), number(s.perplexity, 3),
-                 number(predicted, 4), number(measured, 4)]  # fmt: skip
+                 number(predicted, 4), number(measured, 4), number(luck, 4)]  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = ("checkpoint", "bits", "mean t2", "perplexity", "predicted increase", "measured increase")
+    heads = ("checkpoint", "bits", "mean t2", "perplexity", "predicted increase", "measured increase",
+             "of it luck of the draw")  # fmt: skip
     images = [
         f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for path, title in pictures

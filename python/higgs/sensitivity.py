@@ -37,12 +37,14 @@ class LayerSensitivity:
 @dataclass
 class Sensitivities:
     """The alphas of a model; ``measured_t2`` maps a grid to (bits of an index per weight, t2) where a file brings its
-    own, ``about`` says how they were made."""
+    own, ``relative_error`` is the standard error of the sum of the alphas over that sum, from the choice of the tokens
+    (None if not known), ``about`` says how they were made."""
 
     layers: list[LayerSensitivity]
     base_perplexity: float | None = None
     measured_t2: dict[str, tuple[float, float]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    relative_error: float | None = None
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -59,6 +61,8 @@ class Sensitivities:
         data: dict[str, Any] = {"format": FORMAT, "version": VERSION, **self.about}
         if self.base_perplexity is not None:
             data["base_perplexity"] = self.base_perplexity
+        if self.relative_error is not None:
+            data["relative_error"] = self.relative_error
         if self.measured_t2:
             data["measured_t2"] = {name: {"bits": b, "t2": t2} for name, (b, t2) in self.measured_t2.items()}
         return {**data, "layers": layers}
@@ -84,11 +88,12 @@ class Sensitivities:
         try:
             measured = {g: (float(m["bits"]), float(m["t2"])) for g, m in data.get("measured_t2", {}).items()}
             base = [float(v) for k, v in data.items() if k.startswith(("base_ppl", "base_perplexity"))]
+            error = None if data.get("relative_error") is None else float(data["relative_error"])
         except (TypeError, KeyError, ValueError, AttributeError) as e:
-            raise FormatError(f"{name}: malformed measured_t2 or base perplexity: {e!r}") from None
-        own = ("format", "version", "layers", "measured_t2")
+            raise FormatError(f"{name}: malformed measured_t2, base perplexity or relative error: {e!r}") from None
+        own = ("format", "version", "layers", "measured_t2", "relative_error")
         about = {k: v for k, v in data.items() if k not in own and not k.startswith("base_p")}
-        return cls(layers, base[0] if base else None, measured, about)
+        return cls(layers, base[0] if base else None, measured, about, error)
 
     def save(self, path: str | Path) -> None:
         from .checkpoint.files import json_bytes, write_file

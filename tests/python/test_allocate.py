@@ -198,6 +198,7 @@ def test_menu():
         ({"layers": [{"name": "a", "alpha": 1, "shape": [0, 64]}]}, "two positive integers"),
         ({"layers": [{"name": "a", "alpha": 1, "shape": [1, 64]}] * 2}, "a twice"),
         ({"layers": [{"name": "a", "alpha": 1, "shape": [1, 64]}], "measured_t2": {"p": 1}}, "measured_t2"),
+        ({"layers": [{"name": "a", "alpha": 1, "shape": [1, 64]}], "relative_error": "x"}, "relative error"),
     ],
 )
 def test_broken_sensitivities(data, message):
@@ -207,11 +208,12 @@ def test_broken_sensitivities(data, message):
 
 def test_files_survive_a_round_trip(tmp_path):
     sensitivities = Sensitivities(
-        [LayerSensitivity("a.q_proj", 64, 64, 0.5, False, 0.01)], 7.5, {"p1_n4": (2, 0.1)}, {"method": "fisher"}
+        [LayerSensitivity("a.q_proj", 64, 64, 0.5, False, 0.01)], 7.5, {"p1_n4": (2, 0.1)}, {"method": "fisher"}, 0.25
     )
     sensitivities.save(tmp_path / "s.json")
     assert Sensitivities.load(tmp_path / "s.json") == sensitivities
     plan = plan_allocation(sensitivities, bits=3.5)
+    assert plan.predicted_error == 0.25 * plan.predicted_loss > 0
     plan.save(tmp_path / "p.json")
     assert Allocation.load(tmp_path / "p.json") == plan
     (tmp_path / "p.json").write_text('{"layers": [{"name": "x"}]}')

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from higgs.checkpoint import Checkpoint, inspect_checkpoint
 from higgs.checkpoint.layers import build_meta_model
 from higgs.checkpoint.measure import _TOKENS, MeasureOptions, measure_checkpoint
 from higgs.energies import linear_layers, random_tokens
-from higgs.measure import Fisher, Noise, Target, find_targets, fit_line, perturbed
+from higgs.measure import Fisher, Noise, Target, _draw_labels, find_targets, fit_line, jointly_perturbed, perturbed
 from higgs.progress import NullProgress
 from higgs.sensitivity import LayerSensitivity, Sensitivities
 from hypothesis import given, settings
@@ -102,12 +104,77 @@ def test_fisher_is_the_expectation_over_labels():
     ids = random_tokens(12, 40, 8)
     target = Target(model.layer, 64, None)
     flags = [p.requires_grad for p in model.parameters()]
-    estimates = [Fisher(model, {"layer": target}, ids, seed=seed).run("batch 0")["layer"] for seed in range(300)]
+    runs = [Fisher(model, {"layer": target}, ids, seed=seed).run("batch 0") for seed in range(300)]
+    estimates = [run["alphas"]["layer"] for run in runs]
     mean = sum(estimates) / len(estimates)
     spread = (sum((e - mean) ** 2 for e in estimates) / len(estimates)) ** 0.5
     assert mean == pytest.approx(exact_alpha(model, target, ids), abs=4 * spread / len(estimates) ** 0.5)
     assert spread < mean
     assert [p.requires_grad for p in model.parameters()] == flags and all(p.grad is None for p in model.parameters())
+
+
+def test_labels_follow_their_distribution():
+    probabilities = torch.tensor([0.0, 0.5, 0.125, 0.375, 0.0])
+    rows = probabilities.log().expand(4096, 5)
+    labels = _draw_labels(rows, torch.Generator().manual_seed(0))
+    shares = labels.flatten().bincount(minlength=5) / 4096
+    assert labels.shape == (4096, 1) and torch.allclose(shares, probabilities, atol=0.025)
+    assert shares[0] == shares[4] == 0
+    assert torch.equal(labels, _draw_labels(rows, torch.Generator().manual_seed(0)))
+
+
+def test_noise_in_all_layers_gives_the_sum():
+    """A third way to the same number: noise in all layers at once."""
+    model = Bigram()
+    ids = random_tokens(12, 64, 8)
+    targets = {"layer": Target(model.layer, 64, None), "out": Target(model.out, 64, None)}
+    runs = [Fisher(model, targets, ids, seed=seed).run("batch 0") for seed in range(100)]
+    exact = sum(exact_alpha(model, target, ids) for target in targets.values())
+    assert sum(run["sum"] for run in runs) / 100 == pytest.approx(exact, rel=0.08)
+
+
+def test_joint_noise_is_in_every_layer_and_leaves_no_trace():
+    model = Bigram()
+    ids = random_tokens(12, 64, 8)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    targets = {"layer": Target(model.layer, 64, None), "out": Target(model.out, 64, None)}
+
+    @torch.no_grad()
+    def logits(*names: str) -> torch.Tensor:
+        with jointly_perturbed(model, {name: targets[name] for name in names}, 0.01, seed=3):
+            return model(ids).logits
+
+    both = logits("layer", "out")
+    assert torch.equal(both, logits("layer", "out"))
+    assert not torch.allclose(both, logits("layer"), atol=1e-3) and not torch.allclose(both, logits("out"), atol=1e-3)
+    with pytest.raises(RuntimeError), jointly_perturbed(model, targets, 0.01, seed=3):
+        model.layer(torch.zeros(1, 3))
+    assert torch.equal(model(ids).logits, logits())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_alphas_get_the_sum_of_the_joint_noise():
+    ids = random_tokens(12, 2 * 1024 + 4 * 64, 64)  # batches of 1024, 1024 and 256 tokens
+    model = Bigram()
+    fisher = Fisher(model, {"layer": Target(model.layer, 64, None), "out": Target(model.out, 64, None)}, ids)
+    results = {
+        "batch 0": {"alphas": {"layer": 1.0, "out": 3.0}, "sum": 5.0},
+        "batch 1": {"alphas": {"layer": 2.0, "out": 2.0}, "sum": 7.0},
+        "batch 2": {"alphas": {"layer": 3.0}, "sum": 6.0},
+    }
+    alphas = {name: alpha for name, (alpha, _) in fisher.fit(results).items()}
+    assert sum(alphas.values()) == pytest.approx((4 * 5 + 4 * 7 + 6) / 9)
+    assert alphas["layer"] / alphas["out"] == pytest.approx((4 * 1 + 4 * 2 + 3) / (4 * 3 + 4 * 2))
+    assert fisher.relative_error(results) == pytest.approx(math.sqrt(2 * (4 / 9) ** 2 * 1.5) / 6)
+    assert Fisher(model, fisher._targets, ids[:2]).relative_error({"batch 0": results["batch 0"]}) is None
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    model = Bigram()
+    with torch.no_grad():
+        model.out.weight[3, 3] = torch.inf
+    with pytest.raises(ValueError, match="the gradient of layer layer is not finite on the tokens of batch 0"):
+        Fisher(model, {"layer": Target(model.layer, 64, None)}, random_tokens(12, 64, 8)).run("batch 0")
 
 
 def test_small_noise_agrees_with_fisher():
@@ -287,7 +354,16 @@ def test_text_and_loss(stories260k, tmp_path):
     assert len(found["layers"]) == 30 and sum(x["alpha"] for x in found["layers"]) > 0
     assert set(found["skipped"]) == {f"model.layers.{i}.mlp.down_proj" for i in range(5)}
     fisher = run(*words, "-o", tmp_path / "f.json")
-    assert "model.layers.4.mlp.up_proj" in fisher.stdout and "30 layers, sum of sensitivities" in fisher.stdout
+    assert "model.layers.4.mlp.up_proj" in fisher.stdout
+    assert re.search(r"30 layers, sum of sensitivities \d+\.\d+ nats", fisher.stdout)  # one batch: no error
+    words[words.index(256)] = 4096
+    several = run(*words, "-o", tmp_path / "several.json").stdout
+    total, error = map(float, re.search(r"sum of sensitivities (\S+) ± (\S+) nats", several).groups())
+    found = Sensitivities.load(tmp_path / "several.json")
+    assert total == pytest.approx(sum(found.alphas.values()), abs=1e-4) and 0 < error < 0.5 * total
+    planned = run("plan", tmp_path / "several.json", "--bits", 4.1)
+    loss, error = map(float, re.search(r"predicted loss increase (\S+) ± (\S+) ", planned.stdout).groups())
+    assert error == pytest.approx(loss * found.relative_error, abs=2e-6) and error > 0
 
 
 def test_options_are_checked(tmp_path):

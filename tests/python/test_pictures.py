@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import re
 
+import higgs
+import pytest
+import torch
 from conftest import DATA
+from higgs import evaluate
 from higgs.checkpoint import inspect_checkpoint
 from higgs.sensitivity import LayerSensitivity, Sensitivities
 from test_cli import run, run_json
+
+
+def mirror_luck(quantized, original, perplexity: float) -> float:
+    """Half of what the loss of the report's windows changes when the rounding errors change sign."""
+    (model, tokenizer), base = evaluate.load(quantized), evaluate.load_model(original)
+    model.dequantize()
+    for name, p in model.named_parameters():
+        if "proj" in name:
+            error = p.detach() - base.get_parameter(name)
+            p.data = base.get_parameter(name).detach() - error
+    ids = evaluate.token_windows(tokenizer, (DATA / "tinystories-sample.txt").read_text(), 128, 2)
+    return 0.5 * math.log(perplexity / evaluate.score(model, ids)["perplexity"])
+
+
+def test_mirror_image_errs_the_other_way(stories260k, tmp_path):
+    run_json("quantize", stories260k, "-o", tmp_path / "q", "--bits", 3, "--scales", "none", "--lm-head-grid", "p2_n64")
+    model, base = evaluate.load_model(tmp_path / "q"), evaluate.load_model(stories260k)
+    quantized = higgs.dequantize_(evaluate.load_model(tmp_path / "q"))
+    evaluate.mirror_(model, base)
+    for name, p in model.named_parameters():
+        original, other = base.get_parameter(name), quantized.get_parameter(name)
+        assert torch.allclose(p + other, 2 * original, rtol=0, atol=1e-6)
+        changed = ("proj" in name and "down" not in name) or name == "lm_head.weight"
+        assert torch.equal(p, original) != changed
 
 
 def test_report(stories260k, tmp_path):
@@ -29,6 +58,8 @@ def test_report(stories260k, tmp_path):
     report = inspect_checkpoint(outs[0])
     assert cells[1] == f"{report.bits:.3f}" and cells[3] == f"{result['perplexity']['three']:.3f}"
     assert float(cells[4]) == round(0.5 * sum(x.t2 for x in report.layers), 4)
+    luck = mirror_luck(outs[0], stories260k, result["perplexity"]["three"])
+    assert float(cells[6]) == pytest.approx(luck, abs=2e-4) and abs(luck) > 1e-3
     assert result["perplexity"]["three"] > result["perplexity"]["<four>"] > result["base_perplexity"]
 
 

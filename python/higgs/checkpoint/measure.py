@@ -28,13 +28,14 @@ _TOKENS = {"fisher": 8192, "noise": 2048}
 @dataclass(frozen=True)
 class MeasureOptions:
     """How to measure. ``text``: "self" (tokens sampled from the model), "random", or a text file; ``tokens`` of it
-    (default 8192 for fisher, 2048 for noise) in windows of ``context``. ``objective`` (noise): "kl" or "loss" (of the
+    (default 8192 for fisher, 2048 for noise) in windows of ``context`` (at most the positions of the model; with less
+    context tokens are more sensitive). ``objective`` (noise): "kl" or "loss" (of the
     text). ``scales``: column scales as in ``higgs quantize``."""
 
     method: str = "fisher"
     text: str = "self"
     tokens: int | None = None
-    context: int = 256
+    context: int = 1024
     objective: str = "kl"
     levels: tuple[float, ...] = LEVELS
     scales: str = "self"
@@ -128,7 +129,8 @@ def to_sensitivities(
         linear = modules[name]
         scaled = used is not None and name in used.energies
         layers.append(LayerSensitivity(name, linear.out_features, linear.in_features, alpha, scaled, residual))
-    return Sensitivities(layers, about={"method": options.method, "text": options.text, "scales": options.scales})
+    about = {"method": options.method, "text": options.text, "scales": options.scales}
+    return Sensitivities(layers, relative_error=method.relative_error(results), about=about)
 
 
 def _settings(checkpoint: Checkpoint, options: MeasureOptions) -> dict[str, str]:
@@ -176,7 +178,9 @@ def _energies(model: nn.Module, source: Path, options: MeasureOptions, progress:
 
 def sample_tokens(model: Any, source: Path, options: MeasureOptions, progress: Progress) -> torch.Tensor:
     """int64 [windows, context]"""
-    count, context = options.token_count, options.context
+    count = options.token_count
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = min(options.context, positions or options.context)
     if options.text == "self":
         return self_tokens(model, count, context, options.seed, progress)
     if options.text == "random":

@@ -126,7 +126,9 @@ def measure(
         str, typer.Option(metavar="self|random|FILE", help="Tokens: sampled from the model, random, or of a text.")
     ] = "self",
     tokens: Annotated[MaybeInt, typer.Option(help="Number of tokens (fisher 8192, noise 2048).")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    context: Annotated[
+        int, typer.Option(help="Tokens of a window: with less context, tokens are more sensitive.")
+    ] = 1024,
     objective: Annotated[
         Objective, typer.Option(help="noise: KL from the original, or loss on the text (needs a FILE).")
     ] = Objective.kl,
@@ -187,12 +189,17 @@ def report(
     """Draw quantized checkpoints: bits, errors and losses layer by layer, perplexity against bits, prediction against
     measurement. Writes one HTML file, and its pictures as PNG files."""
     from ..checkpoint.work import read_report
-    from ..evaluate import evaluate
+    from ..evaluate import evaluate, mirror_perplexity
     from ..pictures import Subject, write_pictures
     from ..sensitivity import Sensitivities
 
     def perplexity(model: Path) -> float | None:
         return None if text is None else evaluate(model, text, context, windows, progress=progress)["perplexity"]
+
+    def mirror(model: Path) -> float | None:
+        if text is None or base is None or sensitivities is None:
+            return None
+        return mirror_perplexity(model, base, text, context, windows, progress)
 
     with working(json_output) as progress:
         known = None if sensitivities is None else Sensitivities.load(sensitivities)
@@ -201,7 +208,9 @@ def report(
             quiet_transformers()
             text_file(text)
         original = None if base is None else perplexity(local_model(base))
-        subjects = [Subject(p.resolve().name, r, perplexity(p)) for p, r in zip(checkpoints, reports, strict=True)]
+        subjects = [
+            Subject(p.resolve().name, r, perplexity(p), mirror(p)) for p, r in zip(checkpoints, reports, strict=True)
+        ]
         files = write_pictures(out, subjects, known, original)
     emit(json_output, {"output": [str(f) for f in files], "base_perplexity": original,
                        "perplexity": {s.name: s.perplexity for s in subjects}}, str(files[0]))  # fmt: skip

@@ -64,12 +64,13 @@ def allocation_text(found: Allocation) -> str:
     lines.append(", ".join(f"{grid} {count}" for grid, count in counts.items()))
     optimum = "the optimum" if found.gap == 0 else f"at most {found.gap:.2g} above the optimum"
     perplexity = "" if found.predicted_perplexity is None else f", perplexity {found.predicted_perplexity:.4f}"
+    error = "" if found.predicted_error is None else f" ± {found.predicted_error:.6f}"
     unit = "us" if found.unit == "ns" else found.unit
     cost, budget = (v / 1000 if found.unit == "ns" else v for v in (found.cost, found.budget))
+    loss = f"{found.predicted_loss:.6f}{error} ({found.corrected_loss:.6f} with low-rate correction)"
     lines.append(
-        f"{found.bits:.4f} bits a weight, {cost:,} of {budget:,} {unit}; "
-        f"predicted loss increase {found.predicted_loss:.6f} ({found.corrected_loss:.6f} with low-rate correction)"
-        f"{perplexity} ({optimum})"
+        f"{found.bits:.4f} bits a weight, {cost:,} of {budget:,} {unit}; predicted loss increase {loss}{perplexity} "
+        f"({optimum})"
     )
     return "\n".join(lines)
 
@@ -83,7 +84,8 @@ def sensitivities_text(found: Sensitivities) -> str:
         share = x.alpha / total if total else 0.0
         residual = "-" if x.residual is None else f"{x.residual:.3f}"
         lines.append(f"{x.name:{width}}  {f'{x.n}x{x.k}':>13}  {x.alpha:9.6f}  {100 * share:4.1f} %  {residual:>8}")
-    return "\n".join([*lines, f"{len(found.layers)} layers, sum of sensitivities {total:.4f} nats"])
+    error = "" if found.relative_error is None else f" ± {found.relative_error * total:.4f}"
+    return "\n".join([*lines, f"{len(found.layers)} layers, sum of sensitivities {total:.4f}{error} nats"])
 
 
 def demo_text(result: dict[str, Any]) -> str:
