@@ -119,7 +119,8 @@ void grouped_linear(const GroupedProblem& problem, const std::byte* tiled, const
   check_pointer("grouped_linear", "workspace", workspace);
   const LayerFormat& f = problem.weights;
   const auto rows = static_cast<int>(problem.rows);
-  pack_x({x, d, workspace, nullptr, 0, rows, rows, static_cast<int>(f.k), f.block}, problem.dtype, stream);
+  pack_x({.x = x, .d = d, .out = workspace, .m = rows, .padded_m = rows, .k = static_cast<int>(f.k), .block = f.block},
+         problem.dtype, stream);
   const TiledFormat t = tiled_format(f);
   GroupedParams p;
   p.x = workspace;

@@ -193,8 +193,17 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
   auto* flags = reinterpret_cast<std::uint32_t*>(base + sizes.x_bytes + sizes.partial_bytes);
   const LayerFormat& f = parts[0].weights.format;
   auto* const x_scales = bytes ? reinterpret_cast<float*>(base + f.k * sizes.padded_m * 4) : nullptr;
-  pack_x({x, d, base, x_scales, flags, static_cast<int>(sizes.flag_bytes / 4), static_cast<int>(m), sizes.padded_m,
-          static_cast<int>(f.k), f.block, plans[0].field.shift},
+  pack_x({.x = x,
+          .d = d,
+          .out = base,
+          .scales = x_scales,
+          .flags = flags,
+          .flag_count = static_cast<int>(sizes.flag_bytes / 4),
+          .m = static_cast<int>(m),
+          .padded_m = sizes.padded_m,
+          .k = static_cast<int>(f.k),
+          .block = f.block,
+          .shift = plans[0].field.shift},
          dtype, stream);
   for (std::size_t i = 0; i < groups.size(); ++i) {
     GemmParams params = make_gemm_params(plans[i], groups[i]);

@@ -154,7 +154,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
     pack_digits_kernel(const __grid_constant__ PackParams p, float norm) {
   extern __shared__ __align__(16) float values[];
-  __shared__ float most_of_warp[kThreads / kLanes];
+  float* most_of_warp = values + kPaddedChunk;  // where x was
   launch_dependents();
   const ChunkPlace place(p);  // of one row
   wait_for_primary();
