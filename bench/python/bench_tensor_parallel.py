@@ -18,7 +18,7 @@ from pathlib import Path
 
 import higgs
 import torch
-from bench_decode import Decoder, linears, make_model, measure
+from bench_decode import SHAPES, Decoder, make_model, measure
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 
@@ -31,9 +31,7 @@ def save_quantized(args: argparse.Namespace, path: Path) -> None:
     else:
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
-    grids = dict.fromkeys(linears(model.model), args.grid)
-    names = {f"model.{name}": grid for name, grid in grids.items()}
-    higgs.quantize_(model, allocation=names, scales="none", block=args.block, group=args.block)
+    higgs.quantize_(model, grid=args.grid, scales="none", block=args.block, group=args.block)
     model.save_pretrained(path)
 
 
@@ -61,7 +59,7 @@ def same_tokens(a: list[int], b: list[int]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["70b", "8b", "1b", "tiny"], default="8b")
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--model", type=Path, help="a checkpoint instead of random weights")
     parser.add_argument("--grid", default="p2_n256")

@@ -260,10 +260,10 @@ void pack_x(const PackParams& params, DType dtype, Stream stream) {
                                : launch_dependent<pack_ctas_kernel<__nv_bfloat16>>(shape, stream, params, norm);
   }
   const int warps = items < 8 * multiprocessors ? 1 : kWarps;  // few items: on as many multiprocessors as possible
-  const LaunchShape many{static_cast<int>((items + warps - 1) / warps), warps * kLanes,
-                         warps * kChunkScratch * static_cast<int>(sizeof(float))};
-  dtype == DType::f16 ? launch_dependent<pack_warps_kernel<__half>>(many, stream, params, transform)
-                      : launch_dependent<pack_warps_kernel<__nv_bfloat16>>(many, stream, params, transform);
+  const LaunchShape shape{static_cast<int>((items + warps - 1) / warps), warps * kLanes,
+                          warps * kChunkScratch * static_cast<int>(sizeof(float))};
+  dtype == DType::f16 ? launch_dependent<pack_warps_kernel<__half>>(shape, stream, params, transform)
+                      : launch_dependent<pack_warps_kernel<__nv_bfloat16>>(shape, stream, params, transform);
 }
 
 }  // namespace higgs::cuda
