@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -14,8 +15,9 @@ from conftest import DATA, load, make_checkpoint, random_energies, torchrun
 from higgs import UnsupportedError, evaluate, jobs, plan_allocation
 from higgs.checkpoint import Checkpoint, inspect_checkpoint
 from higgs.checkpoint.layers import build_meta_model
-from higgs.checkpoint.measure import _TOKENS, MeasureOptions, measure_checkpoint
+from higgs.checkpoint.measure import _TOKENS, MeasureOptions, measure_checkpoint, sample_tokens
 from higgs.energies import linear_layers, random_tokens
+from higgs.evaluate import load_model
 from higgs.measure import Fisher, Noise, Target, _draw_labels, find_targets, fit_line, jointly_perturbed, perturbed
 from higgs.progress import NullProgress
 from higgs.sensitivity import LayerSensitivity, Sensitivities
@@ -23,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import run, run_json
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 
 def random_layer(n: int, k: int, seed: int = 0, scaled: bool = True) -> Target:
@@ -364,6 +367,23 @@ def test_text_and_loss(stories260k, tmp_path):
     planned = run("plan", tmp_path / "several.json", "--bits", 4.1)
     loss, error = map(float, re.search(r"predicted loss increase (\S+) ± (\S+) ", planned.stdout).groups())
     assert error == pytest.approx(loss * found.relative_error, abs=2e-6) and error > 0
+
+
+@pytest.mark.parametrize("text", ["self", "random", DATA / "tinystories-sample.txt"])
+def test_windows_are_no_longer_than_the_model_has_positions(stories260k, tmp_path, text):
+    """OPT's positions are a table: a token beyond it is an error."""
+    source, out = tmp_path / "source", tmp_path / "s.json"
+    config = OPTConfig(
+        vocab_size=512, hidden_size=64, ffn_dim=128, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=64, max_position_embeddings=128,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(stories260k / name, source)
+    found = run_json("measure", source, "--text", text, "--tokens", 2048, "-o", out)
+    assert len(found["layers"]) == 6 and found["relative_error"] > 0
+    options = MeasureOptions(text=str(text), tokens=2048)
+    assert sample_tokens(load_model(source), source, options, NullProgress()).shape == (16, 128)
 
 
 def test_options_are_checked(tmp_path):
