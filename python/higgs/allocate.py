@@ -26,19 +26,21 @@ _TIED = (
 
 
 # The linear model under-predicts at low rates. Loss increases over those it predicts, for one grid in all layers, are
-# 1.11 and 1.37 at t2 = 0.0078 and 0.021 as published for Llama-3.1-8B, about 1 + 14 t2; for SmolLM2-135M (WikiText-2)
-# 1.00, 0.99, 1.12, 1.38 at 0.0077, 0.015, 0.029, 0.057, which is less. A factor of each layer's own t2 keeps the
-# problem a sum over layers.
-LOW_RATE = 14.0
+# 1.11 and 1.37 at t2 = 0.0078 and 0.021 as published for Llama-3.1-8B, about 1 + 14 t2. Column scales take away the
+# layers that are the first to leave the straight line: with them SmolLM2-135M has 1.00, 0.99, 1.12 and 1.38 at 0.0077,
+# 0.015, 0.029 and 0.057 (WikiText-2), a 29M-parameter Llama less. A factor of each layer's own t2 keeps the problem a
+# sum over layers.
+LOW_RATE = {False: 14.0, True: 5.0}  # by whether the layer has a column scale
 
 # Grids below 2 bits are for budgets that need them: alphas are slopes at 0, and some layers that look insensitive (the
 # first MLP) cannot bear t2 = 0.18. A 29M-parameter Llama at 2.25 bits: perplexity 41.4 without these grids, 43.3 with.
 LOWEST_USUAL_RATE = 2
 
 
-def corrected(t2: float) -> float:
-    """t2 with the low-rate correction: what alpha has to be multiplied by."""
-    return t2 * (1 + LOW_RATE * t2)
+def corrected(t2: float, column_scale: bool) -> float:
+    """t2 with the low-rate correction, which depends on whether the layer has a column scale: what alpha is multiplied
+    by."""
+    return t2 * (1 + LOW_RATE[column_scale] * t2)
 
 
 @dataclass(frozen=True)
@@ -221,9 +223,11 @@ def plan_allocation(
             sizes, choices = tables(chosen)
         costs = sizes
     _check_feasible(_range(costs, groups, choices), budget, unit, weights)
-    error = corrected if low_rate else float
     items = [
-        [(cost, max(x.alpha, 0.0) * error(g.t2)) for cost, g in zip(row, chosen, strict=True)]
+        [
+            (cost, max(x.alpha, 0.0) * (corrected(g.t2, rule.scaled(x)) if low_rate else g.t2))
+            for cost, g in zip(row, chosen, strict=True)
+        ]
         for x, row in zip(layers, costs, strict=True)
     ]
     found = _core.allocate(items, budget, group=groups, fixed=choices)
@@ -236,7 +240,9 @@ def plan_allocation(
         bits=sum(row[c] for row, c in zip(sizes, found.choice, strict=True)) / weights,
         cost=found.cost, budget=budget, unit=unit, objective="corrected" if low_rate else "linear",
         predicted_loss=predicted,
-        corrected_loss=sum(max(x.alpha, 0.0) * corrected(x.t2) for x in planned),
+        corrected_loss=sum(
+            max(x.alpha, 0.0) * corrected(p.t2, rule.scaled(x)) for x, p in zip(layers, planned, strict=True)
+        ),
         gap=found.gap, layers=planned, skipped=skipped,
         notes=[f"{len(negative)} negative sensitivities count as 0: {', '.join(negative)}"] if negative else [],
         predicted_perplexity=None if base is None else base * math.exp(found.loss),
@@ -266,8 +272,11 @@ class _SizeRule:
     def bits(self, x: LayerSensitivity, grid: MenuGrid) -> int:
         if self.index_bits_only:
             return index_bits(x, grid.rate)
-        scaled = x.column_scale if self.column_scales is None else self.column_scales
-        return stored_bits(x, grid.rate, scaled, block=self.block, group=self.group)
+        return stored_bits(x, grid.rate, self.scaled(x), block=self.block, group=self.group)
+
+    def scaled(self, x: LayerSensitivity) -> bool:
+        """Whether the layer has, or will have, a column scale."""
+        return x.column_scale if self.column_scales is None else self.column_scales
 
 
 def _usual_menu(fixed: Mapping[str, str]) -> list[MenuGrid]:

@@ -30,6 +30,7 @@ from .progress import NullProgress, Progress
 
 _FORMAT = "higgs_energies"
 _BATCH_TOKENS = 1024
+SELF_CONTEXT = 256  # tokens of a text that the model samples: each costs a pass through the model
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
 
 
@@ -82,7 +83,7 @@ def random_tokens(vocab_size: int, tokens: int = 8192, context: int = 512, seed:
 
 @torch.inference_mode()
 def self_tokens(
-    model: nn.Module, tokens: int = 8192, context: int = 256, seed: int = 0, progress: Progress | None = None
+    model: nn.Module, tokens: int = 8192, context: int = SELF_CONTEXT, seed: int = 0, progress: Progress | None = None
 ) -> Tensor:
     """Text that the model samples itself, each sequence from a random first token: int64 [tokens // context, context].
 
@@ -300,15 +301,22 @@ def _vocab_size(model: Any) -> int:
     return model.config.get_text_config().vocab_size
 
 
+def own_tokens(
+    model: nn.Module, source: str, *, tokens: int = 8192, seed: int = 0, progress: Progress | None = None
+) -> Tensor:
+    """Text that the model samples itself ("self"; windows of ``SELF_CONTEXT``) or "random" tokens (512), windows no
+    longer than the model has positions: int64 [windows, context]."""
+    positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 512
+    if source == "self":
+        return self_tokens(model, tokens, min(SELF_CONTEXT, positions), seed=seed, progress=progress)
+    return random_tokens(_vocab_size(model), tokens, min(512, positions), seed=seed)
+
+
 def own_energies(
     model: nn.Module, source: str, *, tokens: int = 8192, seed: int = 0, progress: Progress | None = None
 ) -> Energies:
-    """Energies without data: over text the model samples itself ("self"), or over "random" tokens."""
-    positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 512
-    if source == "self":
-        ids = self_tokens(model, tokens, min(256, positions), seed=seed, progress=progress)
-    else:
-        ids = random_tokens(_vocab_size(model), tokens, min(512, positions), seed=seed)
+    """Energies without data, over :func:`own_tokens`."""
+    ids = own_tokens(model, source, tokens=tokens, seed=seed, progress=progress)
     return gather_energies(model, ids, source=source, progress=progress)
 
 

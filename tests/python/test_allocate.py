@@ -139,15 +139,16 @@ def test_negative_sensitivities_and_odd_layers():
     assert plan.predicted_loss >= 0 and plan.layers[1].loss == 0
 
 
-def test_low_rate_correction():
+@pytest.mark.parametrize(("scaled", "factor"), [(True, 5), (False, 14)])
+def test_low_rate_correction(scaled, factor):
     sensitivities = model(*[0.01 * 3**i for i in range(7)])
     sensitivities.base_perplexity = 10.0
-    linear = plan_allocation(sensitivities, bits=3, untie=True)
-    careful = plan_allocation(sensitivities, bits=3, untie=True, low_rate=True)
+    linear = plan_allocation(sensitivities, bits=3.1, untie=True, column_scales=scaled)
+    careful = plan_allocation(sensitivities, bits=3.1, untie=True, column_scales=scaled, low_rate=True)
     assert (linear.objective, careful.objective) == ("linear", "corrected")
     for plan in (linear, careful):
         assert plan.predicted_loss == pytest.approx(sum(x.alpha * x.t2 for x in plan.layers))
-        assert plan.corrected_loss == pytest.approx(sum(x.alpha * x.t2 * (1 + 14 * x.t2) for x in plan.layers))
+        assert plan.corrected_loss == pytest.approx(sum(x.alpha * x.t2 * (1 + factor * x.t2) for x in plan.layers))
     assert linear.predicted_loss < careful.predicted_loss and linear.corrected_loss > careful.corrected_loss
     assert careful.predicted_perplexity == pytest.approx(10 * math.exp(careful.corrected_loss))
     assert max(x.t2 for x in careful.layers) <= max(x.t2 for x in linear.layers)
@@ -158,7 +159,7 @@ def test_low_rate_correction_meets_published_perplexities():
     sensitivities = Sensitivities.load(LLAMA)
     total = sum(sensitivities.alphas.values())
     for t2, published in ((0.00775, 6.015), (0.0212, 7.110)):  # 0.0212: of 90 points
-        linear, low_rate = (5.607 * math.exp(total * x) for x in (t2, corrected(t2)))
+        linear, low_rate = (5.607 * math.exp(total * x) for x in (t2, corrected(t2, False)))
         assert abs(low_rate - published) < 0.5 * abs(linear - published)
 
 

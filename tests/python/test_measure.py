@@ -16,7 +16,7 @@ from higgs import UnsupportedError, evaluate, jobs, plan_allocation
 from higgs.checkpoint import Checkpoint, inspect_checkpoint
 from higgs.checkpoint.layers import build_meta_model
 from higgs.checkpoint.measure import _TOKENS, MeasureOptions, measure_checkpoint, sample_tokens
-from higgs.energies import linear_layers, random_tokens
+from higgs.energies import SELF_CONTEXT, linear_layers, random_tokens, self_tokens
 from higgs.evaluate import load_model
 from higgs.measure import Fisher, Noise, Target, _draw_labels, find_targets, fit_line, jointly_perturbed, perturbed
 from higgs.progress import NullProgress
@@ -384,6 +384,26 @@ def test_windows_are_no_longer_than_the_model_has_positions(stories260k, tmp_pat
     assert len(found["layers"]) == 6 and found["relative_error"] > 0
     options = MeasureOptions(text=str(text), tokens=2048)
     assert sample_tokens(load_model(source), source, options, NullProgress()).shape == (16, 128)
+
+
+def test_sampled_text_is_short_pieces_joined(stories260k):
+    """The pieces are those of the column scales, where there are any, and as many as it takes."""
+    model = load_model(stories260k)
+
+    def sample(tokens: int, context: int, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        options = MeasureOptions(tokens=tokens, context=context)
+        return sample_tokens(model, stories260k, options, NullProgress(), sampled)
+
+    assert torch.equal(sample(512, 512), self_tokens(model, 512, SELF_CONTEXT).view(1, 512))
+    assert torch.equal(sample(640, 320), self_tokens(model, 768, SELF_CONTEXT).flatten()[:640].view(2, 320))
+    assert torch.equal(sample(100, 50), self_tokens(model, 100, 50))
+    known = random_tokens(512, 1024, 128)
+    assert torch.equal(sample(1024, 512, known), known.view(2, 512))
+    assert torch.equal(sample(700, 300, known), known.flatten()[:600].view(2, 300))
+    assert torch.equal(sample(60, 30, known[:0]), sample(60, 30))
+    for text in ("self", "random", str(DATA / "tinystories-sample.txt")):
+        with pytest.raises(ValueError, match="tokens 40 must be at least context 64"):
+            sample_tokens(model, stories260k, MeasureOptions(text=text, tokens=40, context=64), NullProgress())
 
 
 def test_options_are_checked(tmp_path):

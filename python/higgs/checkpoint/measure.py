@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from .. import _core, energies, jobs
 from ..devices import rank_device
-from ..energies import Energies, own_energies, pooled_column_scales, self_tokens, weight_energy
+from ..energies import Energies, gather_energies, own_energies, own_tokens, pooled_column_scales, weight_energy
 from ..measure import LEVELS, Fisher, Method, Noise, find_targets
 from ..moe import projections
 from ..progress import NullProgress, Progress
@@ -162,27 +163,41 @@ def _prepare(
     if file.exists():
         return
     work.mkdir(parents=True, exist_ok=True)
-    used = _energies(model, source, options, progress)
+    used, sampled = _energies(model, source, options, progress)
     if used is not None:
         used.save(work / "energies.safetensors")
-    ids = sample_tokens(model, source, options, progress)
+    ids = sample_tokens(model, source, options, progress, sampled)
     save_file({"token_ids": ids.contiguous()}, work / "tokens.safetensors")
     write_file(file, json_bytes(settings))  # last: with it the folder is complete
 
 
-def _energies(model: nn.Module, source: Path, options: MeasureOptions, progress: Progress) -> Energies | None:
-    if options.scales in ("random", "self"):
-        return own_energies(model, options.scales, seed=options.seed, progress=progress)
-    return energies.energies_for(source, options.scales, seed=options.seed, progress=progress)
+def _energies(
+    model: nn.Module, source: Path, options: MeasureOptions, progress: Progress
+) -> tuple[Energies | None, torch.Tensor | None]:
+    """The energies that ``scales`` asks for, and the text that the model sampled for them, if it did."""
+    if options.scales == "self":
+        sampled = own_tokens(model, "self", seed=options.seed, progress=progress)
+        return gather_energies(model, sampled, source="self", progress=progress), sampled
+    if options.scales == "random":
+        return own_energies(model, "random", seed=options.seed, progress=progress), None
+    return energies.energies_for(source, options.scales, seed=options.seed, progress=progress), None
 
 
-def sample_tokens(model: Any, source: Path, options: MeasureOptions, progress: Progress) -> torch.Tensor:
-    """int64 [windows, context]"""
+def sample_tokens(
+    model: Any, source: Path, options: MeasureOptions, progress: Progress, sampled: torch.Tensor | None = None
+) -> torch.Tensor:
+    """int64 [windows, context]. Text of the model's own is sampled in short pieces (or is ``sampled``, if that is
+    enough), which are then joined: every token more in a piece is one more pass through the model."""
     count = options.token_count
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = min(options.context, positions or options.context)
+    if count < context:
+        raise ValueError(f"tokens {count} must be at least context {context}")
     if options.text == "self":
-        return self_tokens(model, count, context, options.seed, progress)
+        if sampled is None or sampled.numel() < count:
+            piece = min(energies.SELF_CONTEXT, context)
+            sampled = energies.self_tokens(model, math.ceil(count / piece) * piece, piece, options.seed, progress)
+        return sampled.flatten()[: count // context * context].view(-1, context)
     if options.text == "random":
         return energies.random_tokens(model.config.get_text_config().vocab_size, count, context, options.seed)
     from transformers import AutoTokenizer
@@ -190,7 +205,7 @@ def sample_tokens(model: Any, source: Path, options: MeasureOptions, progress: P
     from ..evaluate import read_text, token_windows
 
     text = read_text(options.text)
-    return token_windows(AutoTokenizer.from_pretrained(source), text, context, max(1, count // context))
+    return token_windows(AutoTokenizer.from_pretrained(source), text, context, count // context)
 
 
 def _column_scales(model: nn.Module, used: Energies | None, exponent: float) -> dict[str, torch.Tensor]:

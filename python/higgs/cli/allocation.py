@@ -39,7 +39,7 @@ Menu = Annotated[
     ),
 ]
 Untie = Annotated[bool, typer.Option("--untie", help="Let q/k/v and gate/up of one layer have different grids.")]
-LOW_RATE_HELP = "Correct for what the linear model misses at low rates (t2 (1 + 14 t2))."
+LOW_RATE_HELP = "Correct for what the linear model misses at low rates: t2 (1 + 5 t2), or 14 without column scales."
 LowRate = Annotated[bool, typer.Option("--low-rate", help=LOW_RATE_HELP)]
 Fix = Annotated[Patterns, typer.Option(metavar="REGEX=GRID", help="Fix layers to a grid. May be repeated.")]
 Skip = Annotated[Patterns, typer.Option(metavar="REGEX", help="Leave layers as they are. May be repeated.")]
