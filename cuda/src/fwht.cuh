@@ -4,9 +4,10 @@
 
 #include <cstdint>
 
+#include "higgs/cuda/plan.h"
+
 namespace higgs::cuda {
 
-inline constexpr int kChunk = 1024;            // values of one warp; every Hadamard block lies in one chunk
 inline constexpr int kChunkScratch = 32 * 33;  // fp32 words of shared memory per warp
 
 __host__ __device__ inline float hadamard_norm(int block) {

@@ -40,6 +40,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr bool kRegular = Regular_;
   static constexpr int kWarpgroups = gemm_rows(N_, Weights::kShape) / 64;
   static constexpr int kClusterSize = gemm_cluster_size(N_);
+  static constexpr bool kWholeFirst = true;
   static constexpr bool kSplitsK = gemm_splits_k(N_, Regular_);
   static constexpr int kStages = N_ == 256 || (N_ == 128 && kSplitsK) ? 4 : N_ == 128 ? 6 : 8;
   static constexpr int kConsumers = 128 * kWarpgroups;
@@ -50,7 +51,8 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
                                            : N_ == 128 ? 65536 - 12288
                                                        : 65536 - 4096) /
                                           kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = 24;
+  // 224 for the consumers of 256 tokens, and 32 tokens a staging: where it was timed, 240 and 64 were slower.
+  static constexpr int kProducerRegisters = N_ == 256 ? 56 : 24;
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
   static constexpr int kRowTiles = 4 * kWarpgroups;  // of 16 rows
@@ -68,7 +70,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kGroupSteps = kIntegers && kWarpgroups == 4 ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
-  static constexpr int kStagingTokens = N_ < 64 ? N_ : 64;
+  static constexpr int kStagingTokens = N_ < 64 ? N_ : N_ == 256 ? 32 : 64;
   static constexpr int kStagingStride = 48;  // bytes per token: 16 rows, spread over the banks
   static constexpr int kStagingBytes = kRowTiles * kStagingTokens * kStagingStride;
   // Scratch: staging of y or, where k is split within a cluster, the inbox of sums (gemm_cluster.cuh).

@@ -2,6 +2,7 @@
 // bias.
 #pragma once
 
+#include "gemm_output.cuh"
 #include "gemm_partials.cuh"
 #include "gemm_schedule.cuh"
 #include "numeric.cuh"
@@ -14,9 +15,10 @@ namespace higgs::cuda {
 template <typename Config>
 __device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace& place, int warpgroup, int tile,
                                              float (&acc)[Config::kRegisters]) {
-  const int end = (tile + 1) * p.slices;
+  using Order = Schedule<Config::kWholeFirst>;
+  const int end = (tile - Order::first_split(p) + 1) * p.slices;
   const auto helps = [&](int cluster) {
-    return cluster < p.clusters && Schedule::first_slice(p, cluster) < min(end, Schedule::first_slice(p, cluster + 1));
+    return cluster < p.clusters && Order::first_slice(p, cluster) < min(end, Order::first_slice(p, cluster + 1));
   };
   for (int cluster = place.cluster + 1 + threadIdx.x % 128; helps(cluster); cluster += 128) {
     const int cta = cluster * Config::kClusterSize + place.rank;
@@ -52,18 +54,15 @@ __device__ __forceinline__ void store_rows(const GemmPart& part, int row, long l
   }
 }
 
+// All of a warp's accumulators to y: 16-byte stores, by way of `staging`, which only this kernel on sm_90 has the
+// shared memory and the instruction for; TileOutput does without.
 template <typename Config>
 __device__ __forceinline__ void store_tile(const GemmParams& p, const GemmPart& part, int row_tile, int token,
                                            uint8_t* staging, int lane, const float (&acc)[Config::kRegisters]) {
   using T = typename Config::T;
   const int row = row_tile * kTileRows;
   if (row >= part.n) return;
-  float2 bias = {};
-  if (part.bias != nullptr) {
-    const T* b = static_cast<const T*>(part.bias) + row + lane / 4;
-    if (row + lane / 4 < part.n) bias.x = to_float(b[0]);
-    if (row + lane / 4 + 8 < part.n) bias.y = to_float(b[8]);
-  }
+  const float2 bias = row_biases<T>(part, row, lane);
   constexpr int kTokens = Config::kStagingTokens;
 #pragma unroll
   for (int first = 0; first < Config::kN; first += kTokens) {

@@ -112,18 +112,19 @@ __device__ __forceinline__ bool multiply_units(const GemmParams& p, WordStream<C
 }
 
 // The set of sums of a CTA for a tile: it has at most one that began before it and one that ends after it.
+template <typename Config>
 __device__ __forceinline__ int partial_set(const GemmParams& p, int cta, int tile) {
-  return 2 * cta + (Schedule::first_slice(p, cta) > tile * p.slices ? 0 : 1);
+  return 2 * cta + (Schedule<Config::kWholeFirst>::first_slice(p, cta) > tile * p.slices ? 0 : 1);
 }
 
 // Adds up this CTA's share of the fragments of a tile that others work on too.
 template <typename Config>
 __device__ __forceinline__ void add_share(const GemmParams& p, int tile, int warp, int lane) {
   const int warpgroup = warp / 4;
-  const int first = Schedule::cluster_of(p, tile * p.slices);
-  const int last = Schedule::cluster_of(p, (tile + 1) * p.slices - 1);
+  const int first = Schedule<Config::kWholeFirst>::cluster_of(p, tile * p.slices);
+  const int last = Schedule<Config::kWholeFirst>::cluster_of(p, (tile + 1) * p.slices - 1);
   for (int cta = first + static_cast<int>(threadIdx.x % 128); cta <= last; cta += 128) {
-    wait_for_partial<Config>(p, partial_set(p, cta, tile), warpgroup);
+    wait_for_partial<Config>(p, partial_set<Config>(p, cta, tile), warpgroup);
   }
   named_barrier(1 + warpgroup, 128);
   const TileOutput<Config> output(p, place_of<Config>(p, this_cta(), tile), warp, lane);
@@ -132,7 +133,7 @@ __device__ __forceinline__ void add_share(const GemmParams& p, int tile, int war
     float4 sum = {};
 #pragma unroll 4
     for (int cta = first; cta <= last; ++cta) {
-      const float4 v = __ldcg(partial_of<Config>(p, partial_set(p, cta, tile), warpgroup) + i * 128);
+      const float4 v = __ldcg(partial_of<Config>(p, partial_set<Config>(p, cta, tile), warpgroup) + i * 128);
       sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
     }
     output.store(i, sum, output.bias(i / Config::kTileFragments));
@@ -148,7 +149,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
   int table_of = -1;
   bool first = true;
   Segment s;
-  for (Schedule schedule(p, cta); schedule.next(p, s);) {
+  for (Schedule<Config::kWholeFirst> schedule(p, cta); schedule.next(p, s);) {
     const TilePlace place = place_of<Config>(p, cta, s.tile);
     const GemmPart& part = p.parts[place.part];
     if (place.part != table_of) change_table<Config, Config::kThreads>(part, table, 1 + Config::kWarpgroups);
@@ -176,7 +177,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
     x.next(p);
     scales.finish(acc);
     if (s.begin > 0 || s.end < p.slices) {
-      send_partial<Config>(p, partial_set(p, cta.cluster, s.tile), warp / 4, acc);
+      send_partial<Config>(p, partial_set<Config>(p, cta.cluster, s.tile), warp / 4, acc);
       continue;
     }
     const TileOutput<Config> output(p, place, warp, lane);
@@ -187,7 +188,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
       output.store(i, {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]}, bias);
     }
   }
-  for (Schedule schedule(p, cta); schedule.next(p, s);) {
+  for (Schedule<Config::kWholeFirst> schedule(p, cta); schedule.next(p, s);) {
     if (s.begin > 0 || s.end < p.slices) add_share<Config>(p, s.tile, warp, lane);
   }
 }

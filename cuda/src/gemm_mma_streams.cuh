@@ -15,6 +15,7 @@ struct MmaConfig : GemmWeights<Decoder_, T_> {
   using Weights = GemmWeights<Decoder_, T_>;
   static constexpr int kN = N_;
   static constexpr int kClusterSize = 1;
+  static constexpr bool kWholeFirst = false;  // XStream::look_ahead
   static constexpr int kRowTiles = kMmaRows / kTileRows;
   static constexpr int kWarpTiles = 2;
   static constexpr int kThreads = kRowTiles / kWarpTiles * kLanes;
@@ -108,7 +109,7 @@ class XStream {
 
   uint32_t stages_;
   int index_ = 0;
-  Schedule schedule_;
+  Schedule<Config::kWholeFirst> schedule_;
   const uint8_t* x_ = nullptr;  // of the next unit to copy
   int blocks_ = 0;              // of its segment
   const uint8_t* next_x_ = nullptr;
@@ -193,7 +194,7 @@ class WordStream {
 
   static_assert(Config::kWarpTiles == 2);
   uint4 words_[Config::kWarpTiles][Config::kLoads];
-  Schedule schedule_;
+  Schedule<Config::kWholeFirst> schedule_;
   int warp_;
   int lane_;
   int slices_ = 0;  // of the segment, from the next iteration's on

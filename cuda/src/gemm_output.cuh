@@ -8,6 +8,19 @@
 
 namespace higgs::cuda {
 
+// The biases of rows g and g + 8 of the row tile that begins with row `first`.
+template <typename T>
+__device__ __forceinline__ float2 row_biases(const GemmPart& part, int first, int lane) {
+  float2 out = {};
+  if (part.bias != nullptr) {
+    const int row = first + lane / 4;
+    const T* b = static_cast<const T*>(part.bias) + row;
+    if (row < part.n) out.x = to_float(b[0]);
+    if (row + 8 < part.n) out.y = to_float(b[8]);
+  }
+  return out;
+}
+
 // Where a warp's part of a tile goes.
 template <typename Config>
 struct TileOutput {
@@ -25,16 +38,9 @@ struct TileOutput {
         token(place.token),
         lane(lane) {}
 
-  // The biases of rows g and g + 8 of row tile `tile` of the warp.
+  // Those of row tile `tile` of the warp.
   __device__ __forceinline__ float2 bias(int tile) const {
-    float2 out = {};
-    if (part.bias != nullptr) {
-      const int row = (row_tile + tile) * kTileRows + lane / 4;
-      const T* b = static_cast<const T*>(part.bias) + row;
-      if (row < part.n) out.x = to_float(b[0]);
-      if (row + 8 < part.n) out.y = to_float(b[8]);
-    }
-    return out;
+    return row_biases<T>(part, (row_tile + tile) * kTileRows, lane);
   }
   // Fragment `i` of the accumulators: rows g and g + 8 of a row tile, tokens 2 t and 2 t + 1 of eight.
   __device__ __forceinline__ void store(int i, float4 v, float2 bias) const {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "higgs/cuda/plan.h"
+#include "slice_params.h"
 
 namespace higgs::cuda {
 
@@ -21,7 +22,7 @@ struct GemmPart {
   int first_row_block = 0;
 };
 
-struct GemmParams {
+struct GemmParams : SliceParams {
   const void* x = nullptr;          // packed by pack_x: [k / 64][padded_m][64 columns], swizzled
   const float* x_scales = nullptr;  // of digits
   float* partials = nullptr;
@@ -30,15 +31,9 @@ struct GemmParams {
   int padded_m = 0;
   int k_blocks = 0;      // of 64 columns
   int group_blocks = 0;  // of a scale group
-  int scale_groups = 0;  // of a row
-  int slices = 0;
-  int units_per_slice = 0;
-  int last_units = 0;
-  int slice_bytes = 0;
-  int tile_bytes = 0;
-  int row_blocks = 0;   // of all parts
-  int tiles = 0;        // row blocks x token tiles, token tile by token tile
-  int split_tiles = 0;  // the first tiles are shared out slice by slice, the others whole
+  int row_blocks = 0;    // of all parts
+  int tiles = 0;         // row blocks x token tiles, token tile by token tile
+  int split_tiles = 0;   // shared out slice by slice, the others whole (gemm_schedule.cuh)
   int clusters = 0;
   int k_split_log = 0;         // of the CTAs of a cluster that share a tile's slices; > 0: one tile per cluster
   int slices_per_cluster = 0;  // of the shared tiles; the first `longer_clusters` take one more

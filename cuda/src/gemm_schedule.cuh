@@ -1,7 +1,9 @@
-// Which part of the GEMM a CTA computes, and when (persistent). The first `split_tiles` tiles are cut into slices and
-// shared out evenly, in contiguous runs; the sums of those who share a tile are added in the order of k, so the result
-// does not depend on timing. The other tiles are a whole number of rounds, one tile per cluster. Where k is split
-// within clusters, a cluster has one tile, and each of its CTAs an equal share of the slices.
+// Which part of the GEMM a CTA computes, and when (persistent). `split_tiles` tiles are cut into slices and shared out
+// evenly, in contiguous runs; the sums of those who share a tile are added in the order of k, so the result does not
+// depend on timing. The other tiles are a whole number of rounds, one tile per cluster. Where k is split within
+// clusters, a cluster has one tile, and each of its CTAs an equal share of the slices.
+//
+// The wgmma kernel begins with whole tiles: all clusters then read the same columns of x at the same time, from the L2.
 #pragma once
 
 #include "gemm_params.h"
@@ -23,18 +25,23 @@ struct CtaPlace {
 };
 
 // The segments of a CTA, in order.
+template <bool WholeFirst>
 class Schedule {
  public:
   __device__ __forceinline__ Schedule(const GemmParams& p, const CtaPlace& cta)
       : split_(first_slice(p, cta.cluster)),
         split_end_(first_slice(p, cta.cluster + 1)),
-        tile_(p.split_tiles + cta.cluster) {
+        tile_(first_whole(p) + cta.cluster) {
     if (p.k_split_log == 0) return;
-    split_ = cta.cluster * p.slices + (cta.k_rank * p.slices >> p.k_split_log);
-    split_end_ = cta.cluster * p.slices + ((cta.k_rank + 1) * p.slices >> p.k_split_log);
-    tile_ = p.tiles;
+    split_end_ = split_ + ((cta.k_rank + 1) * p.slices >> p.k_split_log);
+    split_ += cta.k_rank * p.slices >> p.k_split_log;
   }
 
+  // Tiles before the first one that is shared.
+  static __device__ __forceinline__ int first_split(const GemmParams& p) {
+    return WholeFirst ? p.tiles - p.split_tiles : 0;
+  }
+  // Of the shared tiles, numbered through.
   static __device__ __forceinline__ int first_slice(const GemmParams& p, int cluster) {
     return cluster * p.slices_per_cluster + min(cluster, p.longer_clusters);
   }
@@ -44,20 +51,26 @@ class Schedule {
     return slice < longer ? slice / (p.slices_per_cluster + 1)
                           : p.longer_clusters + (slice - longer) / p.slices_per_cluster;
   }
+  // False at the end of all, with a tile beyond the last.
   __device__ __forceinline__ bool next(const GemmParams& p, Segment& s) {
-    if (split_ < split_end_) {
-      s.tile = split_ / p.slices;
-      s.begin = split_ - s.tile * p.slices;
+    const int whole_end = first_whole(p) + p.tiles - p.split_tiles;
+    const bool whole = tile_ < whole_end;
+    if (split_ < split_end_ && !(WholeFirst && whole)) {
+      const int tile = split_ / p.slices;
+      s.tile = first_split(p) + tile;
+      s.begin = split_ - tile * p.slices;
       s.end = min(p.slices, s.begin + split_end_ - split_);
       split_ += s.end - s.begin;
       return true;
     }
-    s = {tile_, 0, p.slices};
+    s = {whole ? tile_ : p.tiles, 0, p.slices};
     tile_ += p.clusters;
-    return s.tile < p.tiles;
+    return whole;
   }
 
  private:
+  static __device__ __forceinline__ int first_whole(const GemmParams& p) { return WholeFirst ? 0 : p.split_tiles; }
+
   int split_;
   int split_end_;
   int tile_;

@@ -107,7 +107,7 @@ class WeightStream {
   }
 
   uint4 q_[Config::kWindow];
-  Schedule schedule_;
+  Schedule<Config::kWholeFirst> schedule_;
   Segment segment_;
   CtaPlace cta_;
   int slice_ = 0;
@@ -152,7 +152,7 @@ struct Stages {
 template <typename Config>
 __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta, Stages<Config> stages) {
   constexpr int kShare = Config::kStageBytes / Config::kClusterSize;
-  Schedule schedule(p, cta);
+  Schedule<Config::kWholeFirst> schedule(p, cta);
   Segment s;
   constexpr int kTokenBytes = Config::kRowsOfToken * kRowBytes;
   const long long block_stride = static_cast<long long>(p.padded_m) * kTokenBytes;

@@ -119,10 +119,12 @@ void grouped_linear(const GroupedProblem& problem, const std::byte* tiled, const
   check_pointer("grouped_linear", "workspace", workspace);
   const LayerFormat& f = problem.weights;
   const auto rows = static_cast<int>(problem.rows);
-  pack_x({.x = x, .d = d, .out = workspace, .m = rows, .padded_m = rows, .k = static_cast<int>(f.k), .block = f.block},
-         problem.dtype, stream);
+  const auto k = static_cast<int>(f.k);
+  pack_x({.x = x, .d = d, .out = workspace, .m = rows, .padded_m = rows, .k = k, .block = f.block}, problem.dtype,
+         stream);
   const TiledFormat t = tiled_format(f);
   GroupedParams p;
+  static_cast<SliceParams&>(p) = slice_params(t);
   p.x = workspace;
   p.offsets = offsets;
   p.data = reinterpret_cast<const std::uint8_t*>(tiled);
@@ -132,14 +134,8 @@ void grouped_linear(const GroupedProblem& problem, const std::byte* tiled, const
   p.rows = rows;
   p.n = static_cast<int>(f.n / problem.experts);
   p.row_tiles = p.n / kTileRows;
-  p.k = static_cast<int>(f.k);
+  p.k = k;
   p.group_halves = static_cast<int>(f.group / kColumnAlignment);
-  p.scale_groups = static_cast<int>(t.row_groups);
-  p.slices = t.slices;
-  p.units_per_slice = t.units_per_slice;
-  p.last_units = t.last_units;
-  p.slice_bytes = static_cast<int>(t.slice_bytes);
-  p.tile_bytes = static_cast<int>(t.tile_bytes);
   p.tokens = plan.tokens;
   p.slices_per_warp = plan.slices_per_warp;
   p.k_warps = plan.k_warps;

@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
+#include "slice_params.h"
+
 namespace higgs::cuda {
 
-struct GroupedParams {
+struct GroupedParams : SliceParams {
   const void* x = nullptr;  // packed (pack_x.h), padded to `rows`
   const std::int32_t* offsets = nullptr;
   const std::uint8_t* data = nullptr;  // the tiled buffer
@@ -17,12 +19,6 @@ struct GroupedParams {
   int row_tiles = 0;  // of an expert
   int k = 0;
   int group_halves = 0;  // half units (64 columns) of a scale group
-  int scale_groups = 0;
-  int slices = 0;
-  int units_per_slice = 0;
-  int last_units = 0;
-  int slice_bytes = 0;
-  int tile_bytes = 0;
   int tokens = 0;
   int slices_per_warp = 0;
   int k_warps = 0;

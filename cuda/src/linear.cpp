@@ -128,16 +128,10 @@ bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts, const DevicePr
 
 GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> parts) {
   const LayerFormat& f = parts[0].weights.format;
-  const TiledFormat t = tiled_format(f);
   GemmParams p;
+  static_cast<SliceParams&>(p) = slice_params(tiled_format(f));
   p.k_blocks = static_cast<int>(f.k / kColumnAlignment);
   p.group_blocks = static_cast<int>(f.group / kColumnAlignment);
-  p.scale_groups = static_cast<int>(t.row_groups);
-  p.slices = t.slices;
-  p.units_per_slice = t.units_per_slice;
-  p.last_units = t.last_units;
-  p.slice_bytes = static_cast<int>(t.slice_bytes);
-  p.tile_bytes = static_cast<int>(t.tile_bytes);
   p.tiles = plan.tiles;
   p.split_tiles = plan.split_tiles;
   p.clusters = plan.clusters;
@@ -192,7 +186,7 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
   auto* const base = static_cast<std::byte*>(workspace);
   auto* flags = reinterpret_cast<std::uint32_t*>(base + sizes.x_bytes + sizes.partial_bytes);
   const LayerFormat& f = parts[0].weights.format;
-  auto* const x_scales = bytes ? reinterpret_cast<float*>(base + f.k * sizes.padded_m * 4) : nullptr;
+  auto* const x_scales = bytes ? reinterpret_cast<float*>(base + plans[0].x_scales) : nullptr;
   pack_x({.x = x,
           .d = d,
           .out = base,

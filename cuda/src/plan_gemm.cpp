@@ -51,7 +51,9 @@ void share_out(GemmPlan& p, const DeviceProperties& device) {
   const std::int64_t slices = std::int64_t{p.tiles} * p.slices;
   p.clusters = static_cast<int>(std::clamp<std::int64_t>(slices, 1, device.max_clusters(p.cluster_size)));
   const int rounds = p.tiles / p.clusters;
-  p.split_tiles = p.tiles % p.clusters == 0 ? 0 : p.tiles - std::max(0, rounds - 1) * p.clusters;
+  const int rest = p.tiles % p.clusters;
+  // A few tiles among all clusters would be many sums a tile: a round of whole tiles joins them.
+  p.split_tiles = rest == 0 || 2 * rest >= p.clusters ? rest : p.tiles - std::max(0, rounds - 1) * p.clusters;
   if (p.kernel != GemmKernel::wgmma || p.tiles == 0) return;
   for (int log = gemm_splits_k(p.tokens, p.regular) ? kMaxSplitLog : 0; log >= 0; --log) {
     const int cluster = p.cluster_size << log;
@@ -59,7 +61,7 @@ void share_out(GemmPlan& p, const DeviceProperties& device) {
     if (ceil_div(p.slices, 1 << log) > ceil_div(slices, p.clusters)) return;
     p.k_split_log = log;
     p.clusters = p.tiles;
-    p.split_tiles = 0;
+    p.split_tiles = log > 0 ? p.tiles : 0;
     return;
   }
 }
@@ -100,10 +102,15 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
   const std::int64_t k = problem.matrices[0].k;
   p.bytes = p.field.trellis() && p.regular && p.tokens == 16 && supports_block(problem.matrices[0].block);
   p.x_bytes = k * p.padded_m * 2;
-  if (p.bytes) p.x_bytes = 2 * p.x_bytes + ceil_div(k, 1024) * p.padded_m * 4;  // and a scale for every 1024 columns
+  if (p.bytes) {
+    p.x_scales = 2 * p.x_bytes;
+    p.x_bytes = p.x_scales + ceil_div(k, kChunk) * p.padded_m * 4;
+  }
   // Sets of partial sums, and one flag per set and warpgroup: of the mma kernel a set for the tile with which a CTA
   // begins and one for the tile with which it ends.
-  const std::int64_t sets = p.split_tiles == 0 ? 0 : p.kernel == GemmKernel::mma ? 2 * p.ctas() : p.ctas();
+  const std::int64_t sets = p.split_tiles == 0 || p.k_split_log > 0 ? 0
+                            : p.kernel == GemmKernel::mma           ? 2 * p.ctas()
+                                                                    : p.ctas();
   p.partial_bytes = sets * p.rows * p.tokens * 4;
   p.flag_bytes = sets * (p.rows / (p.kernel == GemmKernel::mma ? 128 : 64)) * 4;
   return p;

@@ -33,24 +33,31 @@ __host__ __device__ inline std::int64_t chunks_of(const BlockTransform& t, std::
   return (k + t.columns - 1) / t.columns;
 }
 
-// v[j] = vector[32 lane + j] * in[32 lane + j] of a chunk with `count` columns (0 beyond); vector may be null. Loads
-// are coalesced, the products change lanes through scratch (kChunkScratch words of this warp).
+// v[j] = vector[32 lane + j] * in[32 lane + j] of a chunk with `count` columns (beyond them anything), a multiple of 8;
+// vector may be null. Loads are coalesced, the products change lanes through scratch (kChunkScratch words of this
+// warp).
 template <typename In>
-__device__ __forceinline__ void load_chunk(const In* in, const float* vector, int64_t count, float* scratch, int lane,
+__device__ __forceinline__ void load_chunk(const In* in, const float* vector, int count, float* scratch, int lane,
                                            float (&v)[32]) {
   constexpr int kPieces = 4;  // of 8 values per lane
+  constexpr int kWords = 8 * sizeof(In) / sizeof(uint4);
+  const auto place = [&](int i) { return min(8 * (lane + kLanes * i), count - 8); };
+  uint4 raw[kPieces][kWords];
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {  // no branches: all under way at once
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) raw[i][w] = reinterpret_cast<const uint4*>(in + place(i))[w];
+  }
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const int column = 8 * (lane + kLanes * i);
-    float x[8] = {};
-    if (column < count) {
-      load_values(in + column, x);
-      if (vector != nullptr) {
-        float d[8];
-        load_values(vector + column, d);
+    float x[8];
+    load_values(reinterpret_cast<const In*>(raw[i]), x);
+    if (vector != nullptr) {
+      float d[8];
+      load_values(vector + place(i), d);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) x[j] = __fmul_rn(d[j], x[j]);
-      }
+      for (int j = 0; j < 8; ++j) x[j] = __fmul_rn(d[j], x[j]);
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) scratch[column / 32 * 33 + column % 32 + j] = x[j];

@@ -1,4 +1,5 @@
 // linear against the float64 oracle: error at most twice that of a matmul in the same dtype on dequantized weights.
+#include <array>
 #include <memory>
 
 #include "helpers.h"
@@ -175,6 +176,39 @@ TEST(CudaLinear, GemmSchedules) {
   for (const Shape& s : {Shape{2064, 1024, 64, 1024}, Shape{300, 4096, 64, 1024}, Shape{27000, 64, 64, 64},
                          Shape{4000, 512 + 64, 64, 64}}) {
     check_layer(Layer(grid, s.n, s.k, s.block, s.group), kCases, ratios);
+  }
+}
+
+// Tiles of 256 tokens next to the same rows in calls of 128.
+TEST(CudaLinear, ManyRowsAreAsFew) {
+  HIGGS_NEEDS_GPU();
+  const DeviceProperties& device = current_device();
+  for (const char* grid : {"p2_n256", "p2_n64", "p4_n256", "a2_b8", "p2_n1024"}) {
+    for (const auto& [n, k, m] : {std::array{8448, 2560, 1100}, {4096, 2048, 1024}, {17000, 3072, 500}}) {
+      const Layer layer(find_grid(grid), n, k, 512, 512);
+      SCOPED_TRACE(layer.name() + " m=" + std::to_string(m));
+      if (m > linear_max_rows(DType::bf16, layer.format, device)) continue;
+      Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(layer.format).bytes));
+      repack(layer.device(), tiled.data(), nullptr);
+      Buffer<float> d(static_cast<std::size_t>(k));
+      rotation_vector(VectorKind::input, 7, nullptr, k, d.data(), nullptr);
+      const std::vector<std::uint8_t> x = stored(gaussian(static_cast<std::size_t>(m) * k), DType::bf16);
+      const Buffer<std::uint8_t> all(x);
+      const auto y = run(layer, tiled, all, d, nullptr, {m, DType::bf16, false}, device);
+      for (int i = 0; i < 2; ++i) EXPECT_EQ(run(layer, tiled, all, d, nullptr, {m, DType::bf16, false}, device), y);
+      const std::vector<float> many = loaded(y, DType::bf16);
+      std::size_t at = 0;
+      for (int first = 0; first < m; first += 128) {
+        const int rows = std::min(128, m - first);
+        const Buffer<std::uint8_t> some(std::vector<std::uint8_t>(x.begin() + std::int64_t{first} * k * 2,
+                                                                  x.begin() + std::int64_t{first + rows} * k * 2));
+        for (const float few :
+             loaded(run(layer, tiled, some, d, nullptr, {rows, DType::bf16, false}, device), DType::bf16)) {
+          ASSERT_NEAR(many[at], few, 0.05f + 0.01f * std::abs(few)) << "y[" << at / n << ", " << at % n << "]";
+          ++at;
+        }
+      }
+    }
   }
 }
 

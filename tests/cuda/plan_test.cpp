@@ -146,7 +146,7 @@ void expect_valid(const GemmPlan& p, const LayerFormat& f, std::int64_t m, const
   if (p.k_split_log > 0) {
     EXPECT_TRUE(p.kernel == GemmKernel::wgmma && gemm_splits_k(p.tokens, p.regular));
     EXPECT_EQ(p.clusters, p.tiles);
-    EXPECT_EQ(p.split_tiles, 0);
+    EXPECT_EQ(p.split_tiles, p.tiles);
     EXPECT_GE(p.slices, 1 << p.k_split_log) << "a CTA without slices";
     EXPECT_LE(p.tiles, d.max_clusters(p.cluster_size << p.k_split_log)) << "not resident at once";
   }

@@ -13,6 +13,7 @@
 namespace higgs::cuda {
 
 inline constexpr int kMaxDecodeRows = 16;  // of x, in the decode kernel; more rows take the GEMM kernel
+inline constexpr int kChunk = 1024;        // columns of x that are rotated together: whole blocks
 inline constexpr int kMaxParts = 4;        // weight matrices that share x in one launch
 
 // What a warp multiplies in one iteration of the main loop: `iteration_units` units of `block_tiles` row tiles. Paired
@@ -114,7 +115,7 @@ enum class GemmKernel {
 };
 
 // One launch of a GEMM kernel, for more than kMaxDecodeRows rows of x. A cluster works on tiles of cluster_size *
-// `rows` rows of W by `tokens` rows of x, token tile by token tile. The first `split_tiles` are shared out slice by
+// `rows` rows of W by `tokens` rows of x, token tile by token tile. `split_tiles` of them are shared out slice by
 // slice. With k_split_log > 0 every tile has a cluster, of 2^k_split_log CTAs that take a part of its slices each.
 struct GemmPlan {
   GemmKernel kernel = GemmKernel::wgmma;
@@ -133,6 +134,7 @@ struct GemmPlan {
   int k_split_log = 0;
   std::vector<int> row_blocks;  // of each matrix
   std::int64_t x_bytes = 0;     // of the workspace: packed x, partial sums, flags
+  std::int64_t x_scales = 0;    // where the scales of digits begin in packed x, one for every row and chunk
   std::int64_t partial_bytes = 0;
   std::int64_t flag_bytes = 0;
 
