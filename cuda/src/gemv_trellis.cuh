@@ -1,14 +1,14 @@
 // Decode kernel for additive trellis grids: as gemv.cuh (partition, rotation, reduction), with products of integers.
 //
-//   bytes   m <= 4: looked-up bytes are the A operand of the integer MMA as they are, two windows' worth in one
+//   bytes   m <= 4, m <= 8: looked-up bytes are the A operand of the integer MMA as they are, two windows' worth in one
 //           (trellis.cuh); a row of x takes two columns, the digits of 16-bit integers. All sums within a chunk of x
-//           and a scale group are exact. The integer MMA is too slow for more columns
-//   halves  m <= 8, m <= 16: two look-ups make fp16 integers; x in fp16, sums in fp32
+//           and a scale group are exact
+//   halves  m <= 16: two look-ups make fp16 integers; x in fp16, sums in fp32
 //
 // x fragments stay in registers: of two units of 256 columns per warp, or one where m > 8.
 //
-// Template values: Decoder = TrellisDecoder of instances.h; T = __half, __nv_bfloat16; Operand; Tokens = 4 (bytes), 8
-// or 16 (halves); Regular: every slice is full, inside one scale group and one chunk. Not regular: halves, 16.
+// Template values: Decoder = TrellisDecoder of instances.h; T = __half, __nv_bfloat16; Tokens = 4, 8 (bytes) or 16
+// (halves); Regular: every slice is full, inside one scale group and one chunk. Not regular: halves, 16.
 #pragma once
 
 #include "gemv.cuh"
@@ -22,13 +22,14 @@ struct TrellisConfig {
   static constexpr FieldShape kShape = Decoder_::kShape;
   static constexpr int kBits = kShape.bits;
   static constexpr int kShift = kShape.shift;
-  static constexpr bool kBytes = Tokens == 4;
-  static constexpr int kTokenTiles = Tokens <= 8 ? 1 : 2;  // of 8 columns of the MMA
+  static constexpr bool kBytes = Tokens <= 8;
+  static constexpr int kTokenTiles = Tokens == 4 ? 1 : 2;  // of 8 columns of the MMA
   static constexpr bool kRegular = Regular_;
   static constexpr int kUnits = trellis_slice_units(Tokens, Regular_);
   static constexpr int kPieces = kBits / 2;            // 16-byte pieces of a unit's words; 8 bytes more if kBits is odd
   static constexpr bool kLate = kBytes && kBits == 8;  // words are the windows: replaced as they have been used
-  static constexpr bool kPermuteHere = kBits > 4;      // fewer bits leave registers for both pieces of all steps
+  // Few bits and columns leave registers for both pieces of all steps.
+  static constexpr bool kPermuteHere = kBits > 4 || kTokenTiles > 1;
   static constexpr int kRows = kTileRows;
   static constexpr int kPartialStride = kRows + 4;
   static constexpr int kTableOffset = kBytes ? 0 : kShape.byte_tables_bytes() / 2;
@@ -98,14 +99,16 @@ __device__ __forceinline__ TrellisRole make_trellis_role(const GemvParams& p, in
 //   store   a rotated chunk -> shared memory
 //   load    the x fragments of unit u
 //   begin   a unit: what comes before its first step
-//   step    step 4 j + i of unit u
+//   step    step s of unit u
 //   flush   multiplies the sums of a segment with their scales
 //   write   the sums of a row tile -> partials
 template <typename Config>
 struct ByteProducts {
-  uint32_t x[Config::kUnits][kRunSteps];
-  int acc[2][4] = {};
-  float sum[2] = {};
+  static constexpr int kTiles = Config::kTokenTiles;
+  static constexpr int kChains = kTiles == 1 ? 2 : 1;
+  uint32_t x[kTiles][Config::kUnits][kRunSteps];
+  int acc[kTiles][kChains][4] = {};
+  float sum[kTiles][2] = {};
 
   static __device__ __forceinline__ void store(const float (&y)[4][2][4], uint8_t* xs, int row, int chunk, int chunks,
                                                float* scale, int lane) {
@@ -113,59 +116,69 @@ struct ByteProducts {
     store_digits(y, hi, hi + plane_bytes(chunks), scale, lane);
   }
   __device__ __forceinline__ void load(const GemvParams& p, const uint8_t* xs, const TrellisRole& role, int u) {
-    // Rows beyond m: the sums of any other row do.
-    const uint8_t* from =
-        xs + min(role.lane / 4, 2 * p.m - 1) * plane_bytes(p.chunks) + role.lane % 4 * 16 + role.first_column + u * 256;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint4 v = *reinterpret_cast<const uint4*>(from + j * 64);
-      x[u][4 * j] = v.x;
-      x[u][4 * j + 1] = v.y;
-      x[u][4 * j + 2] = v.z;
-      x[u][4 * j + 3] = v.w;
+    for (int t = 0; t < kTiles; ++t) {  // rows beyond m: the sums of any other row do
+      const uint8_t* from = xs + min(8 * t + role.lane / 4, 2 * p.m - 1) * plane_bytes(p.chunks) + role.lane % 4 * 16 +
+                            role.first_column + u * 256;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from + j * 64);
+        x[t][u][4 * j] = v.x;
+        x[t][u][4 * j + 1] = v.y;
+        x[t][u][4 * j + 2] = v.z;
+        x[t][u][4 * j + 3] = v.w;
+      }
     }
   }
   __device__ __forceinline__ void begin(const RunWindows<Config::kBits> (& /*rows*/)[2], const uint8_t* /*table*/,
                                         uint32_t /*offset*/) {}
-  __device__ __forceinline__ void step(const RunWindows<Config::kBits> (&rows)[2], int u, int i, int j,
-                                       const uint8_t* table, uint32_t offset) {
+  __device__ __forceinline__ void step(const RunWindows<Config::kBits> (&rows)[2], int u, int s, const uint8_t* table,
+                                       uint32_t offset) {
     uint32_t a[4];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      a[r] = look_up(table, byte_address(rows[r].even[i], j, offset));
-      a[2 + r] = look_up(table, byte_address(rows[r].odd[i], j, offset));
-    }
-    mma_m16n8k32(acc[j % 2], a, x_operand<Config::kShift, Config::kPermuteHere>(x[u], 4 * j + i));
+    for (int j = 0; j < 4; ++j) a[j] = look_up(table, byte_address(rows[j % 2].word_of(2 * s + j / 2), s % 4, offset));
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+      mma_m16n8k32(acc[t][s % kChains], a, x_operand<Config::kShift, Config::kPermuteHere>(x[t][u], s));
   }
   // x_scales: of the chunk, row by row.
   __device__ __forceinline__ void flush(const GemvParams& p, float s0, float s1, const float* x_scales, int lane) {
-    const float x_scale = x_scales[min(lane % 4, p.m - 1) * p.chunks];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float hi = static_cast<float>(acc[0][2 * r] + acc[1][2 * r]);
-      const float lo = static_cast<float>(acc[0][2 * r + 1] + acc[1][2 * r + 1]);
-      sum[r] = fmaf(fmaf(256.0f, hi, lo) * x_scale, r == 0 ? s0 : s1, sum[r]);
+    for (int t = 0; t < kTiles; ++t) {
+      const float x_scale = x_scales[min(4 * t + lane % 4, p.m - 1) * p.chunks];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        int digits[2] = {};
+#pragma unroll
+        for (int c = 0; c < kChains; ++c) {
+          digits[0] += acc[t][c][2 * r];
+          digits[1] += acc[t][c][2 * r + 1];
+          acc[t][c][2 * r] = acc[t][c][2 * r + 1] = 0;
+        }
+        const float value = fmaf(256.0f, static_cast<float>(digits[0]), static_cast<float>(digits[1]));
+        sum[t][r] = fmaf(value * x_scale, r == 0 ? s0 : s1, sum[t][r]);
+      }
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0;
   }
   __device__ __forceinline__ void write(const GemvParams& p, float* out, int lane) {
-    const int token = lane % 4;
-    if (token < p.m) {
-      out[token * Config::kPartialStride + lane / 4] = sum[0];
-      out[token * Config::kPartialStride + lane / 4 + 8] = sum[1];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const int token = 4 * t + lane % 4;
+      if (token < p.m) {
+        out[token * Config::kPartialStride + lane / 4] = sum[t][0];
+        out[token * Config::kPartialStride + lane / 4 + 8] = sum[t][1];
+      }
+      sum[t][0] = sum[t][1] = 0;
     }
-    sum[0] = sum[1] = 0;
   }
 };
 
 template <typename Config>
 struct HalfProducts {
   static constexpr int kTiles = Config::kTokenTiles;
-  static constexpr int kChains = kTiles == 1 ? 2 : 1;
   uint2 x[kTiles][Config::kUnits][kRunSteps];
   uint32_t before[Config::kShift][2];  // entries of the last windows, the oldest first
-  float acc[kChains][kTiles][4] = {};
+  float acc[kTiles][4] = {};
   float sum[kTiles][4] = {};
 
   static __device__ __forceinline__ void store(const float (&y)[4][2][4], uint8_t* xs, int row, int chunk, int chunks,
@@ -193,9 +206,8 @@ struct HalfProducts {
       for (int r = 0; r < 2; ++r) before[i][r] = entry(rows[r], 2 * kRunSteps - Config::kShift + i, table, offset);
     }
   }
-  __device__ __forceinline__ void step(const RunWindows<Config::kBits> (&rows)[2], int u, int i, int j,
-                                       const uint8_t* table, uint32_t offset) {
-    const int s = 4 * j + i;
+  __device__ __forceinline__ void step(const RunWindows<Config::kBits> (&rows)[2], int u, int s, const uint8_t* table,
+                                       uint32_t offset) {
     uint32_t a[4];
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
@@ -209,7 +221,7 @@ struct HalfProducts {
       }
     }
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) mma_m16n8k16<__half>(acc[s % kChains][t], a, x[t][u][s]);
+    for (int t = 0; t < kTiles; ++t) mma_m16n8k16<__half>(acc[t], a, x[t][u][s]);
   }
   __device__ __forceinline__ void flush(const GemvParams& p, float s0, float s1, const float* x_scales, int lane) {
 #pragma unroll
@@ -217,10 +229,8 @@ struct HalfProducts {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float x_scale = x_scales[min(t * 8 + lane % 4 * 2 + i % 2, p.m - 1) * p.chunks];
-        const float value = kChains == 2 ? acc[0][t][i] + acc[kChains - 1][t][i] : acc[0][t][i];
-        sum[t][i] = fmaf(value * x_scale, i < 2 ? s0 : s1, sum[t][i]);
-#pragma unroll
-        for (int c = 0; c < kChains; ++c) acc[c][t][i] = 0;
+        sum[t][i] = fmaf(acc[t][i] * x_scale, i < 2 ? s0 : s1, sum[t][i]);
+        acc[t][i] = 0;
       }
     }
   }
@@ -239,8 +249,7 @@ struct HalfProducts {
  private:
   static __device__ __forceinline__ uint32_t entry(const RunWindows<Config::kBits>& row, int window,
                                                    const uint8_t* table, uint32_t offset) {
-    const int s = window / 2;
-    return look_up(table, byte_address(window % 2 == 0 ? row.even[s % 4] : row.odd[s % 4], s / 4, offset));
+    return look_up(table, byte_address(row.word_of(window), window / 2 % 4, offset));
   }
 };
 
@@ -266,11 +275,11 @@ __device__ __forceinline__ void multiply_unit(const GemvParams& p, UnitWords<Con
                                              RunWindows<Config::kBits>([&](int i) { return words.word(1, i); })};
   if constexpr (!Config::kLate) replace(-1);
   products.begin(rows, table, offset);
-  if constexpr (Config::kBytes) {  // exact sums: any order of steps, so that words become free early
+  if constexpr (Config::kBytes) {  // words become free early
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) products.step(rows, u, i, j, table, offset);
+      for (int j = 0; j < 4; ++j) products.step(rows, u, 4 * i + j, table, offset);
       if constexpr (Config::kLate) {
         if (i % 2 == 1) {
           replace(i / 2);
@@ -285,7 +294,7 @@ __device__ __forceinline__ void multiply_unit(const GemvParams& p, UnitWords<Con
       const int block = 4 * u + j;
       if (!Config::kRegular && block >= role.blocks) break;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) products.step(rows, u, i, j, table, offset);
+      for (int i = 0; i < 4; ++i) products.step(rows, u, 4 * j + i, table, offset);
       if (Config::kRegular || (role.ends >> block & 1) == 0) continue;
       products.flush(p, half_bits(scales.raw[0]) * p.norm, half_bits(scales.raw[1]) * p.norm,
                      x_scales + (role.first_column + block * kMinBlock) / kChunk, role.lane);
@@ -379,11 +388,12 @@ __global__ void __launch_bounds__(512, 1) gemv_trellis_kernel(const __grid_const
   uint32_t parity = 0;
   for (int round = 0; round < part.rounds; round += p.batch, parity ^= 1) {
     const int rounds = min(p.batch, part.rounds - round);
+    float* out = partials + warp * p.m * Config::kPartialStride;
     for (int slot = 0; slot < rounds; ++slot) {
       const int left = count - 1 - (round + slot);  // row tiles after this one
       if (left >= 0) {
         RowPairScales scales = next_scales;
-        next_scales.at += static_cast<long long>(stride) * p.row_groups_of_scales * kTileRows;
+        next_scales.at += part.scales_step;
         if (left > 0) next_scales.load();
         const uint8_t* next = at + to_next;
 #pragma unroll
@@ -403,7 +413,8 @@ __global__ void __launch_bounds__(512, 1) gemv_trellis_kernel(const __grid_const
         }
         at = next;
       }
-      products.write(p, partials + (slot * warps + warp) * p.m * Config::kPartialStride, lane);
+      products.write(p, out, lane);
+      out += warps * p.m * Config::kPartialStride;
     }
     reduce_batch<Config>(p, part, reduction, round, rounds, stride, parity);
   }

@@ -5,6 +5,7 @@
 #include "higgs/cuda/ops.h"
 #include "launch.h"
 #include "numeric.cuh"
+#include "trellis.cuh"
 #include "trellis_table.h"
 
 namespace higgs::cuda {
@@ -26,11 +27,13 @@ __global__ void table_kernel(const __grid_constant__ Points points, FieldShape f
   if (field.quads()) bytes[i] = static_cast<int8_t>(__float2int_rn(__half2float(point) / kQuadStep));
 }
 
-// The tables of a trellis: T1, T2 in signed bytes, and T1 + 128, 128 - T2 (trellis.cuh).
+// The tables of a trellis: T1, T2 in signed bytes, and T1 + 128, 128 - T2, in the order of trellis.cuh.
 __global__ void trellis_table_kernel(const __grid_constant__ TrellisTable trellis, uint8_t* bytes) {
-  const int i = static_cast<int>(threadIdx.x);
+  const int window = static_cast<int>(threadIdx.x);
+  int i = 0;
+  for (int b = 0; b < 8; ++b) i |= (window >> b & 1) << window_bit(trellis.bits, b);
   for (int c = 0; c < 4; ++c) {
-    const int value = static_cast<int8_t>(trellis.entries[i] >> (8 * c) & 0xff);
+    const int value = static_cast<int8_t>(trellis.entries[window] >> (8 * c) & 0xff);
     bytes[4 * i + c] = static_cast<uint8_t>(value);
     bytes[1024 + 4 * i + c] = static_cast<uint8_t>(c < 2 ? value + 128 : 128 - value);
   }

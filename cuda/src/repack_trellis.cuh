@@ -33,12 +33,14 @@ __global__ void repack_trellis_kernel(const TiledLayer layer, const uint8_t* ind
 #pragma unroll
       for (int s = 0; s < kRunSteps; ++s) {
         const int position = (2 * step_of_unit(s, run.steps / 2) + kShape.shift) * Bits;
-        words[s % 4] |= run.window(position) << (s / 4 * 8);
+        const uint32_t window = run.window(position);
+#pragma unroll
+        for (int b = 0; b < 8; ++b) words[s / 4] |= (window >> b & 1u) << (s % 4 * 8 + window_bit(Bits, b));
         const uint32_t rest = Bits > 4 ? run.window(position + 8) : 0;
 #pragma unroll
         for (int b = 0; b < 2 * Bits - 8; ++b) {
-          const RestPlace place = rest_place<Bits>(s % 4, b);
-          words[kRunWords + place.word] |= (rest >> b & 1u) << (s / 4 * 8 + place.bit);
+          const RestPlace place = rest_place<Bits>(s / 4, b);
+          words[kRunWords + place.word] |= (rest >> b & 1u) << (s % 4 * 8 + place.bit);
         }
       }
     }
@@ -81,8 +83,8 @@ __global__ void unrepack_trellis_kernel(const TiledLayer layer, const uint32_t* 
       const int s = position / (2 * Bits);
       const int in_step = position % (2 * Bits);
       const RestPlace place =
-          in_step < 8 ? RestPlace{s % 4 - kRunWords, in_step} : rest_place<Bits>(s % 4, in_step - 8);
-      byte |= (words[kRunWords + place.word] >> (s / 4 * 8 + place.bit) & 1u) << b;
+          in_step < 8 ? RestPlace{s / 4 - kRunWords, window_bit(Bits, in_step)} : rest_place<Bits>(s / 4, in_step - 8);
+      byte |= (words[kRunWords + place.word] >> (s % 4 * 8 + place.bit) & 1u) << b;
     }
     out[i] = static_cast<uint8_t>(byte);
   }

@@ -6,14 +6,11 @@
 // meets two pieces of x at once in the integer MMA: that of step i and that of step i + Shift. So decoding two weights
 // is one look-up, like for a vector grid.
 //
-// Words. The windows of even steps 2 s lie in whole bytes: byte j of word `even[i]`, s = 4 j + i. Those of odd steps
-// are put together for four steps at a time, in word `odd[i]`:
-//
-//   low 8 - Bits bits     the upper bits of the even window before
-//   2 Bits - 8 bits       stored: `rest`
-//   upper 8 - Bits bits   the lower bits of the even window after
-//
-// The word after even[3] is even[0] with its bytes rotated: the stream is circular.
+// Words. The windows of even steps 2 s lie in whole bytes, in order: byte s % 4 of word `even[s / 4]`. Odd windows are
+// put together four at a time, in the same places of `odd`: a window shares 8 - Bits bits with the one before, its
+// lowest, and as many with the one after, its highest. In the byte the lowest are bits 0.. and the highest are bits 4..
+// (window_bit; entries of the table are in that order), so that one shift of the even words by 4 brings both there. The
+// 2 Bits - 8 bits between them are stored: `rest`. The word after even[3] is even[0]: the stream is circular.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,71 +29,70 @@ inline constexpr int kTrellisColumns = 256;
 
 constexpr uint32_t bytes_of(uint32_t b) { return b * 0x01010101u; }
 
-// Where bit b of the rest of step s = 4 j + i is among the rest words of a row: bit 8 j + `bit` of word `word`.
+// Where bit b of a window is in its byte.
+__host__ __device__ constexpr int window_bit(int bits, int b) {
+  const int shared = 8 - bits;
+  const int half = 4 - shared;  // of the middle
+  if (b < shared) return b;
+  if (b >= bits) return b - bits + 4;
+  return b < shared + half ? b : b - half + 4;
+}
+
+// Where bit b of the rest of step s = 4 i + j is among the rest words of a row: bit 8 j + `bit` of word `word`.
 struct RestPlace {
   int word;
   int bit;
 };
 template <int Bits>
 __host__ __device__ constexpr RestPlace rest_place(int i, int b) {
-  if (Bits == 8) return {i, b};
-  if (Bits == 7) return i < 3 ? RestPlace{i, b} : RestPlace{b / 2, 6 + b % 2};
-  if (Bits == 6) return {i / 2, i % 2 * 4 + b};
-  return {0, i * 2 + b};  // 5
-}
-
-// Bits of v's bytes [from, from + count) to [to, ..), the others undefined.
-template <int From, int To>
-__device__ __forceinline__ uint32_t move_bits(uint32_t v) {
-  if constexpr (From == To)
-    return v;
-  else if constexpr (From > To)
-    return v >> (From - To);
-  else
-    return v << (To - From);
+  const int bit = window_bit(Bits, 8 - Bits + b);
+  if (Bits == 8) return {i, bit};
+  if (Bits == 7) return i < 3 ? RestPlace{i, bit} : RestPlace{bit % 4 - 1, bit / 4 * 4};
+  if (Bits == 6) return {i / 2, bit - i % 2 * 2};
+  return {0, bit - i};  // 5
 }
 
 // Windows of one row of a unit, from its words: four even words, then the rest.
 template <int Bits>
 struct RunWindows {
   static_assert(Bits >= 4 && Bits <= 8);
-  static constexpr int kRest = Bits - 4;
   uint32_t even[kRunWords];
   uint32_t odd[kRunWords];
 
   // word(i): word i of the row
   template <typename Word>
   __device__ __forceinline__ explicit RunWindows(const Word& word) {
+    constexpr uint32_t kShared = bytes_of(((1 << (8 - Bits)) - 1) * 0x11);
 #pragma unroll
     for (int i = 0; i < kRunWords; ++i) even[i] = word(i);
 #pragma unroll
     for (int i = 0; i < kRunWords; ++i) {
-      const uint32_t after = i < 3 ? even[i + 1] : __byte_perm(even[0], 0, 0x0321);
-      odd[i] = assemble(i, after, word);
+      const uint32_t shared = __funnelshift_r(even[i], even[(i + 1) % kRunWords], 4);
+      if constexpr (Bits == 4) {
+        odd[i] = shared;
+      } else if constexpr (Bits == 8) {
+        odd[i] = word(4 + i);
+      } else {
+        odd[i] = select(kShared, shared, rest(i, word));
+      }
     }
+  }
+  // Window `window` of 32: byte step % 4 of this word, where step = window / 2.
+  [[nodiscard]] __device__ __forceinline__ uint32_t word_of(int window) const {
+    return window % 2 == 0 ? even[window / 8] : odd[window / 8];
   }
 
  private:
+  // The middle of odd windows, other bits undefined.
   template <typename Word>
-  __device__ __forceinline__ uint32_t assemble(int i, uint32_t after, const Word& word) const {
-    if constexpr (Bits == 8) {
-      return word(4 + i);
+  static __device__ __forceinline__ uint32_t rest(int i, const Word& word) {
+    if constexpr (Bits == 5) {
+      return word(4) << i;
+    } else if constexpr (Bits == 6) {
+      return word(4 + i / 2) << (i % 2 * 2);
     } else {
-      constexpr uint32_t kLow = bytes_of(0xff >> Bits);          // 8 - Bits bits
-      constexpr uint32_t kHigh = bytes_of(0xff << Bits & 0xff);  // 8 - Bits bits
-      const uint32_t ends = select(kLow, even[i] >> Bits, after << Bits);
-      if constexpr (Bits == 4) {
-        return ends;
-      } else {
-        uint32_t middle = 0;
-        if constexpr (Bits == 5) middle = i < 2 ? word(4) << (3 - 2 * i) : word(4) >> (2 * i - 3);
-        if constexpr (Bits == 6) middle = i % 2 == 0 ? word(4 + i / 2) << 2 : word(4 + i / 2) >> 2;
-        if constexpr (Bits == 7) {
-          middle = i < 3 ? word(4 + i) << 1
-                         : select(bytes_of(0x06), word(4) >> 5, select(bytes_of(0x18), word(5) >> 3, word(6) >> 1));
-        }
-        return select(kLow | kHigh, ends, middle);
-      }
+      if (i < 3) return word(4 + i);
+      return select(bytes_of(0x22), word(4) << 1, select(bytes_of(0x44), word(5) << 2, word(6) << 3));
     }
   }
 };
@@ -148,14 +144,12 @@ struct TrellisWindows {
   // Window `window` of 32.
   template <typename SharedTable>
   __device__ __forceinline__ uint32_t entry(int window, int r, SharedTable table, uint32_t offset) const {
-    const int step = window / 2;
-    const uint32_t word = window % 2 == 0 ? rows[r].even[step % 4] : rows[r].odd[step % 4];
-    return look_up(table, byte_address(word, step / 4, offset));
+    return look_up(table, byte_address(rows[r].word_of(window), window / 2 % 4, offset));
   }
 };
 
 // A decoder as those of decode.cuh, from the table with offsets, steps in order; in multiples of WindowPair's kUnit.
-// Instructions for two weights: PRMT LDS, 3 (fp16) or 4 (bf16) for the sum, 0.2-0.6 to put odd windows together.
+// Instructions for two weights: PRMT LDS, 3 (fp16) or 4 (bf16) for the sum, 0.1-0.4 to put odd windows together.
 template <int Bits>
 struct TrellisDecoder : TrellisWindows<Bits> {
   static constexpr int kShift = trellis_shift(Bits);
