@@ -186,26 +186,33 @@ struct SearchOne {
 };
 
 // --- 4 bits, shift 2: 4096 states of three nibbles n0 n1 n2; a step forgets n0 and adds n3 ---------------------------
-// The nibble that was forgotten is kept in the lowest bits of a cost, so that the least cost also names it.
+// The nibble that was forgotten is kept in the lowest bits of a cost, so that the least cost also names it. A thread
+// has n2, n3 and a quarter of the n1: shared memory holds one run, whose threads have to hide each other's latencies.
 struct SearchTwo {
-  static constexpr int kThreads = 256;
+  static constexpr int kParts = 4;  // of the n1
+  static constexpr int kThreads = kParts * kPieces;
+  static constexpr int kOwn = 16 / kParts;
   static constexpr int kRow = 260;  // of 256 costs with the same n2; a row ahead is four banks ahead
 
   alignas(16) int entry[2][16 * kRow];  // [n2][n1][n0]: 16 (least cost of a path to the state + of lo of the step) + n0
   alignas(16) int slope[kPieces];       // 128 lo of piece n0 | n1 << 4
-  uint2 back[kMaxSteps][kPieces];       // [step][n2 | n3 << 4]: nibble n1 is n0 of the best path to state n1 n2 n3
+  uint16_t back[kMaxSteps][kParts][kPieces];  // [step][n1 / 4][n2 | n3 << 4]: nibble n1 % 4 is n0 of the best path to
+                                              // state n1 n2 n3
   int start;
   uint8_t nibble[kMaxSteps];  // n0 of the state before each step
 
-  __device__ __forceinline__ void set_up(const Tables& t) { slope[threadIdx.x] = scaled_pair(128, t.lo[threadIdx.x]); }
+  __device__ __forceinline__ void set_up(const Tables& t) {
+    if (threadIdx.x < kPieces) slope[threadIdx.x] = scaled_pair(128, t.lo[threadIdx.x]);
+  }
 
   // As in SearchOne.
   __device__ void sweep(const Tables& t, const RunInput& run, int from, int steps, int kept, int from_state) {
-    const int n2 = threadIdx.x / 16;
+    const int part = threadIdx.x / kPieces;
+    const int n2 = threadIdx.x % kPieces / 16;
     const int n3 = threadIdx.x % 16;
     const char2 hi = t.hi[n2 | n3 << 4];
     const int h = byte_pair(hi);
-    for (int i = 0; i < 16; ++i) {  // states i n2 n3
+    for (int i = part * kOwn; i < (part + 1) * kOwn; ++i) {  // states i n2 n3
       const int number = i | n2 << 4 | n3 << 8;
       const int cost = from_state < 0 || from_state == number ? 0 : kNever;
       entry[0][n3 * kRow + n2 * 16 + i] = 16 * (cost + own_cost(t.lo[i | n2 << 4], run.x[from])) + i;
@@ -218,9 +225,10 @@ struct SearchTwo {
       int* to = entry[(s + 1) % 2] + n3 * kRow + n2 * 16;
       const int of_hi = own_cost(hi, run.x[at]);
       const bool last = s + 1 == steps;
-      uint32_t nibbles[2] = {};
+      uint32_t nibbles = 0;
 #pragma unroll
-      for (int n1 = 0; n1 < 16; ++n1) {
+      for (int i = 0; i < kOwn; ++i) {
+        const int n1 = part * kOwn + i;
         int least = 0x7fffffff;
 #pragma unroll
         for (int n0 = 0; n0 < 16; n0 += 4) {
@@ -229,11 +237,11 @@ struct SearchTwo {
           least = min(least, min(min(__dp2a_lo(a.x, h, e.x), __dp2a_lo(a.y, h, e.y)),
                                  min(__dp2a_lo(a.z, h, e.z), __dp2a_lo(a.w, h, e.w))));
         }
-        nibbles[n1 / 8] |= static_cast<uint32_t>(least & 15) << (n1 % 8 * 4);
+        nibbles |= static_cast<uint32_t>(least & 15) << (4 * i);
         const int cost = (least >> 4) + of_hi;
         to[n1] = last ? cost : 16 * (cost + own_cost(t.lo[n1 | n2 << 4], run.x[next])) + n1;
       }
-      if (s >= kept) back[s - kept][n2 | n3 << 4] = make_uint2(nibbles[0], nibbles[1]);
+      if (s >= kept) back[s - kept][part][n2 | n3 << 4] = static_cast<uint16_t>(nibbles);
       at = next;
       __syncthreads();
     }
@@ -247,9 +255,8 @@ struct SearchTwo {
   // One thread: the best path into `state`, back to step `kept`.
   __device__ int trace(const RunInput& run, int from, int steps, int kept, int state) {
     for (int s = steps - 1; s >= kept; --s) {
-      const uint2 n = back[s - kept][state >> 4];
       const int n1 = state & 15;
-      state = (state << 4 & 0xfff) | ((n1 < 8 ? n.x : n.y) >> (n1 % 8 * 4) & 15);
+      state = (state << 4 & 0xfff) | (back[s - kept][n1 / kOwn][state >> 4] >> (n1 % kOwn * 4) & 15);
       nibble[run.cyclic(run.cyclic(from + s))] = static_cast<uint8_t>(state & 15);
     }
     return state;
