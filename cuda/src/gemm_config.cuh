@@ -67,7 +67,8 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kWindow = Weights::kLoads / (kHalf ? 2 : 1);
 
   // Steps of 16 columns whose products are one group of wgmmas: the operands of two groups are in registers.
-  static constexpr int kGroupSteps = kIntegers && kWarpgroups == 4 ? kBlockSteps / 2 : kBlockSteps;
+  static constexpr int kGroupSteps =
+      kIntegers && kWarpgroups == 4 && Weights::kLoads > 5 ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
   static constexpr int kStagingTokens = N_ < 64 ? N_ : N_ == 256 ? 32 : 64;

@@ -116,14 +116,15 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   return p;
 }
 
-// More than 8 rows of x cost the decode kernel twice the loads of x: on large layers the GEMM is faster.
+// More than 8 rows of x cost the decode kernel twice the loads of x: on large layers the GEMM is faster, of trellises
+// on smaller ones, too.
 bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts, const DeviceProperties& device) {
-  constexpr std::int64_t kLarge = std::int64_t{1} << 26;  // weights
   const LayerFormat& f = parts[0].weights.format;
   if (m > kMaxDecodeRows || !supports_block(f.block)) return true;
+  const std::int64_t large = std::int64_t{1} << (f.grid->trellis != nullptr ? 25 : 26);  // weights
   std::int64_t rows = 0;
   for (const LinearPart& part : parts) rows += part.weights.format.n;
-  return m > kMaxDecodeRows / 2 && rows * f.k > kLarge && has_wgmma(device);
+  return m > kMaxDecodeRows / 2 && rows * f.k > large && has_wgmma(device);
 }
 
 GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> parts) {
