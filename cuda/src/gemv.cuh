@@ -13,13 +13,16 @@
 //
 // The main loop has no barrier: weights go from global memory to registers in 16-byte loads, a register being reloaded
 // with the next words as soon as it has been consumed. Partial sums are reduced every `batch` row blocks. There are
-// three loops (gemv_config.cuh). All are bound by the load unit, which spends about a cycle on each 128 bytes of table,
+// four loops (gemv_config.cuh). All are bound by the load unit, which spends about a cycle on each 128 bytes of table,
 // x and (twice that) weights:
 //
 //   held     x fragments of the slice stay in registers: the fewest loads, but a CTA fills a multiprocessor
 //   paired   x fragments come from shared memory, each for two row tiles: for m > 8, and for small layers, where half
 //            a multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
 //            wait in griddepcontrol.wait for x
+//   streamed as held, for m <= 2 at 3 bits: weights come by bulk copies (gemv_streamed.cuh), and x of four MMA steps
+//   are
+//            the columns of one B operand
 //   general  slices that are not full, or several scale groups in one
 //
 // Halves or bytes. Where a look-up yields four weights (quads) it yields them as bytes in held and paired loops: 128
@@ -32,6 +35,7 @@
 //
 // Shared memory: Table::kTableBytes
 //   + 16 + 4 * inbox_floats          sums sent by the other CTAs of the cluster
+//   + kRingStages * warps * ring_place_bytes   weights, streamed
 //   + SharedX                        rotated x
 //   + batch * warps * m * 4 * kPartialStride   partial sums of a row block
 #pragma once
@@ -41,6 +45,7 @@
 #include "gemv_operands.cuh"
 #include "gemv_params.h"
 #include "gemv_reduce.cuh"
+#include "gemv_streamed.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
 #include "rotate_x.cuh"
@@ -162,6 +167,9 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
 template <typename Config>
 __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads)
     gemv_kernel(const __grid_constant__ GemvParams p) {
+#if __CUDA_ARCH__ < 900
+  if constexpr (Config::kStreamed) return;  // no bulk copies
+#endif
   using T = typename Config::T;
   using Table = typename Config::Table;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -193,13 +201,22 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   blocks.count = role.units > 0 ? part.rounds - (row_block + (part.rounds - 1) * stride >= all_blocks ? 1 : 0) : 0;
   blocks.odd = row_tiles % 2 != 0 && row_block + (blocks.count - 1) * stride == all_blocks - 1;
 
-  WordWindow<Config> words = {};
-  const int iterations = Config::kPaired ? p.iterations : 1;
-  words.left = blocks.count * iterations - 1;
-  words.to_second = blocks.second(0) * p.tile_bytes;
   const uint8_t* first = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
                          role.slice * p.slice_bytes + static_cast<long long>(row_block) * Config::kTiles * p.tile_bytes;
-  words.at = first + lane * 16;
+  const int iterations = Config::kPaired ? p.iterations : 1;
+  constexpr int kInboxOffset = Table::kTableBytes + 16;
+  auto words = [&] {
+    if constexpr (Config::kStreamed) {
+      return StreamedWeights<Config>(shared + kInboxOffset + p.inbox_floats * sizeof(float), warp,
+                                     p.cta_slices * p.cta_row_groups, lane, first, part.to_next_block, blocks.count);
+    } else {
+      WordWindow<Config> window = {};
+      window.left = blocks.count * iterations - 1;
+      window.to_second = blocks.second(0) * p.tile_bytes;
+      window.at = first + lane * 16;
+      return window;
+    }
+  }();
   TileScales<Config> scales[Config::kTiles];
   const auto* scale =
       reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
@@ -212,14 +229,18 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
     }
     scale += part.scales_step;
   };
-  if (blocks.count > 0) {
+  if constexpr (Config::kStreamed) {
+    words.fill();
+  } else {
+    if (blocks.count > 0) {
 #pragma unroll
-    for (int i = 0; i < Config::kWindow; ++i) {
+      for (int i = 0; i < Config::kWindow; ++i) {
 #pragma unroll
-      for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, words.at, role);
+        for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, words.at, role);
+      }
     }
+    if (blocks.odd && words.left <= iterations) words.to_second = 0;
   }
-  if (blocks.odd && words.left <= iterations) words.to_second = 0;
   if (blocks.count > 0) load_scales(0);
   const int warps = p.cta_slices * p.cta_row_groups;
   // While some warps rotate x the others, if there are enough of them, fill the table.
@@ -229,7 +250,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
 
   auto* barrier = reinterpret_cast<uint64_t*>(shared + Table::kTableBytes);
   auto* inbox = reinterpret_cast<float4*>(barrier + 2);
-  const SharedX<Config> xs(reinterpret_cast<float*>(inbox) + p.inbox_floats, p.m, p.chunks);
+  float* behind = reinterpret_cast<float*>(inbox) + p.inbox_floats;
+  if constexpr (Config::kStreamed) behind = reinterpret_cast<float*>(words.end());
+  const SharedX<Config> xs(behind, p.m, p.chunks);
   if (p.cluster > 1) {
     if (threadIdx.x == 0) mbarrier_init(barrier);
     __syncthreads();
@@ -248,12 +271,16 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   for (int t = 0; t < Config::kTokenTiles; ++t) {
     // Rows beyond m: the sums of any other row do.
     const int last = p.m * Config::kDigits - 1;
-    x.needed[t] = t * 8 + lane / 4 <= last;
-    const uint8_t* row = xs.row(min(t * 8 + lane / 4, last));
+    x.needed[t] = t * 8 + lane / 4 / Config::kSpread <= last;
+    const uint8_t* row = xs.row(min(t * 8 + lane / 4 / Config::kSpread, last));
     x.from[t] = row + first_column * (2 / Config::kDigits) + lane % 4 * 16;
+    if constexpr (Config::kSpread > 1) {  // a column for each of the steps, two in a piece
+      x.from[t] += lane / 4 % Config::kSpread / 2 * XFragments<Config>::kPieceBytes + lane / 4 % 2 * 8;
+    }
   }
   if (role.units > 0) x.hold();
   auto* partials = reinterpret_cast<float*>(xs.end(p.m));
+  if constexpr (Config::kStreamed) words.start(shared, Config::Decoder::lane_offset(lane));
   const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
   const uint32_t offset = Config::kBytes ? lane * 4 : Config::Decoder::lane_offset(lane);
   uint32_t parity = 0;
@@ -263,18 +290,22 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
       BlockSums<Config> sums;
       if (round + slot < blocks.count) {
         if (round + slot > 0) load_scales(round + slot);  // they are needed last
+        if constexpr (Config::kStreamed) {
+          words.multiply(x, sums);
+        } else {
 #pragma unroll 1
-        for (int i = 0; i < iterations; ++i) {
-          const uint8_t* next = words.next(part, iterations);
-          multiply<Config>(words, next, role, scales, shared, offset, p.norm, x, sums);
-          words.advance(next, blocks, iterations);
-          x.move(1);
-          if constexpr (Config::kBytes) {
-            const int chunk = (first_column + i * Config::kUnits * kUnitColumns) / kChunk;
-            sums.flush(scales, 0, p.norm, xs.scales_of(chunk, p.m, lane), lane);
+          for (int i = 0; i < iterations; ++i) {
+            const uint8_t* next = words.next(part, iterations);
+            multiply<Config>(words, next, role, scales, shared, offset, p.norm, x, sums);
+            words.advance(next, blocks, iterations);
+            x.move(1);
+            if constexpr (Config::kBytes) {
+              const int chunk = (first_column + i * Config::kUnits * kUnitColumns) / kChunk;
+              sums.flush(scales, 0, p.norm, xs.scales_of(chunk, p.m, lane), lane);
+            }
           }
+          x.move(-iterations);
         }
-        x.move(-iterations);
         if constexpr (Config::kRegular && !Config::kBytes) sums.flush(scales, 0, p.norm, {}, lane);
       }
       sums.write(partials + (slot * warps + warp) * p.m * Config::kPartialStride, p.m, lane);

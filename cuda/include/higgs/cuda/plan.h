@@ -39,6 +39,14 @@ constexpr int held_window(FieldShape s) noexcept {
 }
 constexpr bool holds_x(FieldShape s) noexcept { return 16 * s.max_units() + 4 * held_window(s) <= 80; }
 
+// The streamed loop (gemv_streamed.cuh): for up to two rows of x, weights come by bulk copies. A warp has a ring of its
+// own in shared memory, of so many pieces with a barrier each; a piece is what it has in registers, too.
+inline constexpr int kStreamedRows = 2;
+inline constexpr int kRingStages = 2;
+constexpr int ring_place_bytes(FieldShape s) noexcept { return held_window(s) * 16 * kLanes + 16; }
+// Whether there is such a loop: where it was measured to win, at 3 bits. At 4 bits it does not.
+constexpr bool streams_weights(FieldShape s) noexcept { return s.weights == 2 && s.bits == 6; }
+
 // Units of 256 columns in a warp's slice of a trellis: x for 16 rows takes twice the registers.
 constexpr int trellis_slice_units(int rows, bool regular) noexcept { return regular && rows <= 8 ? 2 : 1; }
 
@@ -66,10 +74,11 @@ struct LaunchPlan {
   bool regular = false;  // all slices full and inside one scale group: the instances without tail code
   bool paired = false;  // regular, and fragments of x come from shared memory, each for two row tiles: m > 8, and small
                         // layers, as the CTAs of the next kernel then find room beside these
-  bool whole = false;   // a CTA may take all of a multiprocessor; otherwise two of 256 threads find room
-  int units = 0;        // of a warp's slice: as in the layout, or a multiple of iteration_units
-  int slices = 0;       // per CTA
-  int row_groups = 0;   // row blocks in flight per CTA
+  bool streamed = false;  // not paired, and weights come through shared memory
+  bool whole = false;     // a CTA may take all of a multiprocessor; otherwise two of 256 threads find room
+  int units = 0;          // of a warp's slice: as in the layout, or a multiple of iteration_units
+  int slices = 0;         // per CTA
+  int row_groups = 0;     // row blocks in flight per CTA
   int cluster = 1;
   int k_launches = 1;    // > 1: k is too long for one cluster; partial sums go through the workspace
   int rounds = 0;        // row blocks per warp
