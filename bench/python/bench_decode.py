@@ -114,7 +114,7 @@ class Decoder:
         if cuda and not compiled:
             torch.cuda.synchronize()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 self.step()
 
     def step(self) -> None:

@@ -3,17 +3,21 @@
     python bench/python/bench_tensor_parallel.py --shape 70b --layers 16 --grid p2_n256 --ranks 1 2
     python bench/python/bench_tensor_parallel.py --model novels-29M --block 256 --ranks 1 2
 
-Makes and quantizes the model (random weights, or those of ``--model``), saves it and lets torchrun load it in as many
-ranks; prints milliseconds of a decoding step (static cache; eager code captured as one CUDA graph, NCCL included) and
-how many of the tokens that a greedy ``generate`` says before the first one that differs from the first rank count's.
+Makes and quantizes the model (random weights, or those of ``--model``), saves it and loads it in as many processes;
+prints milliseconds of a decoding step (static cache; eager code captured as one CUDA graph, NCCL included) and how many
+of the tokens that a greedy ``generate`` says before the first one that differs from the first rank count's. On stderr:
+when rank 0 got how far.
 """
 
 import argparse
+import faulthandler
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import higgs
@@ -36,19 +40,48 @@ def save_quantized(args: argparse.Namespace, path: Path) -> None:
 
 
 def run_rank(args: argparse.Namespace, path: Path) -> None:
-    """One rank under torchrun; the first writes what it found to ``path``/result.json."""
+    """One rank; the first writes what it found to ``path``/result.json."""
+    faulthandler.dump_traceback_later(args.patience, exit=True)  # ranks that wait for each other wait for ever
+    first = os.environ["RANK"] == "0"
+
+    def say(what: str) -> None:
+        if first:
+            print(f"{time.time() - args.started:7.1f} s: {what}", file=sys.stderr, flush=True)
+
+    say("imported")
     parallel = {"distributed_config": DistributedConfig(tp_plan="auto")} if int(os.environ["WORLD_SIZE"]) > 1 else {}
     if args.device == "cpu":
         torch.set_num_threads(1)
     elif not parallel:
         parallel = {"device_map": "cuda"}
     model = AutoModelForCausalLM.from_pretrained(path, **parallel).eval()
+    say("loaded")
     options = GenerationConfig(max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False, pad_token_id=0)
     tokens = model.generate(PROMPT.to(model.device), generation_config=options)[0].tolist()
-    with torch.inference_mode():
-        milliseconds = {b: measure(Decoder(model, b, compiled=False), args.steps, report=False)[0] for b in args.batch}
-    if int(os.environ["RANK"]) == 0:
-        (path / "result.json").write_text(json.dumps({"ms": list(milliseconds.values()), "tokens": tokens}))
+    say("generated")
+    milliseconds = []
+    for batch in args.batch:
+        with torch.inference_mode():
+            decoder = Decoder(model, batch, compiled=False)
+        say(f"captured batch {batch}")
+        milliseconds.append(measure(decoder, args.steps, report=args.profile and first)[0])
+        del decoder
+    say("measured")
+    if first:
+        (path / "result.json").write_text(json.dumps({"ms": milliseconds, "tokens": tokens}))
+
+
+def run_ranks(count: int, folder: str) -> dict:
+    """What rank 0 of ``count`` finds. No torchrun: it asks for host names, which takes long where nobody knows them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, *sys.argv, "--checkpoint", folder, "--started", str(time.time())]
+    ranks = [subprocess.Popen(command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)]
+    if codes := [code for rank in ranks if (code := rank.wait())]:
+        raise SystemExit(f"{len(codes)} of {count} ranks failed with exit status {codes[0]}")
+    return json.loads((Path(folder) / "result.json").read_text())
 
 
 def same_tokens(a: list[int], b: list[int]) -> int:
@@ -68,8 +101,11 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--patience", type=float, default=300, help="seconds until ranks give up, with a traceback")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.checkpoint is not None:
         return run_rank(args, args.checkpoint)
@@ -80,9 +116,7 @@ def main() -> None:
         first: dict | None = None
         print(f"{'ranks':>5}{'batch':>6}{'ms':>9}{'x one':>8}   same tokens of {args.tokens}")
         for ranks in args.ranks:
-            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            subprocess.run([sys.executable, *command, *sys.argv, "--checkpoint", folder], check=True)
-            found = json.loads((Path(folder) / "result.json").read_text())
+            found = run_ranks(ranks, folder)
             first = first or found
             same = same_tokens(first["tokens"], found["tokens"])
             for batch, ms, base in zip(args.batch, found["ms"], first["ms"], strict=True):

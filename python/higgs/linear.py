@@ -64,7 +64,7 @@ class HiggsLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(fmt.n, dtype=dtype, device=device)) if bias else None)
         self.register_parameter("tiled", None)
         self.register_buffer("input_vector", None, persistent=False)
-        self.sharding: tuple[Any, int] | None = None  # of a shard of tensor parallelism: mesh, dimension
+        self.sharding: tuple[Any, Any] | None = None  # of a shard of tensor parallelism: mesh, placement
         self.input_key: tuple | None = None  # of a tiled layer: equal for layers that rotate x alike
 
     @property
@@ -139,9 +139,13 @@ class HiggsLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W^ [out_features, in_features]. Raises UnsupportedError for a shard of tensor parallelism."""
+        self.require_whole()
+        return _ops.dequantize(*self.stored(), self.column_scale, *self._arguments, dtype)
+
+    def require_whole(self) -> None:
+        """Raises UnsupportedError for a shard of tensor parallelism."""
         if self.sharding is not None:
             raise UnsupportedError("a shard of tensor parallelism cannot be dequantized; load the model without")
-        return _ops.dequantize(*self.stored(), self.column_scale, *self._arguments, dtype)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """An ordinary Linear (or Conv1D, if that is what was quantized) with the dequantized weight."""
@@ -177,7 +181,7 @@ class HiggsLinear(nn.Module):
         if self.sharding is not None:
             from .integrations.tensor_parallel import gathered
 
-            for name in ("indices", "scales", "column_scale")[: 2 + self.sharding[1]]:
+            for name in ("indices", "scales", "column_scale")[: 2 + self.sharding[1].dim]:
                 if f"{prefix}{name}" in destination:
                     destination[f"{prefix}{name}"] = gathered(destination[f"{prefix}{name}"], self.sharding)
 

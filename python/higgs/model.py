@@ -276,9 +276,13 @@ def _attach_config(model: nn.Module) -> None:
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replaces every quantized module by an ordinary one with the dequantized weights, in place, and returns ``model``.
 
-    ``dtype``: of the weights; default the model's own.
+    ``dtype``: of the weights; default the model's own. Raises UnsupportedError, and changes nothing, if a layer is a
+    shard of tensor parallelism.
     """
     dtype = dtype or getattr(model, "dtype", None) or torch.float32
+    for module in model.modules():
+        if isinstance(module, HiggsLinear):
+            module.require_whole()
     for name, module in list(model.named_modules()):
         if isinstance(module, HiggsExperts):
             model.set_submodule(name, module.to_experts(dtype))

@@ -98,7 +98,10 @@ class HiggsExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states`` [t, h], and for each token ``top_k_index`` [t, k], the experts that it meets, and
         ``top_k_weights`` [t, k], what their outputs count. Returns [t, h]."""
-        top_k = top_k_index.shape[-1]
+        top_k, sharding = top_k_index.shape[-1], self.down.sharding
+        if sharding is not None:  # in expert parallelism the experts of other ranks have a number that is too large
+            others = top_k_index >= self.gate_up.experts
+            top_k_index, top_k_weights = top_k_index.masked_fill(others, 0), top_k_weights.masked_fill(others, 0)
         experts, order = torch.sort(top_k_index.flatten(), stable=True)
         all_experts = torch.arange(self.gate_up.experts, device=experts.device)
         offsets = torch.searchsorted(experts, all_experts, right=True, out_int32=True)
@@ -106,7 +109,12 @@ class HiggsExperts(nn.Module):
         y = self.down(cast(Any, self.shell)._apply_gate(y), offsets)
         y = y * top_k_weights.flatten()[order, None]
         sums = y[torch.argsort(order)].view(-1, top_k, y.shape[-1]).sum(1)  # no atomics: always in the same order
-        return sums.to(hidden_states.dtype)
+        sums = sums.to(hidden_states.dtype)
+        if sharding is not None:
+            from .integrations.tensor_parallel import summed
+
+            sums = summed(sums, sharding)
+        return sums
 
     def to_experts(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The original module with the dequantized weights."""

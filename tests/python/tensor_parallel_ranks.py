@@ -1,6 +1,6 @@
 """What test_tensor_parallel runs under torchrun: loads a checkpoint in as many ranks as there are, saves what they say.
 
-torchrun --nproc-per-node 2 tensor_parallel_ranks.py CHECKPOINT OUT
+torchrun --nproc-per-node 2 tensor_parallel_ranks.py CHECKPOINT OUT [experts: expert parallelism]
 """
 
 import os
@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 
-path, out = map(Path, sys.argv[1:])
+path, out = map(Path, sys.argv[1:3])
 torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_plan="auto")).eval()
+config = DistributedConfig(tp_plan="auto", enable_expert_parallel=sys.argv[3:] == ["experts"])
+model = AutoModelForCausalLM.from_pretrained(path, distributed_config=config).eval()
 ids = torch.arange(20)[None] * 5 % 256
 with torch.no_grad():
     logits = model(ids).logits

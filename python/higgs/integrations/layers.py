@@ -17,6 +17,11 @@ def replace_layer(model: nn.Module, name: str, original: nn.Module, module: Higg
         cast(Any, model.get_submodule(name.rpartition(".")[0]))._is_hf_initialized = True
 
 
+def is_distributed(model: Any) -> bool:
+    """Whether ``model`` is loaded with ``distributed_config`` or ``tp_plan``."""
+    return getattr(model.config, "distributed_config", None) is not None
+
+
 def check_shapes(name: str, module: HiggsLinear, stored: dict[str, tuple[int, ...]] | None) -> None:
     """The tensors of ``module`` have these shapes in the file, where they are known."""
     if stored is None:

@@ -12,10 +12,11 @@ from .._formats import LayerFormat
 from ..checkpoint.layers import module_keys
 from ..config import QuantizationConfig
 from ..embedding import quantized_class
-from ..errors import FormatError, UnsupportedError
+from ..errors import FormatError
 from ..linear import as_linear
 from ..moe import PROJECTIONS, HiggsExperts, is_experts
-from .layers import check_shapes, replace_layer
+from . import tensor_parallel
+from .layers import check_shapes, is_distributed, replace_layer
 
 
 def name_in_file(model: Any, layer: str) -> str:
@@ -45,15 +46,14 @@ def place_layer(model: nn.Module, name: str, formats: Mapping[str, LayerFormat])
 def place_experts(model: Any, config: QuantizationConfig, stored: dict[str, tuple[int, ...]] | None) -> None:
     """Builds :class:`HiggsExperts` without memory for the experts that ``config`` names.
 
-    Raises FormatError if the model has none of that name, or of other shapes; UnsupportedError for a parallel model.
+    Raises FormatError if the model has none of that name, or of other shapes; UnsupportedError for a parallel model
+    whose plan does not fit.
     """
     pairs: dict[str, dict[str, str]] = {}  # module: {projection: layer}
     for name, layer in config.layers.items():
         if layer.experts is not None:
             parent, _, projection = name.rpartition(".")
             pairs.setdefault(parent, {})[projection] = name
-    if pairs and getattr(model.config, "distributed_config", None) is not None:
-        raise UnsupportedError("quantized experts are not supported with distributed_config or tp_plan")
     # The config goes by the names in the file, which differ from the modules' where transformers renames.
     weights = {f"{parent}.down_proj": parent for parent in pairs}
     keys = module_keys(model, weights)
@@ -79,4 +79,8 @@ def place_experts(model: Any, config: QuantizationConfig, stored: dict[str, tupl
         module = HiggsExperts.without_weights(experts, formats, scaled)
         for projection, name in layers.items():
             check_shapes(name, getattr(module, projection), stored)
+            if is_distributed(model):
+                tensor_parallel.before_loading(name, getattr(module, projection))
+        if is_distributed(model):
+            tensor_parallel.plan_experts(model, modules[parent], module)
         model.set_submodule(modules[parent], module)

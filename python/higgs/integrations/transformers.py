@@ -37,7 +37,7 @@ from ..model import (
 from ..moe import layer_of, place_layers
 from ..shared_inputs import share_inputs_
 from . import tensor_parallel
-from .layers import check_shapes, replace_layer
+from .layers import check_shapes, is_distributed, replace_layer
 from .moe import name_in_file, place_experts, place_layer
 
 logger = logging.get_logger(__name__)
@@ -170,6 +170,8 @@ class HiggsHfQuantizer(HfQuantizer):
             self._plan(model)
             return
         config = self.quantization_config.parsed()
+        if is_distributed(model):
+            tensor_parallel.refuse_unsupported(cast(Any, model).config.distributed_config)
         stored = _stored_shapes(checkpoint_files)
         # The config goes by the names in the file, which differ from the modules' where transformers renames.
         keys = module_keys(model, [f"{name}.weight" for name in config.layers])
@@ -194,12 +196,12 @@ class HiggsHfQuantizer(HfQuantizer):
                 device="meta",
             )
             check_shapes(name, module, stored)
-            if _distributed(model):
+            if is_distributed(model):
                 tensor_parallel.before_loading(name, module)
             replace_layer(model, module_name, original, module)
 
     def _plan(self, model: nn.Module) -> None:
-        if _distributed(model):
+        if is_distributed(model):
             raise UnsupportedError(
                 "quantizing while loading is not supported with distributed_config or tp_plan: "
                 "save the quantized model, then load that"
@@ -243,7 +245,7 @@ class HiggsHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._quantize_rest(model)
         for name, module in model.named_modules():
-            if isinstance(module, HiggsLinear) and _distributed(model):
+            if isinstance(module, HiggsLinear) and is_distributed(model):
                 tensor_parallel.after_loading(name, module)
             if isinstance(module, HiggsLinear) and not module.stored()[0].is_meta:  # meta: offloaded
                 check_scales(name, module)
@@ -267,10 +269,6 @@ class HiggsHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _distributed(model: Any) -> bool:
-    return getattr(model.config, "distributed_config", None) is not None
 
 
 def _stored_shapes(files: list[str] | None) -> dict[str, tuple[int, ...]] | None:
