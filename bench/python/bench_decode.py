@@ -129,6 +129,7 @@ class Decoder:
         self.step() if self.graph is None else self.graph.replay()
 
 
+@torch.inference_mode()
 def profile_step(decoder: Decoder, report: bool) -> float:
     """Milliseconds in kernels of linear layers; with ``report``, prints where a step goes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -150,8 +151,8 @@ def profile_step(decoder: Decoder, report: bool) -> float:
 
 
 @torch.inference_mode()
-def measure(decoder: Decoder, steps: int, report: bool) -> tuple[float, float, float]:
-    """Milliseconds a step; of it on the host, until the last is launched; and in kernels of linear layers."""
+def measure(decoder: Decoder, steps: int) -> tuple[float, float]:
+    """Milliseconds a step, and of it on the host, until the last is launched."""
     cuda = decoder.ids.is_cuda
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     for _ in range(8):
@@ -163,8 +164,7 @@ def measure(decoder: Decoder, steps: int, report: bool) -> tuple[float, float, f
     host = time.perf_counter() - start
     synchronize()
     per_step = time.perf_counter() - start
-    linear = profile_step(decoder, report) if cuda else math.nan
-    return per_step / steps * 1e3, host / steps * 1e3, linear
+    return per_step / steps * 1e3, host / steps * 1e3
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -185,7 +185,8 @@ def run(weights: str, args: argparse.Namespace, base: dict[int, float]) -> None:
             torch.cuda.reset_peak_memory_stats()
         with torch.inference_mode():
             decoder = Decoder(model, batch, args.compile)
-        ms, host, linear = measure(decoder, args.steps, args.profile)
+        ms, host = measure(decoder, args.steps)
+        linear = profile_step(decoder, args.profile) if args.device == "cuda" else math.nan
         peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan
         base.setdefault(batch, ms)
         print(

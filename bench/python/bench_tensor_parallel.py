@@ -22,7 +22,7 @@ from pathlib import Path
 
 import higgs
 import torch
-from bench_decode import SHAPES, Decoder, make_model, measure
+from bench_decode import SHAPES, Decoder, make_model, measure, profile_step
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 
@@ -64,9 +64,11 @@ def run_rank(args: argparse.Namespace, path: Path) -> None:
         with torch.inference_mode():
             decoder = Decoder(model, batch, compiled=False)
         say(f"captured batch {batch}")
-        milliseconds.append(measure(decoder, args.steps, report=args.profile and first)[0])
+        milliseconds.append(measure(decoder, args.steps)[0])
+        say(f"measured batch {batch}: {milliseconds[-1]:.3f} ms")
+        if args.profile:
+            profile_step(decoder, report=first)
         del decoder
-    say("measured")
     if first:
         (path / "result.json").write_text(json.dumps({"ms": milliseconds, "tokens": tokens}))
 

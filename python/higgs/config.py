@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from . import _core
 from ._ops import LayerFormat, layer_format
 from .errors import FormatError
 
 QUANT_METHOD = "higgs_quant"
+# In the place of one weight, so that programs that know nothing of higgs find a wrong shape there and say so, rather
+# than take all quantized weights for missing ones and draw them at random.
+GUARD = b"quantized by higgs: install it and import higgs"
+
+
+def guarded(layers: Iterable[str]) -> str | None:
+    """The tensor that the guard of a checkpoint is called, given its quantized Linear layers (no experts, embedding or
+    output head); None if there are none."""
+    first = min(layers, default=None)
+    return None if first is None else f"{first}.weight"
+
+
+def guard_tensor() -> torch.Tensor:
+    return torch.frombuffer(bytearray(GUARD), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import higgs
+import higgs.checkpoint
 import pytest
-from conftest import run_python
+from conftest import load_whole, make_checkpoint, run_python
 
 ROOT = Path(__file__).parents[2]
 KNOWN = """
@@ -45,6 +47,23 @@ def run(code: str, monkeypatch, **environment: str) -> tuple[str, str]:
 def test_registered_whatever_is_imported_first(first: str, installed: Path, monkeypatch) -> None:
     pytest.importorskip(first.split(".")[0])
     assert run(f"import {first}\n{KNOWN}", monkeypatch)[0] == "True"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_without_higgs_no_checkpoint_gets_random_weights(streamed: bool, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    path = make_checkpoint(tmp_path / "source")
+    if streamed:
+        higgs.checkpoint.quantize_checkpoint(path, tmp_path / "q", lm_head_grid="ch8")
+    else:
+        load_whole(path, quantization_config=higgs.HiggsQuantConfig(bits=4)).save_pretrained(tmp_path / "q")
+    monkeypatch.setenv("HIGGS_AUTOLOAD", "0")
+    load = "from transformers import AutoModelForCausalLM as M; M.from_pretrained({!r})"
+    process = run_python(load.format(str(tmp_path / "q")))
+    _, err = process.communicate(timeout=200)
+    assert process.returncode != 0 and "ignore_mismatched_sizes" in err and "mlp.down_proj.weight" in err
+    assert "Unknown quantization type, got higgs_quant" in err
+    load_whole(tmp_path / "q")  # with higgs: nothing missing, nothing unexpected
 
 
 def test_opt_out(installed: Path, monkeypatch) -> None:

@@ -36,6 +36,8 @@ def test_quantizes_linears_and_copies_the_rest(tmp_path, shards, tied):
         assert torch.equal(after.pop(f"{layer.layer}.indices"), indices)
         assert torch.equal(after.pop(f"{layer.layer}.scales"), scales)
         assert layer.t2 == t2 and layer.bits == fmt.bits()
+    guard = after.pop("model.layers.0.mlp.down_proj.weight")  # for programs that do not know the format
+    assert bytes(guard.numpy()) == b"quantized by higgs: install it and import higgs"
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype and torch.equal(

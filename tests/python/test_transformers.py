@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import load_whole as load
-from conftest import run_python, save_random
+from conftest import save_random
 from higgs import HiggsQuantConfig
 from higgs.checkpoint import quantize_checkpoint
 from higgs.evaluate import effective_bits
@@ -281,25 +281,3 @@ def test_continuous_batching_gives_the_same_tokens(family: str, tmp_path: Path) 
     memory = ContinuousBatchingConfig(block_size=16, num_blocks=16, max_batch_tokens=64)  # default: all there is
     found = model.generate_batch(prompts, generation_config=options, continuous_batching_config=memory)
     assert [output.generated_tokens for output in found.values()] == expected
-
-
-WITHOUT_HIGGS = """
-import os, sys
-os.environ["HIGGS_AUTOLOAD"] = "0"
-from transformers import AutoModelForCausalLM
-
-_, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(name.split(".")[0] == "higgs" for name in sys.modules)
-print(len(info["missing_keys"]), len(info["unexpected_keys"]))
-"""
-
-
-def test_without_import_higgs(tmp_path: Path) -> None:
-    """transformers says that it does not know the quantization, lists every layer as missing, and goes on."""
-    higgs.quantize_(model := load(make("llama", tmp_path / "o")), bits=4, scales="none")
-    model.save_pretrained(tmp_path / "q")
-    process = run_python(WITHOUT_HIGGS, tmp_path / "q")
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0 and out.split() == ["14", "28"], err
-    assert "Unknown quantization type, got higgs_quant" in err
-    assert "MISSING" in err and "UNEXPECTED" in err and "self_attn.q_proj.indices" in err

@@ -15,7 +15,9 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # errors come as they are ra
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))  # for the models of its tests
 
 import torch
+import transformers
 import vllm
+from conftest import save_random
 from vllm.distributed import cleanup_dist_env_and_memory
 
 PROMPTS = [list(range(5, 100, 5)), [7, 3, 250, 18], [9] * 30]
@@ -35,6 +37,19 @@ def engine(path: Path, **options: Any) -> Iterator[vllm.LLM]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def make_deepseek(path: Path) -> Path:
+    """Latent attention, and experts whose tensors the model of vLLM reads by itself."""
+    torch.manual_seed(0)
+    config = transformers.DeepseekV2Config(
+        vocab_size=256, hidden_size=128, intermediate_size=192, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        first_k_dense_replace=1, kv_lora_rank=256, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=64,
+        v_head_dim=32, max_position_embeddings=128, topk_method="greedy", n_group=1, topk_group=1, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return save_random(transformers.DeepseekV2ForCausalLM(config), path)
 
 
 def overrides(**plan: Any) -> dict[str, Any]:

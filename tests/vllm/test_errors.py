@@ -11,7 +11,7 @@ import higgs
 import pytest
 import torch
 import transformers
-from engines import engine, overrides
+from engines import engine, make_deepseek, overrides
 from higgs import FormatError, UnsupportedError
 from higgs.integrations.vllm_experts import refuse_unsupported
 from safetensors.torch import load_file, save_file
@@ -92,6 +92,13 @@ def test_layer_that_the_model_does_not_have(stored: Path) -> None:
     refused(stored, FormatError, r"names model.layers.7.mlp.up_proj \(1 such\), which vLLM does not have")
 
 
+def test_embedding(source: Path, tmp_path: Path) -> None:
+    model = load(source)
+    higgs.quantize_(model, bits=4, scales="none", lm_head_grid="ch8", embedding_grid="p2_n256")
+    model.save_pretrained(tmp_path)
+    refused(tmp_path, UnsupportedError, "model.embed_tokens: quantized embeddings are not supported in vLLM")
+
+
 def test_nothing_says_how_to_quantize(source: Path) -> None:
     message = r'(?s)not quantized, and nothing says how.*hf_overrides={"quantization_config": .*"bits": 4'
     refused(source, ValueError, message, quantization="higgs_quant")
@@ -159,6 +166,12 @@ def test_tensors_of_experts(stored_mixture: Path) -> None:
     refused(stored_mixture, FormatError, f"the checkpoint has no tensor {EXPERTS}.down.scales")
     save_file({**tensors, f"{EXPERTS}.down.bias": scales}, stored_mixture / "model.safetensors", {"format": "pt"})
     refused(stored_mixture, FormatError, r"experts.gate_up, .*experts.down have an unexpected tensor down.bias")
+
+
+def test_stored_experts_that_the_model_of_vllm_does_not_read(tmp_path: Path) -> None:
+    path = store(make_deepseek(tmp_path / "o"), tmp_path, "none")
+    message = r"layers.1.mlp.experts: DeepseekV2ForCausalLM of vLLM does not read stored experts of deepseek_v2; serve"
+    refused(path, UnsupportedError, message)
 
 
 def test_weights_of_experts(mixture: Path, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import higgs
 import pytest
 import torch
 import transformers
-from engines import engine, expected_tokens, overrides, served_tokens
+from engines import engine, expected_tokens, make_deepseek, overrides, served_tokens
 from higgs import HiggsLinear, HiggsQuantConfig
 from higgs.checkpoint import quantize_checkpoint
+from higgs.embedding import input_embedding
 from higgs.energies import ROUTER
 from higgs.linear import as_linear
 from higgs.model import unquantized_layers
@@ -33,10 +34,11 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate
 
 
 def mixed(model: nn.Module) -> dict[str, str]:
-    """Another grid for every layer but gates, so that fused layers are mixed; the output head too, but of OPT: there
-    vLLM does not ask for it."""
+    """Another grid for every layer but gates and the embedding, so that fused layers are mixed; the output head too,
+    but of OPT: there vLLM does not ask for it."""
     layers = {name: as_linear(layer) for name, layer in unquantized_layers(model).items() if not ROUTER.search(name)}
-    names = [name for name, layer in layers.items() if layer.in_features % 64 == 0]
+    embedding = input_embedding(model)
+    names = [name for name, layer in layers.items() if layer.in_features % 64 == 0 and name != embedding]
     if isinstance(model, transformers.OPTForCausalLM):
         names.remove("lm_head")
     return {name: GRIDS[i % len(GRIDS)] for i, name in enumerate(names)}
@@ -85,6 +87,16 @@ def test_experts_beside_a_shared_one_and_a_dense_layer(tmp_path: Path) -> None:
         "mlp.experts", "mlp.shared_expert.gate_up_proj", "mlp.shared_expert.down_proj", "mlp.gate_up_proj",
         "mlp.down_proj",
     }  # fmt: skip
+
+
+def test_latent_attention(tmp_path: Path) -> None:
+    """Of which vLLM wants to see a weight."""
+    path, model = quantized(make_deepseek(tmp_path), bits=4, skip=["experts"])
+    with engine(path) as llm:
+        assert served_tokens(llm) == expected_tokens(model)
+    _, model = quantized(tmp_path, bits=4)
+    with engine(tmp_path, **overrides(bits=4)) as llm:
+        assert served_tokens(llm) == expected_tokens(model)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2-biases"])

@@ -67,7 +67,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             entry = parsed.layers[name]
             fmt = stored_format(checkpoint, name, entry)
             layers.append(_layer_info(name, entry, fmt, t2.get(name)))
-            packed |= {f"{name}.{part}" for part in ("indices", "scales", "column_scale")}
+            packed |= {f"{name}.{part}" for part in ("indices", "scales", "column_scale", "weight")}
     other: dict[str, tuple[int, int, int]] = {}
     for tensor in checkpoint.tensors.values():
         if tensor.name not in packed:

@@ -11,6 +11,7 @@ import torch
 
 from .. import _core
 from .._ops import LayerFormat, layer_format
+from ..config import GUARD, guarded
 from ..embedding import tied_message
 from ..moe import require_pairs
 from ..seeds import layer_seeds
@@ -51,6 +52,7 @@ class LayerPlan:
     outer: bool = False
     experts: int | None = None
     transposed: bool = False
+    guard: bool = False  # whether it has the guard of the checkpoint
 
     def specs(self, column_scale: bool) -> dict[str, TensorSpec]:
         n, k = self.fmt.n, self.fmt.k
@@ -60,6 +62,8 @@ class LayerPlan:
         }
         if column_scale:
             specs[f"{self.name}.column_scale"] = TensorSpec.of(torch.float16, k)
+        if self.guard:
+            specs[f"{self.name}.weight"] = TensorSpec.of(torch.uint8, len(GUARD))
         return specs
 
 
@@ -141,6 +145,8 @@ def make_plan(
             grid = options.grid if allocation is None else allocation[module]
             fmt = _format(name, shape, options, grid)
             planned[source] = LayerPlan(name, module, (source,), fmt, transposed=transposed)
+    guard = guarded(layer.name for layer in planned.values())
+    planned = {source: replace(layer, guard=f"{layer.name}.weight" == guard) for source, layer in planned.items()}
     experts = _plan_experts(checkpoint, linear.experts, skipped, options, strict=strict, allocation=allocation)
     planned.update({layer.sources[0]: layer for layer in experts})
     head_grid = options.lm_head_grid or (allocation or {}).get(linear.head or "")

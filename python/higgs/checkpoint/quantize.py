@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _core
-from ..config import LayerConfig, QuantizationConfig
+from ..config import LayerConfig, QuantizationConfig, guard_tensor
 from ..devices import pick_device
 from ..energies import weight_energy
 from ..errors import UnsupportedError
@@ -219,6 +219,8 @@ class _Job:
         writer.write(f"{layer.name}.scales", torch.cat(rows.scales))
         if scale is not None:
             writer.write(f"{layer.name}.column_scale", scale)
+        if layer.guard:
+            writer.write(f"{layer.name}.weight", guard_tensor())
         return LayerReport.of(layer.name, layer.fmt, column_scale=scale is not None, t2=rows.t2, seconds=rows.seconds)
 
     def _report(self, records: list[dict[str, Any]]) -> Report:

@@ -7,6 +7,7 @@ base may be imported at module level: the import can happen while transformers i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import _core
 from .._ops import LayerFormat, quantize
 from ..checkpoint.layers import layer_name, module_keys
-from ..config import QUANT_METHOD, QuantizationConfig
+from ..config import QUANT_METHOD, QuantizationConfig, guard_tensor, guarded
 from ..embedding import input_embedding, quantized_class
 from ..errors import FormatError, UnsupportedError
 from ..linear import HiggsLinear, as_linear, constant
@@ -196,6 +197,8 @@ class HiggsHfQuantizer(HfQuantizer):
                 device="meta",
             )
             check_shapes(name, module, stored)
+            unexpected = {rf"^{re.escape(module_name)}\.weight$"}  # it may be the guard
+            cast(Any, model)._keys_to_ignore_on_load_unexpected |= unexpected
             if is_distributed(model):
                 tensor_parallel.before_loading(name, module)
             replace_layer(model, module_name, original, module)
@@ -252,6 +255,14 @@ class HiggsHfQuantizer(HfQuantizer):
                 module.tile_()
         share_inputs_(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes: the tensors and the guard."""
+        tensors, head = model.state_dict(), model.get_output_embeddings()
+        guard = guarded(name for name, m in model.named_modules() if type(m) is HiggsLinear and m is not head)
+        if guard is not None:
+            tensors[guard] = guard_tensor()
+        return tensors, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from ..model import dequantize_

@@ -31,7 +31,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
 from .. import _core
@@ -49,6 +49,7 @@ from .vllm_parts import Part
 
 logger = init_logger(f"vllm.plugins.{__name__}")
 _QKV = {"q": 0, "k": 1, "v": 2}
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte)$")  # models of vLLM do not say what they load into these
 _PLAN = ("bits", "grid", "allocation", "skip", "block", "group", "seed", "strict")  # of HiggsQuantConfig
 
 
@@ -96,13 +97,15 @@ class HiggsLinearMethod(LinearMethodBase):
                 raise UnsupportedError(f"layer {name} in {layer.tp_size} ranks of tensor parallelism: {e}") from e
             module = HiggsLinear(own, column_scale=config.column_scale, device="meta")
             self.parts.append(Part(name, whole, slice(first_row, first_row + n), first_column, module))
-        for kind in self.kinds:
+        for kind in dict.fromkeys([*self.kinds, "weight"]):
             dtype = params_dtype if kind == "weight" else getattr(self.parts[0].module, kind).dtype
             parameter = constant(torch.empty(0, dtype=dtype))
             set_weight_attrs(parameter, {"weight_loader": partial(self._load, kind)})
             layer.register_parameter(kind, parameter)
 
     def _load(self, kind: str, parameter: nn.Parameter, tensor: Tensor, shard: str | int | None = None) -> None:
+        if kind not in self.kinds:
+            return  # the guard of a stored checkpoint (FORMAT.md)
         parts = self.parts
         if shard is not None:
             parts = [parts[_QKV[shard] if isinstance(shard, str) else shard]]
@@ -127,7 +130,8 @@ class HiggsLinearMethod(LinearMethodBase):
         for part in self.parts:
             part.check("weight" in self.kinds)
         for kind in self.kinds:
-            delattr(layer, kind)
+            if kind != "weight":  # which stays, empty: latent attention looks for it before it calls the layer
+                delattr(layer, kind)
         layer.higgs = nn.ModuleList(module.tile_() for module in _joined([part.module for part in self.parts]))
         self.parts, self.tied = [], None
 
@@ -190,7 +194,10 @@ class HiggsVllmConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> HiggsVllmConfig:
         """Raises FormatError for a stored checkpoint of another version or form; for arguments see HiggsQuantConfig."""
         if "layers" in config or "format_version" in config:
-            return cls(StoredConfig.from_dict(config).layers)
+            layers = StoredConfig.from_dict(config).layers
+            if embedding := next(filter(_EMBEDDING.search, layers), None):
+                raise UnsupportedError(f"{embedding}: quantized embeddings are not supported in vLLM")
+            return cls(layers)
         arguments = HiggsQuantConfig(**config)
         if arguments.scales != "none":
             raise UnsupportedError(
@@ -233,10 +240,6 @@ class HiggsVllmConfig(QuantizationConfig):
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
-        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
-            if prefix in self._named():
-                raise UnsupportedError(f"{prefix}: quantized embeddings are not supported in vLLM")
-            return None
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
         parent, dot, leaf = prefix.removeprefix(".").rpartition(".")  # vLLM's GPT-2 has a head called ".lm_head"

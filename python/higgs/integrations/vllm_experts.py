@@ -3,14 +3,18 @@ parallelism, whole experts."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..config import LayerConfig
@@ -123,6 +127,7 @@ class HiggsExpertsMethod(FusedMoEMethodBase):
             except ValueError as e:
                 raise UnsupportedError(f"layer {name} in {moe.tp_size} ranks of tensor parallelism: {e}") from e
         if self.owner.plan is None:
+            refuse_own_loader(layer)
             layer.load_weights = self._load_stored
             return
         for projection, (parameter, shards) in _PARAMETERS.items():
@@ -193,6 +198,19 @@ def refuse_unsupported(layer: Any) -> None:
     for what, refused in reasons.items():
         if refused:
             raise UnsupportedError(f"{layer.layer_name}: {what}: not supported by higgs in vLLM")
+
+
+def refuse_own_loader(layer: Any) -> None:
+    """Raises UnsupportedError where the model of vLLM looks up every tensor of experts by a list of names of its own,
+    rather than letting the experts take theirs."""
+    config = get_current_vllm_config().model_config
+    model, model_type = get_model_cls(config), config.hf_config.model_type
+    if "make_expert_params_mapping" in inspect.getsource(sys.modules[model.__module__]):
+        raise UnsupportedError(
+            f"{layer.layer_name}: {model.__name__} of vLLM does not read stored experts of {model_type}; "
+            "serve the unquantized checkpoint, which vLLM then quantizes while loading (hf_overrides), or quantize it "
+            "with the experts left out (skip=['experts'])"
+        )
 
 
 def _own_rows(layer: Any, matrices: int, n: int, first: int, count: int) -> Tensor:
