@@ -45,7 +45,7 @@ def make_deepseek(path: Path) -> Path:
     config = transformers.DeepseekV2Config(
         vocab_size=256, hidden_size=128, intermediate_size=192, moe_intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
-        first_k_dense_replace=1, kv_lora_rank=256, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=64,
+        first_k_dense_replace=1, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=64,
         v_head_dim=32, max_position_embeddings=128, topk_method="greedy", n_group=1, topk_group=1, pad_token_id=0,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
