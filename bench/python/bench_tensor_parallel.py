@@ -74,7 +74,7 @@ def run_rank(args: argparse.Namespace, path: Path) -> None:
 
 
 def run_ranks(count: int, folder: str) -> dict:
-    """What rank 0 of ``count`` finds. No torchrun: it asks for host names, which takes long where nobody knows them."""
+    """What rank 0 of ``count`` processes finds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

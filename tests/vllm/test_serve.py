@@ -34,7 +34,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     source, work = get_model(Path(sys.prefix), NullProgress()), tmp_path_factory.mktemp("smollm2")
     options = list(BITS[request.param])
     if "--untie" in options:
-        run("measure", source, "-o", work / "s.json", "--text", "random", "--tokens", 256, "--scales", "none")
+        run("measure", source, "-o", work / "s.json", "--text", "random", "--tokens", 256, "--context", 256,
+            "--scales", "none")  # fmt: skip
         options += ["--sensitivities", work / "s.json"]
     run("quantize", source, "-o", work / "quantized", *options)
     return work / "quantized"
