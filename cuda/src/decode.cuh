@@ -92,6 +92,19 @@ __device__ __forceinline__ uint32_t look_up(SharedWindow<T>, uint32_t at) {
   return v;
 }
 
+// Dynamic shared memory begins here: 1 KB is the system's.
+inline constexpr int kSharedBase = 1024;
+// A table at its start. The look-up adds kSharedBase, the offset holds the rest of its address, and no register or
+// special register is needed for where shared memory begins.
+struct SharedStart {
+  __device__ __forceinline__ explicit SharedStart(const uint8_t* /*shared*/) {}
+};
+__device__ __forceinline__ uint32_t look_up(SharedStart, uint32_t at) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1+%2];" : "=r"(v) : "r"(at), "n"(kSharedBase));
+  return v;
+}
+
 // `offset` with byte `b` of `word` as its second byte: entry address in a table of 256-byte stride.
 __device__ __forceinline__ uint32_t byte_address(uint32_t word, int b, uint32_t offset) {
   return __byte_perm(word, offset, 0x7604 | (b << 4));
@@ -205,7 +218,8 @@ struct QuadDecoder {
   }
 
   // The A fragment of steps 2 i and 2 i + 1 for the integer MMA, from a ByteTable.
-  __device__ __forceinline__ void byte_fragment(int i, const uint8_t* table, uint32_t offset, uint32_t (&a)[4]) const {
+  template <typename Table>
+  __device__ __forceinline__ void byte_fragment(int i, Table table, uint32_t offset, uint32_t (&a)[4]) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) a[j] = look_up(table, byte_address(words[i], j, offset));
   }

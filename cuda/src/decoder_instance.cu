@@ -42,6 +42,15 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
 }
 
 template <typename T>
+void gemv_prepared(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
+  constexpr int kTilesOf8 = uses_bytes(D::kShape, true) ? 2 : 1;
+  if constexpr (prepares_x(D::kShape, 16)) {
+    if (plan.rows > 8) return gemv<T, 2 * kTilesOf8, Loop::prepared>(plan, params, stream);
+  }
+  if constexpr (prepares_x(D::kShape, 8)) gemv<T, kTilesOf8, Loop::prepared>(plan, params, stream);
+}
+
+template <typename T>
 void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
   if constexpr (D::kShape.trellis()) {
     gemv_trellis<T>(plan, params, stream);
@@ -51,6 +60,8 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
     }
     plan.token_tiles == 1 ? gemv<T, 1, Loop::paired>(plan, params, stream)
                           : gemv<T, 2, Loop::paired>(plan, params, stream);
+  } else if (plan.prepared) {
+    gemv_prepared<T>(plan, params, stream);
   } else if (plan.regular) {
     if constexpr (uses_bytes(D::kShape, true)) {
       if (plan.token_tiles == 2) return gemv<T, 2, Loop::held>(plan, params, stream);

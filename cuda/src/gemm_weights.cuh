@@ -11,10 +11,8 @@
 namespace higgs::cuda {
 
 // On sm_90 the table begins at this address of the shared window, so that the upper half of a look-up address is a
-// constant that the decoders' byte permutation puts in: no addition. Dynamic shared memory begins at kSharedBase: 1 KB
-// is the system's.
+// constant that the decoders' byte permutation puts in: no addition.
 inline constexpr int kTableAddress = 0x10000;
-inline constexpr int kSharedBase = 1024;
 inline constexpr float kLeastScale = 0x1p-60f;
 
 // Where a matrix keeps its parts, and how a slice's words come.

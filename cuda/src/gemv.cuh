@@ -1,6 +1,7 @@
 // Decode kernel: y[m, n] = rotate(x * d)[m, k] . (scale * table[index])[n, k]^T (+ bias), m <= 16, in one launch.
 //
-//   x        [m, k] fp16 or bf16; multiplied by d and rotated (rotate_x.cuh) by every CTA for its columns
+//   x        [m, k] fp16 or bf16; multiplied by d and rotated (rotate_x.cuh) by every CTA for its columns, or before
+//            (prepare_x.h)
 //   weights  tiled layout (tiled_format.h); table and scales from the same buffer
 //   y        [m, n] in x's type, accumulated in fp32
 //
@@ -17,6 +18,8 @@
 // x and (twice that) weights:
 //
 //   held     x fragments of the slice stay in registers: the fewest loads, but a CTA fills a multiprocessor
+//   prepared the same of x that a kernel of its own has rotated, while the table is filled here: for m > 8 slices of
+//            half the length
 //   paired   x fragments come from shared memory, each for two row tiles: for m > 8, and for small layers, where half
 //            a multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
 //            wait in griddepcontrol.wait for x
@@ -36,7 +39,7 @@
 // Shared memory: Table::kTableBytes
 //   + 16 + 4 * inbox_floats          sums sent by the other CTAs of the cluster
 //   + kRingStages * warps * ring_place_bytes   weights, streamed
-//   + SharedX                        rotated x
+//   + SharedX                        rotated x, unless prepared
 //   + batch * warps * m * 4 * kPartialStride   partial sums of a row block
 #pragma once
 
@@ -51,6 +54,10 @@
 #include "rotate_x.cuh"
 
 namespace higgs::cuda {
+
+// The value, which the compiler cannot compute again: it would, from special registers and in the main loop, rather
+// than keep it.
+__device__ __forceinline__ int kept(int v) { return __shfl_sync(~0u, v, threadIdx.x % kLanes); }
 
 // Which part of x a warp rotates: chunks of 1024 columns `chunk`, + chunk_step, ... of rows `row`, + row_step, ...
 template <typename T>
@@ -109,9 +116,9 @@ struct RotateRole {
 // One iteration: kUnits units of a row block.
 template <typename Config>
 __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_t* next, const WarpRole& role,
-                                         const TileScales<Config> (&scales)[Config::kTiles], const uint8_t* table,
-                                         uint32_t offset, float norm, const XFragments<Config>& x,
-                                         BlockSums<Config>& sums) {
+                                         const TileScales<Config> (&scales)[Config::kTiles],
+                                         typename Config::TablePlace table, uint32_t offset, float norm,
+                                         const XFragments<Config>& x, BlockSums<Config>& sums) {
   constexpr int kWords = Config::kUnitWords;
   int segment = 0;
 #pragma unroll
@@ -170,11 +177,15 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
 #if __CUDA_ARCH__ < 900
   if constexpr (Config::kStreamed) return;  // no bulk copies
 #endif
+#if __CUDA_ARCH__ != 900
+  if constexpr (Config::kPrepared) return;  // not planned for
+#endif
   using T = typename Config::T;
   using Table = typename Config::Table;
   extern __shared__ __align__(1024) uint8_t shared[];
   launch_dependents();
-  const int lane = threadIdx.x % 32;
+  if (Config::kPrepared && (shared_address(shared) & 0xffffff) != kSharedBase) __trap();
+  const int lane = Config::kPrepared ? kept(threadIdx.x % 32) : threadIdx.x % 32;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same for all lanes, as the compiler should know
   const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0;
   const int cluster_index = p.cluster > 1 ? small_divide(blockIdx.x, p.cluster) : blockIdx.x;
@@ -213,6 +224,8 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
       WordWindow<Config> window = {};
       window.left = blocks.count * iterations - 1;
       window.to_second = blocks.second(0) * p.tile_bytes;
+      if constexpr (Config::kPrepared)
+        window.step = kept(static_cast<int>(part.to_next_block / (16 * kLanes)) + Config::kLoads);
       window.at = first + lane * 16;
       return window;
     }
@@ -250,65 +263,102 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
 
   auto* barrier = reinterpret_cast<uint64_t*>(shared + Table::kTableBytes);
   auto* inbox = reinterpret_cast<float4*>(barrier + 2);
-  float* behind = reinterpret_cast<float*>(inbox) + p.inbox_floats;
-  if constexpr (Config::kStreamed) behind = reinterpret_cast<float*>(words.end());
-  const SharedX<Config> xs(behind, p.m, p.chunks);
+  float* partials = reinterpret_cast<float*>(inbox) + p.inbox_floats;
+  if constexpr (Config::kStreamed) partials = reinterpret_cast<float*>(words.end());
+  const SharedX<Config> xs(partials, p.m, p.chunks);
   if (p.cluster > 1) {
     if (threadIdx.x == 0) mbarrier_init(barrier);
     __syncthreads();
     cluster_arrive();
   }
-  const RotateRole<T> rotate(p, first_slice, warp, lane);
-  table.store(shared);
-  rotate.template run<Config::kRotatedRows>(
-      p, lane, [&](const uint2(&b)[8], int r, int c) { xs.store(rotate.rotation, b, r, c, lane); });
-  __syncthreads();
-  if (p.cluster > 1) cluster_wait();  // the other CTAs have started: their inboxes may be written
-
+  const auto meet = [&] {
+    __syncthreads();
+    if (p.cluster > 1) cluster_wait();  // the other CTAs have started: their inboxes may be written
+  };
   XFragments<Config> x;
-  const int first_column = role.slice * p.units_per_slice * kUnitColumns - rotate.chunk0 * kChunk;  // in shared memory
-#pragma unroll
-  for (int t = 0; t < Config::kTokenTiles; ++t) {
-    // Rows beyond m: the sums of any other row do.
-    const int last = p.m * Config::kDigits - 1;
-    x.needed[t] = t * 8 + lane / 4 / Config::kSpread <= last;
-    const uint8_t* row = xs.row(min(t * 8 + lane / 4 / Config::kSpread, last));
-    x.from[t] = row + first_column * (2 / Config::kDigits) + lane % 4 * 16;
-    if constexpr (Config::kSpread > 1) {  // a column for each of the steps, two in a piece
-      x.from[t] += lane / 4 % Config::kSpread / 2 * XFragments<Config>::kPieceBytes + lane / 4 % 2 * 8;
+  XScales<Config> x_scales = {};
+  int first_column = role.slice * p.units_per_slice * kUnitColumns;
+  if constexpr (Config::kPrepared) {
+    table.store(shared);
+    wait_for_primary();
+    const PreparedX<Config> prepared(p);
+    if (role.units > 0) {
+      x.hold(prepared, role.slice, lane);
+      x_scales = prepared.scales_of(first_column / kChunk, lane);
     }
+    meet();
+  } else {
+    const RotateRole<T> rotate(p, first_slice, warp, lane);
+    table.store(shared);
+    rotate.template run<Config::kRotatedRows>(
+        p, lane, [&](const uint2(&b)[8], int r, int c) { xs.store(rotate.rotation, b, r, c, lane); });
+    meet();
+    first_column -= rotate.chunk0 * kChunk;  // in shared memory
+#pragma unroll
+    for (int t = 0; t < Config::kTokenTiles; ++t) {
+      // Rows beyond m: the sums of any other row do.
+      const int last = p.m * Config::kDigits - 1;
+      x.needed[t] = t * 8 + lane / 4 / Config::kSpread <= last;
+      const uint8_t* row = xs.row(min(t * 8 + lane / 4 / Config::kSpread, last));
+      x.from[t] = row + first_column * (2 / Config::kDigits) + lane % 4 * 16;
+      if constexpr (Config::kSpread > 1) {  // a column for each of the steps, two in a piece
+        x.from[t] += lane / 4 % Config::kSpread / 2 * XFragments<Config>::kPieceBytes + lane / 4 % 2 * 8;
+      }
+    }
+    if (role.units > 0) x.hold();
+    partials = reinterpret_cast<float*>(xs.end(p.m));
+    if constexpr (Config::kStreamed) words.start(shared, Config::Decoder::lane_offset(lane));
   }
-  if (role.units > 0) x.hold();
-  auto* partials = reinterpret_cast<float*>(xs.end(p.m));
-  if constexpr (Config::kStreamed) words.start(shared, Config::Decoder::lane_offset(lane));
   const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
-  const uint32_t offset = Config::kBytes ? lane * 4 : Config::Decoder::lane_offset(lane);
+  uint32_t offset = Config::kBytes ? lane * 4 : Config::Decoder::lane_offset(lane);
+  if constexpr (Config::kPrepared) offset = kept(shared_address(shared) - kSharedBase + offset);
+  const uint32_t step = p.m * Config::kPartialStride * sizeof(float);  // from a warp's sums to the next one's
+  uint32_t first_sum = 0;
+  if constexpr (Config::kPrepared)
+    first_sum = kept(shared_address(partials + BlockSums<Config>::place(0, 0, lane)) + warp * step);
   uint32_t parity = 0;
   for (int round = 0; round < part.rounds; round += p.batch, parity ^= 1) {
     const int rounds = min(p.batch, part.rounds - round);
     for (int slot = 0; slot < rounds; ++slot) {
       BlockSums<Config> sums;
       if (round + slot < blocks.count) {
-        if (round + slot > 0) load_scales(round + slot);  // they are needed last
+        TileScales<Config> current[Config::kTiles];
+        if constexpr (Config::kEarlyScales) {
+          current[0] = scales[0];
+          if (round + slot + 1 < blocks.count) load_scales(round + slot + 1);
+        } else if (round + slot > 0) {
+          load_scales(round + slot);  // they are needed last
+        }
         if constexpr (Config::kStreamed) {
           words.multiply(x, sums);
         } else {
 #pragma unroll 1
           for (int i = 0; i < iterations; ++i) {
             const uint8_t* next = words.next(part, iterations);
-            multiply<Config>(words, next, role, scales, shared, offset, p.norm, x, sums);
+            multiply<Config>(words, next, role, scales, typename Config::TablePlace(shared), offset, p.norm, x, sums);
             words.advance(next, blocks, iterations);
             x.move(1);
             if constexpr (Config::kBytes) {
               const int chunk = (first_column + i * Config::kUnits * kUnitColumns) / kChunk;
-              sums.flush(scales, 0, p.norm, xs.scales_of(chunk, p.m, lane), lane);
+              if constexpr (!Config::kPrepared) x_scales = xs.scales_of(chunk, p.m, lane);
+              sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, x_scales, lane);
             }
           }
           x.move(-iterations);
         }
-        if constexpr (Config::kRegular && !Config::kBytes) sums.flush(scales, 0, p.norm, {}, lane);
+        if constexpr (Config::kRegular && !Config::kBytes)
+          sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, {}, lane);
       }
-      sums.write(partials + (slot * warps + warp) * p.m * Config::kPartialStride, p.m, lane);
+      if constexpr (Config::kPrepared) {
+        const uint32_t to = first_sum + slot * warps * step;
+        sums.write(p.m, lane, [&](int t, int i, int offset, float v) {
+          store_shared(to + ((t * Config::kTokens + i) * Config::kPartialStride + offset) * sizeof(float), v);
+        });
+      } else {
+        float* to = partials + (slot * warps + warp) * p.m * Config::kPartialStride;
+        sums.write(p.m, lane,
+                   [&](int t, int i, int offset, float v) { to[BlockSums<Config>::place(t, i, lane) + offset] = v; });
+      }
     }
     reduce_batch<Config>(p, part, reduction, round, rounds, stride, parity);
   }

@@ -3,6 +3,7 @@
 
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "decode.cuh"
@@ -11,8 +12,8 @@
 namespace higgs::cuda {
 
 // See gemv.cuh. Halves: token_tiles = 1 (m <= 8) or 2 (m <= 16; not held, for want of registers). Bytes: 1 (m <= 4), 2
-// (m <= 8) or 4 (m <= 16; not held).
-enum class Loop { general, held, paired, streamed };
+// (m <= 8) or 4 (m <= 16; not held). Prepared loops hold 16 rows, of slices of half the length.
+enum class Loop { general, held, paired, streamed, prepared };
 
 template <typename Decoder_, typename T_, int TokenTiles_, Loop kLoop>
 struct GemvConfig {
@@ -32,22 +33,29 @@ struct GemvConfig {
                                      kTiledAlignment * kTiledAlignment;
   static constexpr int kTableOffset = kBytes ? 2 * kTableBytes : std::is_same_v<T_, __half> ? 0 : kTableBytes;
   static constexpr int kScalesOffset = 2 * kTableBytes + Decoder::kShape.byte_tables_bytes();
+  using TablePlace = std::conditional_t<kLoop == Loop::prepared, SharedStart, const uint8_t*>;
   using Table = std::conditional_t<kBytes, ByteTable<Decoder::kShape.bits>, Decoder>;
   static constexpr bool kRegular = kLoop != Loop::general;
   static constexpr int kUnitWords = Decoder::kShape.unit_words();
   static constexpr bool kPaired = kLoop == Loop::paired;
   static constexpr int kMaxThreads = kLoop == Loop::general ? 256 : 512;  // 128 registers each
-  static constexpr int kUnits = iteration_units(Decoder::kShape, kPaired);
-  static constexpr int kTiles = block_tiles(Decoder::kShape, kPaired);
-  static constexpr int kLoads = iteration_loads(Decoder::kShape, kPaired);  // per row tile
+  static constexpr bool kPrepared = kLoop == Loop::prepared;
+  static constexpr int kUnits =
+      kPrepared ? prepared_units(Decoder::kShape, kTokens* TokenTiles_) : iteration_units(Decoder::kShape, kPaired);
+  // Short rounds: scales come from memory a round before they are needed.
+  static constexpr bool kEarlyScales = kPrepared && kTokens * TokenTiles_ > 8;
+  static constexpr int kTiles = kPrepared ? 1 : block_tiles(Decoder::kShape, kPaired);
+  static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;  // per row tile
   static constexpr bool kStreamed = kLoop == Loop::streamed;
-  static constexpr bool kHeld = kLoop == Loop::held || kStreamed;
+  static constexpr bool kHeld = kLoop == Loop::held || kStreamed || kPrepared;
   // Rows of x that a warp rotates at a time: two where there may be many, unless registers spill.
   static constexpr int kRotatedRows = kHeld && kUnits == 4 && kTokens * TokenTiles_ == 8 ? 2 : 1;
-  static constexpr int kWindow = kHeld ? held_window(Decoder::kShape) : kLoads;  // loads in flight per row tile
+  static constexpr int kWindow =  // loads in flight per row tile
+      kHeld ? std::min(kLoads, held_window(Decoder::kShape)) : kLoads;
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
-  static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && (kBytes || !kHeld)) || (TokenTiles_ == 4 && kBytes && !kHeld));
+  static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && (kBytes || kLoop != Loop::held)) ||
+                (TokenTiles_ == 4 && kBytes && kLoop != Loop::held));
   static_assert(sizeof(T_) == 2);
   static_assert(Table::kTableBytes == 65536);
 };

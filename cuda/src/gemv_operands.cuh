@@ -99,6 +99,7 @@ struct WordWindow {
   int to_second;      // bytes from the first row tile of the next iteration's row block to the second
   int left;           // iterations after this one
   int iteration;      // within the row block
+  int step;           // prepared: from an iteration to the next one, in loads of a warp
 
   // Load i of the iteration at `from`.
   __device__ __forceinline__ void load(int r, int i, const uint8_t* from, const WarpRole& role) {
@@ -117,13 +118,14 @@ struct WordWindow {
     }
   }
   __device__ __forceinline__ const uint8_t* next(const GemvPart& part, int iterations) const {
+    if constexpr (Config::kPrepared) return at + static_cast<long long>(step) * (16 * kLanes);
     const uint8_t* end = at + Config::kLoads * 16 * kLanes;
     return iteration + 1 == iterations ? end + part.to_next_block : end;
   }
   __device__ __forceinline__ void advance(const uint8_t* next, const RowBlocks& blocks, int iterations) {
     at = next;
     --left;
-    if (++iteration == iterations) iteration = 0;
+    if (!Config::kPrepared && ++iteration == iterations) iteration = 0;
     if (blocks.odd && left == iterations) to_second = 0;
   }
   __device__ __forceinline__ uint32_t word(int r, int i) const {
@@ -180,8 +182,37 @@ struct SharedX {
       rotation.rotate(b, y);
       store_digits(y, row(2 * r) + chunk * kChunk, row(2 * r + 1) + chunk * kChunk, scales + r * chunks + chunk, lane);
     } else {
-      rotation.rotate(b, reinterpret_cast<T*>(row(r)) + chunk * kChunk, lane);
+      rotation.rotate(b, row(r) + chunk * kChunk * 2, lane);
     }
+  }
+};
+
+// x as prepare_x leaves it in memory.
+template <typename Config>
+struct PreparedX {
+  const uint4* pieces;  // [token tile][tile_pieces][lane]
+  int m;
+  int chunks;
+  int tile_pieces;
+
+  __device__ __forceinline__ explicit PreparedX(const GemvParams& p)
+      : pieces(static_cast<const uint4*>(p.x)),
+        m(p.m),
+        chunks((p.k + kChunk - 1) / kChunk),
+        tile_pieces(chunks * (kChunk / kUnitColumns) * Config::kPieces) {}
+  // Whether a row of x (or a digit of one) is the lane's of token tile t.
+  __device__ __forceinline__ bool has_row(int t, int lane) const { return t * 8 + lane / 4 < m * Config::kDigits; }
+  __device__ __forceinline__ XScales<Config> scales_of(int chunk, int lane) const {
+    XScales<Config> out = {};
+    if constexpr (Config::kBytes) {
+      const auto* scales =
+          reinterpret_cast<const float*>(pieces + (m * Config::kDigits + 7) / 8 * tile_pieces * kLanes);
+#pragma unroll
+      for (int t = 0; t < Config::kTokenTiles; ++t) {
+        out.of_tile[t] = __ldcg(scales + min(token_of<Config>(t, 0, lane), m - 1) * chunks + chunk);
+      }
+    }
+    return out;
   }
 };
 
@@ -207,6 +238,14 @@ struct XFragments {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) held[t][i] = load_shared_if<Held>(needed[t], from[t] + i * kStep);
       }
+    }
+  }
+  __device__ __forceinline__ void hold(const PreparedX<Config>& x, int slice, int lane) {
+#pragma unroll
+    for (int t = 0; t < Config::kTokenTiles; ++t) {
+      const uint4* piece = x.pieces + (t * x.tile_pieces + slice * kCount) * kLanes + lane;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) held[t][i] = load_global_if(x.has_row(t, lane), piece + i * kLanes);
     }
   }
   __device__ __forceinline__ uint4 of(int tile, int unit, int piece) const {
@@ -303,18 +342,22 @@ struct BlockSums {
     }
   }
 
-  // To partials [m][kPartialStride].
-  __device__ __forceinline__ void write(float* out, int m, int lane) const {
+  // Index in partials [m][kPartialStride] of sum i of token tile t, of row tile 0.
+  static __device__ __forceinline__ int place(int t, int i, int lane) {
+    return token_of<Config>(t, i, lane) * Config::kPartialStride + lane / 4;
+  }
+  // store(t, i, offset, value) puts a sum `offset` behind place(t, i, lane).
+  template <typename Store>
+  __device__ __forceinline__ void write(int m, int lane, const Store& store) const {
 #pragma unroll
     for (int t = 0; t < Config::kTokenTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < kLaneTokens; ++i) {
         if (token_of<Config>(t, i, lane) >= m) continue;
-        float* to = out + token_of<Config>(t, i, lane) * Config::kPartialStride + lane / 4;
 #pragma unroll
         for (int r = 0; r < Config::kTiles; ++r) {
-          to[r * kTileRows] = sum[r][t][i];
-          to[r * kTileRows + 8] = sum[r][t][kLaneTokens + i];
+          store(t, i, r * kTileRows, sum[r][t][i]);
+          store(t, i, r * kTileRows + 8, sum[r][t][kLaneTokens + i]);
         }
       }
     }

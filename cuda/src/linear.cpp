@@ -10,6 +10,7 @@
 #include "higgs/cuda/plan.h"
 #include "launch.h"
 #include "pack_x.h"
+#include "prepare_x.h"
 #include "trellis_table.h"
 
 namespace higgs::cuda {
@@ -81,7 +82,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.row_groups_of_scales = static_cast<std::uint16_t>(t.row_groups);
   p.norm = remaining_norm(f.block) * (t.field.trellis() ? kTrellisStep : plan.bytes() ? kQuadStep : 1.0f);
   p.layout_units = static_cast<std::uint8_t>(tiled_format(f).units_per_slice / 2);
-  p.iterations = static_cast<std::uint8_t>(plan.paired ? t.units_per_slice / iteration_units(t.field, true) : 1);
+  p.iterations = static_cast<std::uint8_t>(plan.paired ? t.units_per_slice / plan.units_of_iteration() : 1);
   p.slices = static_cast<std::uint16_t>(t.slices);
   p.block = static_cast<std::uint16_t>(f.block);
   p.part_count = static_cast<std::uint8_t>(parts.size());
@@ -106,7 +107,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
     part.clusters = plan.parts[i].clusters;
     const int per_round = part.clusters * plan.row_groups;
     part.to_next_block = std::int64_t{per_round} * block_tiles(t.field, plan.paired) * t.tile_bytes -
-                         p.iterations * iteration_loads(t.field, plan.paired) * 16 * kLanes;
+                         p.iterations * plan.loads_of_iteration() * 16 * kLanes;
     part.scales_step = static_cast<int>(per_round * block_tiles(t.field, plan.paired) * t.row_groups * kTileRows);
     const std::int64_t blocks = row_blocks(plan, layout);
     part.rounds = static_cast<int>((blocks + per_round - 1) / per_round);
@@ -116,15 +117,23 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   return p;
 }
 
-// More than 8 rows of x cost the decode kernel twice the loads of x: on large layers the GEMM is faster, of trellises
-// on smaller ones, too.
+// More than 8 rows of x cost the decode kernel twice the loads of x, or twice the rounds: on large layers the GEMM is
+// faster, of trellises on smaller ones, too, unless all of x fits into the registers of a CTA.
 bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts, const DeviceProperties& device) {
+  constexpr std::int64_t kMostHeld = 4096;  // columns of 16 rows: 256 a warp
   const LayerFormat& f = parts[0].weights.format;
   if (m > kMaxDecodeRows || !supports_block(f.block)) return true;
+  if (m <= kMaxDecodeRows / 2 || !has_wgmma(device)) return false;
   const std::int64_t large = std::int64_t{1} << (f.grid->trellis != nullptr ? 25 : 26);  // weights
   std::int64_t rows = 0;
-  for (const LinearPart& part : parts) rows += part.weights.format.n;
-  return m > kMaxDecodeRows / 2 && rows * f.k > large && has_wgmma(device);
+  bool holds = true;
+  for (const LinearPart& part : parts) {
+    rows += part.weights.format.n;
+    const TiledFormat t = tiled_format(part.weights.format);
+    holds = holds && t.regular(part.weights.format) && prepares_x(t.field, static_cast<int>(m));
+  }
+  holds = holds && f.k <= kMostHeld && rows * f.k <= 2 * large;
+  return rows * f.k > large && !holds;
 }
 
 GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> parts) {
@@ -214,17 +223,34 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
   }
 }
 
+// Workspace: prepared x | partial sums.
+std::int64_t x_bytes(const LaunchPlan& p, std::int64_t k) {
+  return p.prepared ? prepared_x_bytes(p.rows, k, p.bytes()) : 0;
+}
+
 void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
                 void* workspace, Stream stream, const DeviceProperties& device) {
   for (const auto& group : launch_groups(parts)) {
     const LaunchPlan full = plan_group(plan, std::min<std::int64_t>(m, kMaxDecodeRows), dtype, group, device);
-    if (full.k_launches > 1) check_pointer("linear", "workspace", workspace);
+    if (full.k_launches > 1 || full.prepared) check_pointer("linear", "workspace", workspace);
     const DecoderOps& ops = decoder_ops(full.field);
     for (std::int64_t row = 0; row < m; row += full.rows) {
       const int rows = static_cast<int>(std::min<std::int64_t>(full.rows, m - row));
       const LaunchPlan part_plan = rows == full.rows ? full : plan_group(plan, rows, dtype, group, device);
-      float* partial = part_plan.k_launches > 1 ? static_cast<float*>(workspace) : nullptr;
-      GemvParams params = make_params(part_plan, x, d, group, partial, row, rows);
+      const LayerFormat& f = group[0].weights.format;
+      auto* const partial = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + x_bytes(part_plan, f.k));
+      GemvParams params = make_params(part_plan, x, d, group, part_plan.k_launches > 1 ? partial : nullptr, row, rows);
+      if (part_plan.prepared) {
+        prepare_x({.x = params.x,
+                   .d = d,
+                   .out = workspace,
+                   .m = rows,
+                   .k = static_cast<int>(f.k),
+                   .block = f.block,
+                   .digits = part_plan.bytes()},
+                  dtype, stream);
+        params.x = workspace;
+      }
       for (int i = 0; i < part_plan.k_launches; ++i) {
         params.first_slice = static_cast<std::uint16_t>(i * part_plan.cluster * part_plan.slices);
         params.add_partial = i > 0;
@@ -255,10 +281,11 @@ std::int64_t linear_workspace_bytes(std::int64_t m, DType dtype, std::span<const
   }
   for (const auto& group : launch_groups(parts)) {
     const LaunchPlan launch = plan_group(plan, std::min<std::int64_t>(m, kMaxDecodeRows), dtype, group, device);
-    if (launch.k_launches == 1) continue;
-    std::int64_t rows = 0;
-    for (const LinearPart& part : group) rows += part.weights.format.n;
-    bytes = std::max(bytes, rows * launch.rows * 4);
+    std::int64_t sums = 0;
+    if (launch.k_launches > 1) {
+      for (const LinearPart& part : group) sums += part.weights.format.n * launch.rows;
+    }
+    bytes = std::max(bytes, x_bytes(launch, parts[0].weights.format.k) + sums * 4);
   }
   return bytes;
 }

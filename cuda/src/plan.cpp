@@ -43,6 +43,7 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
 
 // Rotated x in shared memory. Integers, as those of a trellis kernel, have scales (trellis.cuh).
 int x_bytes(const LaunchPlan& p) {
+  if (p.prepared) return 0;
   const int columns = p.chunks * kChunkColumns;
   return p.rows * 2 * (p.field.trellis() || p.bytes() ? columns + 64 : columns + 32);
 }
@@ -89,7 +90,8 @@ void split_clusters(LaunchPlan& p, const std::vector<std::int64_t>& blocks, int 
     p.parts.push_back({next, static_cast<int>(wanted(b))});
     next += p.parts.back().clusters;
   }
-  p.parts.back().clusters += std::max(0, clusters - next);
+  // Multiprocessors that have no CTA prepare the next x.
+  if (!p.prepared) p.parts.back().clusters += std::max(0, clusters - next);
 }
 
 // Fills in the partition that cuts k into slices of `units` units and these into k_launches x cluster pieces. False if
@@ -109,7 +111,7 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
   p.row_groups =
       static_cast<int>(std::clamp<std::int64_t>(ceil_div<std::int64_t>(all, clusters), 1, max_warps / p.slices));
   split_clusters(p, blocks, clusters);
-  p.chunks = chunks_of(t, f.k, p.slices);
+  p.chunks = p.prepared ? 0 : chunks_of(t, f.k, p.slices);
   const int budget = p.whole ? device.shared_bytes_per_block : (device.shared_bytes_per_block - kReservedShared) / 2;
   const SharedUse use = shared_use(p, budget - kTableBytes);
   p.batch = use.batch;
@@ -135,9 +137,12 @@ double cost(const LaunchPlan& p) {
       std::max(1.14 * warps * (lookups + x + weights + products), 58.0) * (!p.whole && p.cluster > 2 ? 1.16 : 1);
   const double main = step * 8 * p.units * tiles * p.rounds;
   const int chunks = p.chunks * p.rows;
+  // Prepared: most of it while the table is filled. In clusters bytes then lose more than the other terms account for.
+  const double prepared = 1800.0 + (p.bytes() && p.cluster > 1 ? 5000.0 : 0.0);
   // To bytes it takes more instructions, which the warps of a scheduler issue in turn.
-  const double rotation =
-      p.bytes() ? 500.0 * ceil_div(chunks, warps) + 220.0 * chunks : 920.0 * ceil_div(chunks, warps) + 115.0 * chunks;
+  const double rotation = p.prepared  ? prepared
+                          : p.bytes() ? 500.0 * ceil_div(chunks, warps) + 220.0 * chunks
+                                      : 920.0 * ceil_div(chunks, warps) + 115.0 * chunks;
   // Partial sums go through shared memory; each batch waits for its slowest warp.
   const double sums = p.rounds * (375 + warps * tiles * p.rows * (p.cluster > 1 ? 1.2 : 0.6));
   const double batches = std::ceil(static_cast<double>(p.rounds) / p.batch) * (p.cluster > 1 ? 2220 : 1060);
@@ -150,8 +155,8 @@ double best_of_kind(LaunchPlan& p, const LinearProblem& problem, const TiledForm
   const LayerFormat& format = problem.matrices[0];
   const int slice =
       p.field.trellis() ? std::min(t.units_per_slice, 2 * trellis_slice_units(p.rows, p.regular)) : t.units_per_slice;
-  const std::int64_t step = p.paired ? iteration_units(p.field, true) : slice;
-  const std::int64_t most = p.paired ? std::gcd(format.k, format.group) / kUnitColumns : slice;
+  const std::int64_t step = p.paired || p.prepared ? p.units_of_iteration() : slice;
+  const std::int64_t most = p.prepared ? step : p.paired ? std::gcd(format.k, format.group) / kUnitColumns : slice;
   std::vector<std::int64_t> blocks;
   for (const LayerFormat& f : problem.matrices) blocks.push_back(row_blocks(p, tiled_format(f)));
   const int max_cluster = device.has_clusters() ? kMaxCluster : 1;
@@ -193,20 +198,27 @@ LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const Tile
                           const DeviceProperties& device) {
   for (p.rows = static_cast<int>(problem.m); p.rows > 0; p.rows /= 2) {
     p.token_tiles = (p.rows > 8 ? 2 : 1) * (p.bytes() && p.rows > 4 ? 2 : 1);
-    LaunchPlan held = p;
-    p.paired = p.regular && !p.field.trellis();
+    const bool pairs = p.regular && !p.field.trellis();
+    const bool holds = !pairs || (p.rows <= 8 && holds_x(p.field));
+    const bool prepares = pairs && has_wgmma(device) && prepares_x(p.field, p.rows);
     for (int launches = 1; launches <= t.slices * t.units_per_slice; ++launches) {
-      LaunchPlan paired = p;
-      const double cost_paired = best_of_kind(paired, problem, t, launches, device);
-      LaunchPlan other = held;
-      const double cost_held =
-          p.paired && p.rows <= 8 && holds_x(p.field) ? best_of_kind(other, problem, t, launches, device) : 0;
-      if (cost_held > 0 && (cost_paired == 0 || cost_held < cost_paired)) {
-        return streamed(other, problem, t, launches, device);
-      }
-      if (cost_paired > 0) return paired;
+      LaunchPlan best;
+      double least = 0;
+      const auto consider = [&](bool possible, bool paired, bool prepared) {
+        LaunchPlan candidate = p;
+        candidate.paired = paired;
+        candidate.prepared = prepared;
+        const double c = possible ? best_of_kind(candidate, problem, t, launches, device) : 0;
+        if (c == 0 || (least > 0 && c >= least)) return;
+        least = c;
+        best = candidate;
+      };
+      consider(pairs, true, false);
+      consider(holds, false, false);
+      consider(prepares, false, true);
+      if (least == 0) continue;
+      return pairs && !best.paired && !best.prepared ? streamed(best, problem, t, launches, device) : best;
     }
-    p.paired = false;
   }
   throw Error(ErrorCode::unsupported, "linear: " + device.name + " has " +
                                           std::to_string(device.shared_bytes_per_block) +
@@ -275,6 +287,7 @@ std::string LaunchPlan::to_string() const {
   add("regular", regular ? 1 : 0);
   add("paired", paired ? 1 : 0);
   add("streamed", streamed ? 1 : 0);
+  add("prepared", prepared ? 1 : 0);
   add("whole", whole ? 1 : 0);
   add("units", units);
   add("ctas", ctas());

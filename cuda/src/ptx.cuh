@@ -76,6 +76,20 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
+// The same of global memory.
+__device__ __forceinline__ uint4 load_global_if(bool valid, const uint4* p) {
+  uint4 v;
+  asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %4, 0;\n@valid ld.global.v4.u32 {%0,%1,%2,%3}, [%5];\n}"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(static_cast<int>(valid)), "l"(p)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t at, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
+}
+
 // Programmatic dependent launch: let the next kernel start its prologue / wait for the results of the previous one.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

@@ -91,9 +91,10 @@ struct Rotation {
   }
 
   static __device__ __forceinline__ int first_column(int lane) { return lane / 4 * 16 + lane % 4 * 4; }
-  // Where they are in shared memory.
+  // Bytes from a lane's first rotated columns to where they are stored: pieces of 32 columns, kPieceBytes apart.
+  template <int kPieceBytes>
   static __device__ __forceinline__ int first_place(int lane) {
-    return lane / 8 * 32 + lane % 4 * 8 + lane / 4 % 2 * 4;
+    return lane / 8 * kPieceBytes + lane % 4 * 16 + lane / 4 % 2 * 8;
   }
 
   // d[j] = p[128 j + first_column + 0..3]; p is a chunk with `count` columns.
@@ -125,15 +126,16 @@ struct Rotation {
     }
   }
 
-  __device__ __forceinline__ void rotate(const uint2 (&b)[8], T* out, int lane) const {
+  template <int kPieceBytes = 64>
+  __device__ __forceinline__ void rotate(const uint2 (&b)[8], uint8_t* out, int lane) const {
     float y[4][2][4];
     rotate(b, y);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const auto& part = y[i / 2];
       const int c = i % 2 * 2;
-      *reinterpret_cast<uint2*>(out + 128 * i + first_place(lane)) = {pack2<T>(part[0][c], part[0][c + 1]),
-                                                                      pack2<T>(part[1][c], part[1][c + 1])};
+      *reinterpret_cast<uint2*>(out + 4 * i * kPieceBytes + first_place<kPieceBytes>(lane)) = {
+          pack2<T>(part[0][c], part[0][c + 1]), pack2<T>(part[1][c], part[1][c + 1])};
     }
   }
   // To y[pair][h][2 c + e]: columns 256 pair + 128 c + first_column + 2 h + e.

@@ -279,24 +279,25 @@ inline constexpr float kMostDigits = 127 * 256.0f;
 // Digits 256 hi + lo: two planes of bytes per row. Within 64 columns, those of lane t for four MMA steps are
 // neighbours: byte 16 t + 4 s + c. A plane is 64 bytes longer than its chunks, so that the 16-byte loads of two planes
 // meet different banks.
+template <int kPieceBytes = 64>
 __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scale,
                                              int lane) {
   const float inverse = chunk_scale(y, kMostDigits, 1, scale, lane);
-  const int place = lane / 16 * 64 + lane % 4 * 16 + lane / 4 % 4 * 4;
+  const int place = lane / 16 * kPieceBytes + lane % 4 * 16 + lane / 4 % 4 * 4;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const auto& part = y[j / 2];
     const int c = j % 2 * 2;
     const uint2 digits = digits_of({part[0][c], part[0][c + 1], part[1][c], part[1][c + 1]}, inverse);
-    *reinterpret_cast<uint32_t*>(lo + 128 * j + place) = digits.y;
-    *reinterpret_cast<uint32_t*>(hi + 128 * j + place) = digits.x;
+    *reinterpret_cast<uint32_t*>(lo + 2 * j * kPieceBytes + place) = digits.y;
+    *reinterpret_cast<uint32_t*>(hi + 2 * j * kPieceBytes + place) = digits.x;
   }
 }
 
 // fp16, in the order of Rotation::rotate.
 __device__ __forceinline__ void store_halves(const float (&y)[4][2][4], __half* out, float* scale, int lane) {
   const float inverse = chunk_scale(y, 2048.0f, WindowPair<__half>::kUnit, scale, lane);
-  const int place = Rotation<__half>::first_place(lane);
+  const int place = Rotation<__half>::first_place<64>(lane) / 2;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const auto& part = y[j / 2];

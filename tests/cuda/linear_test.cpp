@@ -223,6 +223,36 @@ TEST_P(CudaLinearRealShapes, MatchTheOracle) {
     check_layer(Layer(find_grid(GetParam()), s.n, s.k, s.block, s.group), kAllCases, ratios);
   }
 }
+// Several rounds of row blocks, in loops that differ with the number of rows of x: a row alone has MatchTheOracle.
+TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
+  HIGGS_NEEDS_GPU();
+  const Layer layer(find_grid(GetParam()), 24000, 1024, 1024, 1024);
+  const LayerFormat& f = layer.format;
+  Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(f).bytes));
+  repack(layer.device(), tiled.data(), nullptr);
+  Buffer<float> d(static_cast<std::size_t>(f.k));
+  rotation_vector(VectorKind::input, f.seed, layer.device_column_scale.data(), f.k, d.data(), nullptr);
+  const std::vector<std::uint8_t> x = stored(gaussian(static_cast<std::size_t>(16 * f.k)), DType::f16);
+  const auto rows = [&](std::int64_t first, std::int64_t m) {
+    const Buffer<std::uint8_t> part(
+        std::vector<std::uint8_t>(x.begin() + first * f.k * 2, x.begin() + (first + m) * f.k * 2));
+    return loaded(run(layer, tiled, part, d, nullptr, {m, DType::f16, false}, current_device()), DType::f16);
+  };
+  for (const std::int64_t m : {5, 8, 13, 16}) {
+    const std::vector<float> batch = rows(0, m);
+    for (const std::int64_t i : {std::int64_t{0}, m - 1}) {
+      const std::vector<float> alone = rows(i, 1);
+      double error = 0;
+      double energy = 0;
+      for (std::size_t j = 0; j < alone.size(); ++j) {
+        const double e = batch[static_cast<std::size_t>(i * f.n) + j] - alone[j];
+        error += e * e;
+        energy += static_cast<double>(alone[j]) * alone[j];
+      }
+      EXPECT_LE(error, 1e-6 * energy) << "row " << i << " of " << m;
+    }
+  }
+}
 INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes, testing::Values("p2_n256", "p2_n64", "p4_n256"));
 
 // As many rounds as large layers have, for want of multiprocessors.

@@ -31,7 +31,13 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
   const TiledFormat t = warp_slices(p, tiled_format(matrices[0]));
   EXPECT_LE(p.threads(), p.max_threads());
   EXPECT_TRUE(p.regular || !p.paired);
-  EXPECT_TRUE(p.paired || !p.regular || p.field.trellis() || (p.rows <= 8 && holds_x(p.field)));
+  if (p.prepared) {
+    EXPECT_TRUE(p.regular && !p.paired && has_wgmma(d) && prepares_x(p.field, p.rows));
+    EXPECT_EQ(p.units, prepared_units(p.field, p.rows));
+  } else {
+    EXPECT_TRUE(p.paired || !p.regular || p.field.trellis() || (p.rows <= 8 && holds_x(p.field)));
+    EXPECT_GE(p.rotate_warps, 1);
+  }
   EXPECT_FALSE(p.paired && p.field.trellis());
   if (p.streamed) {
     EXPECT_TRUE(d.has_clusters()) << "no bulk copies";
@@ -53,7 +59,6 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
   EXPECT_LE(p.rows, m);
   EXPECT_GE(p.token_tiles * (p.bytes() ? 4 : 8), p.rows);
   EXPECT_GE(p.batch, 1);
-  EXPECT_GE(p.rotate_warps, 1);
   ASSERT_EQ(p.parts.size(), matrices.size());
   int next = 0;
   for (std::size_t i = 0; i < matrices.size(); ++i) {
@@ -131,6 +136,21 @@ TEST(Plan, LargeLayersStreamWeights) {
   EXPECT_FALSE(streamed("p2_n256", 57344, 1, kDevices[3])) << "no faster at 4 bits";
   EXPECT_FALSE(streamed("p4_n256", 57344, 1, kDevices[3])) << "look-ups yield bytes";
   EXPECT_FALSE(streamed("p2_n64", 57344, 1, kDevices[0])) << "no bulk copies";
+}
+
+TEST(Plan, PreparedXLeavesMultiprocessorsThatRotateIt) {
+  DeviceProperties d = kDevices[3];
+  d.resident_clusters = {0, 132, 66, 43, 30, 24, 20, 16, 15};
+  const LayerFormat f = format(find_grid("p2_n64"), 28672, 4096);
+  for (const std::int64_t m : {1, 8, 16}) {
+    const LaunchPlan p = plan({m, DType::bf16, {&f, 1}}, d);
+    EXPECT_EQ(p.prepared, m > 1) << m;
+    EXPECT_EQ(p.ctas(), m > 1 ? 128 : 132) << m;
+    EXPECT_EQ(p.chunks == 0, p.prepared) << m;
+    EXPECT_FALSE(plan({m, DType::bf16, {&f, 1}}, kDevices[4]).prepared) << m << ", not sm_90";
+  }
+  const LayerFormat long_rows = format(find_grid("p4_n256"), 4096, 14336);
+  EXPECT_FALSE(plan({8, DType::bf16, {&long_rows, 1}}, d).prepared);
 }
 
 TEST(Plan, FullSlicesOfQuadsDecodeToBytes) {

@@ -55,9 +55,10 @@ void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scal
 // order: the same input gives the same bits, and rows do not influence each other. Up to kMaxParts matrices that
 // share x (same k, block, group) go in one call; those with the same decoder go in one launch.
 //
-// Up to kMaxDecodeRows rows (half as many on large layers) one kernel does all. With bf16 the rotated x and the grid
-// points are rounded to bf16 (about sqrt(2) times the rounding error of a bf16 matmul on dequantized weights); with
-// fp16, x * d is rounded to fp16 and rotated in two steps: |x * d| must stay below about 32000.
+// Up to kMaxDecodeRows rows (on the largest layers half as many) one kernel does all, or two, the second of which
+// starts while the first rotates x. With bf16 the rotated x and the grid points are rounded to bf16 (about sqrt(2)
+// times the rounding error of a bf16 matmul on dequantized weights); with fp16, x * d is rounded to fp16 and rotated in
+// two steps: |x * d| must stay below about 32000.
 //
 // Weights and d are read while the kernel launched before may still run, if that one lets its dependents start early:
 // they must not be results of such a kernel.

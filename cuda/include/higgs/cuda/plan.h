@@ -47,6 +47,14 @@ constexpr int ring_place_bytes(FieldShape s) noexcept { return held_window(s) * 
 // Whether there is such a loop: where it was measured to win, at 3 bits. At 4 bits it does not.
 constexpr bool streams_weights(FieldShape s) noexcept { return s.weights == 2 && s.bits == 6; }
 
+// Units of a warp that holds prepared x (LaunchPlan) of `rows` rows: of half a slice for more than 8. Whether it can:
+// these units' words are whole 16-byte loads. Few rows are rotated by every CTA in less time than a kernel takes.
+constexpr int prepared_units(FieldShape s, int rows) noexcept { return rows > 8 ? s.max_units() / 2 : s.max_units(); }
+constexpr bool prepares_x(FieldShape s, int rows) noexcept {
+  if (s.trellis() || !holds_x(s) || rows <= (s.quads() ? 4 : 2)) return false;
+  return rows <= 8 || prepared_units(s, rows) * s.unit_words() % 4 == 0;
+}
+
 // Units of 256 columns in a warp's slice of a trellis: x for 16 rows takes twice the registers.
 constexpr int trellis_slice_units(int rows, bool regular) noexcept { return regular && rows <= 8 ? 2 : 1; }
 
@@ -75,6 +83,7 @@ struct LaunchPlan {
   bool paired = false;  // regular, and fragments of x come from shared memory, each for two row tiles: m > 8, and small
                         // layers, as the CTAs of the next kernel then find room beside these
   bool streamed = false;  // not paired, and weights come through shared memory
+  bool prepared = false;  // x rotated by a kernel of its own, and its fragments then held in registers
   bool whole = false;     // a CTA may take all of a multiprocessor; otherwise two of 256 threads find room
   int units = 0;          // of a warp's slice: as in the layout, or a multiple of iteration_units
   int slices = 0;         // per CTA
@@ -95,6 +104,11 @@ struct LaunchPlan {
     if (paired) return whole && rows > 8 && !bytes() ? 512 : 256;
     return regular || field.trellis() ? 512 : 256;
   }
+  // Of a warp in one iteration of the main loop.
+  [[nodiscard]] int units_of_iteration() const noexcept {
+    return prepared ? prepared_units(field, rows) : iteration_units(field, paired);
+  }
+  [[nodiscard]] int loads_of_iteration() const noexcept { return (units_of_iteration() * field.unit_words() + 3) / 4; }
   [[nodiscard]] bool bytes() const noexcept { return uses_bytes(field, regular); }
   [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
   [[nodiscard]] int ctas() const noexcept {
