@@ -14,7 +14,7 @@
 //
 // The main loop has no barrier: weights go from global memory to registers in 16-byte loads, a register being reloaded
 // with the next words as soon as it has been consumed. Partial sums are reduced every `batch` row blocks. There are
-// four loops (gemv_config.cuh). All are bound by the load unit, which spends about a cycle on each 128 bytes of table,
+// five loops (gemv_config.cuh). All are bound by the load unit, which spends about a cycle on each 128 bytes of table,
 // x and (twice that) weights:
 //
 //   held     x fragments of the slice stay in registers: the fewest loads, but a CTA fills a multiprocessor
@@ -24,8 +24,7 @@
 //            a multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
 //            wait in griddepcontrol.wait for x
 //   streamed as held, for m <= 2 at 3 bits: weights come by bulk copies (gemv_streamed.cuh), and x of four MMA steps
-//   are
-//            the columns of one B operand
+//            are the columns of one B operand
 //   general  slices that are not full, or several scale groups in one
 //
 // Halves or bytes. Where a look-up yields four weights (quads) it yields them as bytes in held and paired loops: 128
