@@ -70,9 +70,11 @@ class PlannedLayer:
 class Allocation:
     """A grid for every layer. ``bits`` are effective bits a weight (index bits if so counted), ``cost`` is the exact
     sum in ``unit``, at most ``budget``. ``predicted_loss`` is the linear sum alpha t2, ``corrected_loss`` that with
-    :func:`corrected` t2, ``objective`` says which of them was minimized; no allocation is better by more than ``gap``
-    (0: the optimum). The perplexity is that of the same one. ``predicted_error``: standard error of ``predicted_loss``
-    by that of the alphas (None if not known); a single draw of rounding errors differs from any prediction by more."""
+    :func:`corrected` t2, ``objective`` says which of these sums was minimized; no allocation is better by more than
+    ``gap`` (0: the optimum). Both predictions, and the perplexity, which is that of the same one, include
+    ``first_order``, the sum first_order t2 of sensitivities of a text, which was not minimized. ``predicted_error``:
+    standard error of ``predicted_loss`` by that of the alphas (None if not known); a single draw of rounding errors
+    differs from any prediction by more."""
 
     bits: float
     cost: int
@@ -87,6 +89,7 @@ class Allocation:
     notes: list[str] = field(default_factory=list)
     predicted_perplexity: float | None = None
     predicted_error: float | None = None
+    first_order: float = 0.0
 
     @property
     def grids(self) -> dict[str, str]:
@@ -236,17 +239,19 @@ def plan_allocation(
     negative = [x.name for x in layers if x.alpha < 0]
     base, error_of_sum = sensitivities.base_perplexity, sensitivities.relative_error
     predicted = sum(x.loss for x in planned)
+    first_order = sum(x.first_order * p.t2 for x, p in zip(layers, planned, strict=True))
     return Allocation(
         bits=sum(row[c] for row, c in zip(sizes, found.choice, strict=True)) / weights,
         cost=found.cost, budget=budget, unit=unit, objective="corrected" if low_rate else "linear",
-        predicted_loss=predicted,
-        corrected_loss=sum(
+        predicted_loss=predicted + first_order,
+        corrected_loss=first_order + sum(
             max(x.alpha, 0.0) * corrected(p.t2, rule.scaled(x)) for x, p in zip(layers, planned, strict=True)
         ),
         gap=found.gap, layers=planned, skipped=skipped,
         notes=[f"{len(negative)} negative sensitivities count as 0: {', '.join(negative)}"] if negative else [],
-        predicted_perplexity=None if base is None else base * math.exp(found.loss),
+        predicted_perplexity=None if base is None else base * math.exp(found.loss + first_order),
         predicted_error=None if error_of_sum is None else error_of_sum * predicted,
+        first_order=first_order,
     )  # fmt: skip
 
 

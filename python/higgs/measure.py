@@ -20,8 +20,14 @@ the *sum* of log-probabilities over all positions of a batch is an unbiased esti
 pass a batch serves all layers. A few unlikely labels can double it for a batch. The KL under noise in all layers at
 once (each its own, so that they add up) is the same sum, and a draw of so many numbers varies by a few percent: one
 more forward pass a batch gives the factor that the alphas of all layers are multiplied by. Assumed: small noise (the
-limit t2 -> 0), and a loss whose increase is this KL (exact for a model that predicts the text as it expects to; on real
-text the first-order term averages out over the noise).
+limit t2 -> 0), and a loss whose increase is this KL (exact for a model that predicts the text as it expects to).
+
+On a text the loss has a gradient G_l too. Noise has mean 0, so its first-order term averages out, which is what the
+theorem assumes (or a model at a stationary point). Rounding is not noise: values that are rounded to c, the centroid of
+their cell, are c in the mean, so E[(c - w) w] = E[c^2] - E[w^2] = -E[(c - w)^2]. Errors shrink the weights,
+E[error | W] = -t2 W, and the loss changes by -t2 <G_l, W_l> in the mean over the draws of the signs: *fisher* on a text
+also gives first_order_l = -<G_l, W_l> (rotation and column scales leave <G, W> as it is), from a second backward pass
+with the tokens that follow in the text. For labels that the model draws its expectation is 0.
 """
 
 from __future__ import annotations
@@ -84,6 +90,9 @@ class Method(Protocol):
     def fit(self, results: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
         """{layer: (alpha, residual)} from the results of all jobs."""
 
+    def first_order(self, results: Mapping[str, Any]) -> dict[str, float]:
+        """{layer: -<G, W>}, in nats per unit t2; empty if not known."""
+
     def relative_error(self, results: Mapping[str, Any]) -> float | None:
         """Standard error of the sum of the alphas over it; None if not known."""
 
@@ -98,42 +107,62 @@ def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 class Fisher:
-    """The method *fisher* on ``token_ids`` [windows, context]; one job is one batch of windows."""
+    """The method *fisher* on ``token_ids`` [windows, context]; one job is one batch of windows. ``is_text``: the tokens
+    are a text, of which the first order is to be known too."""
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, Target], token_ids: Tensor, *, seed: int = 0) -> None:
-        self._model, self._targets, self._seed = model, targets, seed
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        token_ids: Tensor,
+        *,
+        is_text: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self._model, self._targets, self._is_text, self._seed = model, targets, is_text, seed
         self._ids = _batches(token_ids)
 
     def jobs(self) -> list[str]:
         return [f"batch {i}" for i in range(len(self._ids))]
 
     def run(self, job: str) -> dict[str, Any]:
-        """``alphas``: {layer: estimate}; ``sum``: what noise in all layers says that the sum of the alphas is."""
+        """``alphas``: {layer: estimate}; ``sum``: what noise in all layers says that the sum of the alphas is; for a
+        text also ``first_order``: {layer: -<G, W>}."""
         i = int(job.split()[1])
         seed = self._seed * 1_000_003 + i
-        ids, result = self._ids[i].to(_device(self._model)), dict[str, float]()
-        with torch.enable_grad(), _gradients(self._model, self._targets, result):
+        ids, along = self._ids[i].to(_device(self._model)), dict[str, float]()
+        with _gradients(self._model, self._targets):
             log_probs = _log_probs(self._model, ids).flatten(0, 1)
             base = log_probs.detach()
+            if self._is_text:
+                of_text = log_probs.gather(1, ids[:, 1:].reshape(-1, 1)).sum()
+                along = _backward(of_text, self._targets, _along_weight, retain_graph=True)
             labels = _draw_labels(base, torch.Generator().manual_seed(seed))
-            log_probs.gather(1, labels).sum().backward()
+            squares = _backward(log_probs.gather(1, labels).sum(), self._targets, _noise_energy)
             del log_probs
-        if bad := [name for name, total in result.items() if not math.isfinite(total)]:
+        if bad := [n for found in (squares, along) for n, total in found.items() if not math.isfinite(total)]:
             raise ValueError(f"the gradient of layer {bad[0]} is not finite on the tokens of {job}")
         with torch.inference_mode(), jointly_perturbed(self._model, self._targets, JOINT_T2, seed):
             kl = _kl(base, _log_probs(self._model, ids).flatten(0, 1))
-        alphas = {name: 0.5 * total / len(labels) for name, total in result.items()}
-        return {"alphas": alphas, "sum": kl / len(labels) / JOINT_T2}
+        result = {
+            "alphas": {name: 0.5 * total / len(labels) for name, total in squares.items()},
+            "sum": kl / len(labels) / JOINT_T2,
+        }
+        if self._is_text:
+            result["first_order"] = {name: total / len(labels) for name, total in along.items()}
+        return result
 
     def fit(self, results: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
         """The mean over the batches, by their numbers of tokens, times the factor that gives the alphas the sum that
         noise in all layers has."""
-        means = {
-            name: sum(w * r["alphas"].get(name, 0.0) for w, r in self._weighted(results)) for name in self._targets
-        }
+        means = self._means(results, "alphas")
         total = sum(means.values())
         factor = sum(w * r["sum"] for w, r in self._weighted(results)) / total if total else 1.0
         return {name: (factor * mean, None) for name, mean in means.items()}
+
+    def first_order(self, results: Mapping[str, Any]) -> dict[str, float]:
+        """The mean over the batches, by their numbers of tokens."""
+        return self._means(results, "first_order") if self._is_text else {}
 
     def relative_error(self, results: Mapping[str, Any]) -> float | None:
         """From how the batches differ; None if there is but one."""
@@ -142,6 +171,9 @@ class Fisher:
         if len(sums) < 2 or mean <= 0:
             return None
         return math.sqrt(sum((w * (s - mean)) ** 2 for w, s in sums) * len(sums) / (len(sums) - 1)) / mean
+
+    def _means(self, results: Mapping[str, Any], key: str) -> dict[str, float]:
+        return {name: sum(w * r[key].get(name, 0.0) for w, r in self._weighted(results)) for name in self._targets}
 
     def _weighted(self, results: Mapping[str, Any]) -> list[tuple[float, Any]]:
         """The share of each batch in the tokens that are predicted, and its result."""
@@ -157,30 +189,56 @@ def _draw_labels(log_probs: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(sums, chosen, right=True).clamp_(max=sums.shape[1] - 1)
 
 
-@contextmanager
-def _gradients(model: nn.Module, targets: Mapping[str, Target], result: dict[str, float]) -> Iterator[None]:
-    """While open, a backward pass adds sum_ij (sigma_ij g_ij)^2 of every target to ``result`` and keeps no gradient."""
-    wanted = {id(target.linear.weight) for target in targets.values()}
-    before = [(p, p.requires_grad) for p in model.parameters()]
+def _noise_energy(gradient: Tensor, target: Target) -> float:
+    """sum_ij (sigma_ij g_ij)^2"""
+    return (gradient * target.noise_std()).square().sum(dtype=torch.float64).item()
+
+
+def _along_weight(gradient: Tensor, target: Target) -> float:
+    """<gradient, weight>"""
+    return (gradient * target.linear.weight.detach().float()).sum(dtype=torch.float64).item()
+
+
+def _backward(
+    value: Tensor,
+    targets: Mapping[str, Target],
+    statistic: Callable[[Tensor, Target], float],
+    *,
+    retain_graph: bool = False,
+) -> dict[str, float]:
+    """{layer: statistic(gradient of ``value``, target)} of one backward pass, which keeps no gradient."""
+    result: dict[str, float] = {}
 
     def take(name: str, target: Target) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             assert weight.grad is not None
-            result[name] = (weight.grad.float() * target.noise_std()).square().sum(dtype=torch.float64).item()
+            result[name] = statistic(weight.grad.float(), target)
             weight.grad = None
 
         return hook
 
-    for p, _ in before:
-        p.requires_grad_(id(p) in wanted)
     handles = [
         target.linear.weight.register_post_accumulate_grad_hook(take(name, target)) for name, target in targets.items()
     ]
     try:
-        yield
+        value.backward(retain_graph=retain_graph)
     finally:
         for handle in handles:
             handle.remove()
+    return result
+
+
+@contextmanager
+def _gradients(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
+    """While open, the weights of the targets and no other parameters have gradients."""
+    wanted = {id(target.linear.weight) for target in targets.values()}
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in before:
+        p.requires_grad_(id(p) in wanted)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
         for p, flag in before:
             p.requires_grad_(flag)
 
@@ -228,6 +286,10 @@ class Noise:
         return {
             name: fit_line(self._levels, [results[f"{name} {t2:g}"] for t2 in self._levels]) for name in self._targets
         }
+
+    def first_order(self, results: Mapping[str, Any]) -> dict[str, float]:
+        """Not known: noise has none."""
+        return {}
 
     def relative_error(self, results: Mapping[str, Any]) -> None:
         """Not known: the residuals say how far from linear the layers are."""

@@ -30,12 +30,12 @@ class Subject:
         """Of the loss over that of the original with perplexity ``base``, in nats."""
         return None if base is None or self.perplexity is None else math.log(self.perplexity / base)
 
-    def luck(self) -> float | None:
-        """The part of the increase that changes sign with the rounding errors: its mean over the draws of the signs is
-        0, and no prediction knows it."""
+    def luck(self, first_order: float = 0.0) -> float | None:
+        """The part of the increase that changes sign with the rounding errors, less its mean over the draws of the
+        signs, ``first_order``: no prediction knows it."""
         if self.perplexity is None or self.mirror_perplexity is None:
             return None
-        return 0.5 * math.log(self.perplexity / self.mirror_perplexity)
+        return 0.5 * math.log(self.perplexity / self.mirror_perplexity) - first_order
 
 
 def kind_of(layer: str) -> str:
@@ -43,11 +43,14 @@ def kind_of(layer: str) -> str:
     return layer.rpartition(".")[2]
 
 
-def predicted_increase(report: Report, alphas: Mapping[str, float]) -> float | None:
-    """sum alpha_l t2_l with the t2 that quantizing measured; None if a layer has no alpha."""
-    if any(x.layer not in alphas for x in report.layers):
+def predicted_increase(report: Report, sensitivities: Sensitivities) -> tuple[float, float] | None:
+    """(sum (alpha_l + first_order_l) t2_l with the t2 that quantizing measured, of it the first order); None if a layer
+    has no alpha."""
+    known = {x.name: x for x in sensitivities.layers}
+    if any(x.layer not in known for x in report.layers):
         return None
-    return sum(alphas[x.layer] * x.t2 for x in report.layers)
+    first_order = sum(known[x.layer].first_order * x.t2 for x in report.layers)
+    return sum(known[x.layer].alpha * x.t2 for x in report.layers) + first_order, first_order
 
 
 def write_pictures(
@@ -58,8 +61,8 @@ def write_pictures(
     Layer by layer for the first of ``subjects``; perplexity against bits for all. ``base``: perplexity of the original.
     Raises HiggsError without matplotlib.
     """
-    alphas = sensitivities.alphas if sensitivities is not None else {}
-    first = subjects[0].report
+    known = sensitivities or Sensitivities([])
+    alphas, first = known.alphas, subjects[0].report
     titles: list[tuple[str, str, Callable[[Any], None]]] = [
         ("bits", "Bits a weight, layer by layer", lambda ax: _draw_bits(ax, first)),
         ("kinds", "Bits a weight by projection", lambda ax: _draw_kinds(ax, first)),
@@ -69,7 +72,7 @@ def write_pictures(
         titles.append(("loss", "Predicted loss increase (nats)", lambda ax: _draw_loss(ax, first, alphas)))
     if any(s.perplexity is not None for s in subjects):
         titles.append(("pareto", "Perplexity against bits", lambda ax: _draw_pareto(ax, subjects, base)))
-    points = _predictions(subjects, alphas, base)
+    points = _predictions(subjects, known, base)
     if points:
         titles.append(
             ("linearity", "Loss increase: prediction and measurement", lambda ax: _draw_linearity(ax, points))
@@ -77,7 +80,7 @@ def write_pictures(
     out.mkdir(parents=True, exist_ok=True)
     pictures = [(_picture(out / f"{name}.png", title, draw), title) for name, title, draw in titles]
     page = out / "report.html"
-    page.write_text(_page(subjects, alphas, base, pictures), encoding="utf-8")
+    page.write_text(_page(subjects, known, base, pictures), encoding="utf-8")
     return [page, *(path for path, _ in pictures)]
 
 
@@ -151,14 +154,14 @@ def _draw_pareto(axes: Any, subjects: Sequence[Subject], base: float | None) -> 
 
 
 def _predictions(
-    subjects: Sequence[Subject], alphas: Mapping[str, float], base: float | None
+    subjects: Sequence[Subject], sensitivities: Sensitivities, base: float | None
 ) -> list[tuple[str, float, float, float]]:
     """(name, predicted, measured loss increase in nats, luck of the draw or 0) of the subjects whose are known."""
     points = []
     for s in subjects:
-        predicted, measured = predicted_increase(s.report, alphas), s.increase(base)
-        if predicted is not None and measured is not None:
-            points.append((s.name, predicted, measured, s.luck() or 0.0))
+        found, measured = predicted_increase(s.report, sensitivities), s.increase(base)
+        if found is not None and measured is not None:
+            points.append((s.name, found[0], measured, s.luck(found[1]) or 0.0))
     return points
 
 
@@ -174,20 +177,20 @@ def _draw_linearity(axes: Any, points: Sequence[tuple[str, float, float, float]]
 
 
 def _page(
-    subjects: Sequence[Subject], alphas: Mapping[str, float], base: float | None, pictures: Sequence[tuple[Path, str]]
+    subjects: Sequence[Subject], sensitivities: Sensitivities, base: float | None, pictures: Sequence[tuple[Path, str]]
 ) -> str:
     def number(x: float | None, places: int) -> str:
         return "" if x is None else f"{x:.{places}f}"
 
     rows = []
     for s in subjects:
-        predicted = predicted_increase(s.report, alphas)
-        measured, luck = s.increase(base), s.luck()
+        predicted, first_order = predicted_increase(s.report, sensitivities) or (None, None)
+        measured, luck = s.increase(base), s.luck(first_order or 0.0)
         cells = [html.escape(s.name), number(s.report.bits, 3), number(s.report.t2, 5), number(s.perplexity, 3),
-                 number(predicted, 4), number(measured, 4), number(luck, 4)]  # fmt: skip
+                 number(predicted, 4), number(first_order, 4), number(measured, 4), number(luck, 4)]  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = ("checkpoint", "bits", "mean t2", "perplexity", "predicted increase", "measured increase",
-             "of it luck of the draw")  # fmt: skip
+    heads = ("checkpoint", "bits", "mean t2", "perplexity", "predicted increase", "of it first order",
+             "measured increase", "of it luck of the draw")  # fmt: skip
     images = [
         f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for path, title in pictures

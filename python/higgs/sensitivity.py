@@ -1,8 +1,8 @@
 """Sensitivities: how much the loss rises per unit of relative squared error of each layer.
 
 The linearity theorem (arXiv 2411.17525, section 3): loss(quantized) ~ loss(original) + sum_l alpha_l t2_l, in nats a
-token. This file holds the alphas and the JSON they are kept in; ``higgs.measure`` makes them, ``higgs.allocate`` uses
-them.
+token; on a known text + sum_l first_order_l t2_l, as rounding shrinks the weights. This file holds the alphas and the
+JSON they are kept in; ``higgs.measure`` makes them and says where they come from, ``higgs.allocate`` uses them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ VERSION = 1
 class LayerSensitivity:
     """One Linear layer W[n, k]: ``alpha`` in nats per unit t2. ``residual``: root mean square deviation from the line
     relative to that of the measured values (None if none was fitted). ``column_scale``: whether the layer has one, on
-    which alpha depends."""
+    which alpha depends. ``first_order``: what the shrinking adds to the loss of the text that was measured on, nats per
+    unit t2 (0 without one). It belongs to predictions for that text; it is too noisy layer by layer, and too much a
+    matter of the text, to choose grids by."""
 
     name: str
     n: int
@@ -32,6 +34,7 @@ class LayerSensitivity:
     alpha: float
     column_scale: bool = True
     residual: float | None = None
+    first_order: float = 0.0
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Sensitivities:
             entry["column_scale"] = x.column_scale
             if x.residual is not None:
                 entry["residual"] = x.residual
+            if x.first_order:
+                entry["first_order"] = x.first_order
             layers.append(entry)
         data: dict[str, Any] = {"format": FORMAT, "version": VERSION, **self.about}
         if self.base_perplexity is not None:
@@ -117,7 +122,9 @@ def _layer(entry: Any, file: str) -> LayerSensitivity:
             raise ValueError("name is no text, or shape is not two positive integers")
         if isinstance(alpha, bool) or not math.isfinite(alpha):
             raise ValueError("alpha is not a finite number")
-        residual = entry.get("residual")
+        residual, first_order = entry.get("residual"), entry.get("first_order", 0.0)
+        if isinstance(first_order, bool) or not math.isfinite(first_order):
+            raise ValueError("first_order is not a finite number")
         return LayerSensitivity(
             name,
             n,
@@ -125,6 +132,7 @@ def _layer(entry: Any, file: str) -> LayerSensitivity:
             float(alpha),
             bool(entry.get("column_scale", True)),
             None if residual is None else float(residual),
+            float(first_order),
         )
     except (TypeError, KeyError, ValueError) as e:
         raise FormatError(f"{file}: malformed layer {json.dumps(entry, default=str)[:200]}: {e}") from None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 from conftest import DATA
 from higgs import FormatError, layer_format
 from higgs.allocate import Allocation, corrected, grid_menu, latency_costs, plan_allocation, stored_bits, tied_groups
+from higgs.cli.tables import allocation_text
 from higgs.sensitivity import LayerSensitivity, Sensitivities
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -196,6 +198,7 @@ def test_menu():
         ({"version": 2, "layers": [1]}, "version 2"),
         ({"layers": [{"name": "a", "alpha": 1}]}, r"malformed layer .*shape"),
         ({"layers": [{"name": "a", "alpha": float("nan"), "shape": [1, 64]}]}, "alpha is not a finite number"),
+        ({"layers": [{"name": "a", "alpha": 1, "shape": [1, 64], "first_order": float("inf")}]}, "first_order is not"),
         ({"layers": [{"name": "a", "alpha": 1, "shape": [0, 64]}]}, "two positive integers"),
         ({"layers": [{"name": "a", "alpha": 1, "shape": [1, 64]}] * 2}, "a twice"),
         ({"layers": [{"name": "a", "alpha": 1, "shape": [1, 64]}], "measured_t2": {"p": 1}}, "measured_t2"),
@@ -207,14 +210,34 @@ def test_broken_sensitivities(data, message):
         Sensitivities.from_dict(data)
 
 
+def test_first_order_is_in_predictions_and_in_no_choice():
+    layers = [LayerSensitivity(f"{i}", 64, 64 * (i + 1), 2.0**i, first_order=-0.1 * i) for i in range(4)]
+    without = Sensitivities([replace(x, first_order=0.0) for x in layers], 7.5, relative_error=0.25)
+    for low_rate in (False, True):
+        plain = plan_allocation(without, bits=3.6, low_rate=low_rate)
+        plan = plan_allocation(Sensitivities(layers, 7.5, relative_error=0.25), bits=3.6, low_rate=low_rate)
+        assert plan.grids == plain.grids and len(set(plan.grids.values())) > 1 and plain.first_order == 0
+        assert plan.first_order == pytest.approx(sum(-0.1 * i * x.t2 for i, x in enumerate(plan.layers)))
+        assert plan.predicted_loss == pytest.approx(plain.predicted_loss + plan.first_order)
+        assert plan.corrected_loss == pytest.approx(plain.corrected_loss + plan.first_order)
+        assert plan.predicted_perplexity == pytest.approx(plain.predicted_perplexity * math.exp(plan.first_order))
+        assert plan.predicted_error == plain.predicted_error
+    assert "first_order" not in json.dumps(without.to_dict())
+    assert "of first order" in allocation_text(plan) and "of first order" not in allocation_text(plain)
+
+
 def test_files_survive_a_round_trip(tmp_path):
     sensitivities = Sensitivities(
-        [LayerSensitivity("a.q_proj", 64, 64, 0.5, False, 0.01)], 7.5, {"p1_n4": (2, 0.1)}, {"method": "fisher"}, 0.25
+        [LayerSensitivity("a.q_proj", 64, 64, 0.5, False, 0.01, -0.125)],
+        7.5,
+        {"p1_n4": (2, 0.1)},
+        {"method": "fisher"},
+        0.25,
     )
     sensitivities.save(tmp_path / "s.json")
     assert Sensitivities.load(tmp_path / "s.json") == sensitivities
     plan = plan_allocation(sensitivities, bits=3.5)
-    assert plan.predicted_error == 0.25 * plan.predicted_loss > 0
+    assert plan.predicted_error == 0.25 * plan.layers[0].loss > 0
     plan.save(tmp_path / "p.json")
     assert Allocation.load(tmp_path / "p.json") == plan
     (tmp_path / "p.json").write_text('{"layers": [{"name": "x"}]}')

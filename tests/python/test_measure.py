@@ -156,6 +156,22 @@ def test_joint_noise_is_in_every_layer_and_leaves_no_trace():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_first_order_is_the_gradient_of_the_text_along_the_weights():
+    ids = random_tokens(12, 1024 + 4 * 64, 64)  # batches of 1024 and 256 tokens
+    model = Bigram()
+    targets = {"layer": Target(model.layer, 64, None), "out": Target(model.out, 64, random_layer(12, 64).column_scale)}
+    log_p = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).mean()
+    weights = [target.linear.weight for target in targets.values()]
+    exact = [(g * w).sum().item() for g, w in zip(torch.autograd.grad(log_p, weights), weights, strict=True)]
+    fisher, plain = Fisher(model, targets, ids, is_text=True), Fisher(model, targets, ids)
+    results = {job: fisher.run(job) for job in fisher.jobs()}
+    assert list(fisher.first_order(results).values()) == pytest.approx(exact, rel=1e-4) and min(map(abs, exact)) > 1e-3
+    assert all(p.grad is None for p in model.parameters())
+    expected = {job: plain.run(job) for job in plain.jobs()}  # the same alphas, and no first order without a text
+    assert results == {job: {**r, "first_order": results[job]["first_order"]} for job, r in expected.items()}
+    assert plain.first_order(expected) == {}
+
+
 def test_alphas_get_the_sum_of_the_joint_noise():
     ids = random_tokens(12, 2 * 1024 + 4 * 64, 64)  # batches of 1024, 1024 and 256 tokens
     model = Bigram()
@@ -290,17 +306,20 @@ def test_measuring_resumes_and_guards_its_settings(tmp_path, monkeypatch):
     assert measure_checkpoint(source, out, MeasureOptions(**SMALL), force=True).about["method"] == "fisher"
 
 
-@pytest.mark.parametrize("method", ["fisher", "noise"])
-def test_two_ranks_agree_with_one(tmp_path, method):
-    source = make_checkpoint(tmp_path / "source", layers=1)
-    words = ["measure", source, "--method", method, "--text", "random", "--tokens", 2048, "--context", 64]
-    words += ["--levels", "0.01"]
+@pytest.mark.parametrize(("method", "text"), [("fisher", DATA / "tinystories-sample.txt"), ("noise", "random")])
+def test_two_ranks_agree_with_one(tmp_path, stories260k, method, text):
+    source = make_checkpoint(tmp_path / "source", layers=1) if text == "random" else stories260k
+    words = ["measure", source, "--method", method, "--text", text, "--tokens", 2048, "--context", 64]
+    words += ["--levels", "0.01", "--scales", "random"]
     run_json(*words, "-o", tmp_path / "one.json")
     code, out, err = torchrun("-m", "higgs.cli", *words, "-o", tmp_path / "two.json", "--json")
     assert code == 0, err
     assert json.loads(out)["method"] == method  # printed once
     one, two = Sensitivities.load(tmp_path / "one.json"), Sensitivities.load(tmp_path / "two.json")
     assert two.alphas == pytest.approx(one.alphas, rel=1e-3)
+    first_order = {x.name: x.first_order for x in one.layers}
+    assert {x.name: x.first_order for x in two.layers} == pytest.approx(first_order, rel=1e-3)
+    assert any(first_order.values()) == (text != "random")
 
 
 # `higgs` that logs the jobs that ranks begin. With LOG.kill there, rank 1 kills itself in its third job, which rank 0
@@ -357,16 +376,18 @@ def test_text_and_loss(stories260k, tmp_path):
     assert len(found["layers"]) == 30 and sum(x["alpha"] for x in found["layers"]) > 0
     assert set(found["skipped"]) == {f"model.layers.{i}.mlp.down_proj" for i in range(5)}
     fisher = run(*words, "-o", tmp_path / "f.json")
-    assert "model.layers.4.mlp.up_proj" in fisher.stdout
-    assert re.search(r"30 layers, sum of sensitivities \d+\.\d+ nats", fisher.stdout)  # one batch: no error
+    assert "model.layers.4.mlp.up_proj" in fisher.stdout and "first order on the text" in fisher.stdout
+    assert not any("first_order" in x for x in found["layers"])
+    assert re.search(r"30 layers, sum of sensitivities \d+\.\d+ nats,", fisher.stdout)  # one batch: no error
     words[words.index(256)] = 4096
     several = run(*words, "-o", tmp_path / "several.json").stdout
     total, error = map(float, re.search(r"sum of sensitivities (\S+) ± (\S+) nats", several).groups())
     found = Sensitivities.load(tmp_path / "several.json")
     assert total == pytest.approx(sum(found.alphas.values()), abs=1e-4) and 0 < error < 0.5 * total
     planned = run("plan", tmp_path / "several.json", "--bits", 4.1)
-    loss, error = map(float, re.search(r"predicted loss increase (\S+) ± (\S+) ", planned.stdout).groups())
-    assert error == pytest.approx(loss * found.relative_error, abs=2e-6) and error > 0
+    numbers = re.search(r"predicted loss increase (\S+) ± (\S+) .*, of it (\S+) of first order", planned.stdout)
+    loss, error, first_order = map(float, numbers.groups())
+    assert error == pytest.approx((loss - first_order) * found.relative_error, abs=2e-6) and error > 0 != first_order
 
 
 @pytest.mark.parametrize("text", ["self", "random", DATA / "tinystories-sample.txt"])

@@ -43,7 +43,7 @@ def test_report(stories260k, tmp_path):
     outs = [tmp_path / "three", tmp_path / "<four>"]
     for out, bits in zip(outs, (3, 4), strict=True):
         run_json("quantize", stories260k, "-o", out, "--bits", bits, "--scales", "none")
-    layers = [LayerSensitivity(x.layer, x.n, x.k, 0.5) for x in inspect_checkpoint(outs[0]).layers]
+    layers = [LayerSensitivity(x.layer, x.n, x.k, 0.5, first_order=-0.125) for x in inspect_checkpoint(outs[0]).layers]
     Sensitivities(layers).save(tmp_path / "s.json")
     words = ["--sensitivities", tmp_path / "s.json", "--text", DATA / "tinystories-sample.txt", "--base", stories260k,
              "--context", 128, "--windows", 2]  # fmt: skip
@@ -57,9 +57,10 @@ def test_report(stories260k, tmp_path):
     cells = re.findall(r"<td>(.*?)</td>", page)
     report = inspect_checkpoint(outs[0])
     assert cells[1] == f"{report.bits:.3f}" and cells[3] == f"{result['perplexity']['three']:.3f}"
-    assert float(cells[4]) == round(0.5 * sum(x.t2 for x in report.layers), 4)
+    first_order = -0.125 * sum(x.t2 for x in report.layers)
+    assert float(cells[4]) == round(-3 * first_order, 4) and float(cells[5]) == round(first_order, 4)
     luck = mirror_luck(outs[0], stories260k, result["perplexity"]["three"])
-    assert float(cells[6]) == pytest.approx(luck, abs=2e-4) and abs(luck) > 1e-3
+    assert float(cells[7]) == pytest.approx(luck - first_order, abs=2e-4) and abs(luck - first_order) > 1e-3
     assert result["perplexity"]["three"] > result["perplexity"]["<four>"] > result["base_perplexity"]
 
 

@@ -115,7 +115,8 @@ def make_method(
     scales = _column_scales(model, used, options.scale_exponent)
     targets, skipped = find_targets(model, scales, lm_head=options.lm_head)
     if options.method == "fisher":
-        return Fisher(model, targets, token_ids, seed=options.seed), skipped
+        is_text = options.text not in ("self", "random")
+        return Fisher(model, targets, token_ids, is_text=is_text, seed=options.seed), skipped
     noise = Noise(model, targets, token_ids, objective=options.objective, levels=options.levels, seed=options.seed)
     return noise, skipped
 
@@ -125,11 +126,15 @@ def to_sensitivities(
 ) -> Sensitivities:
     """The fitted results as they are saved."""
     modules: dict[str, Any] = {**dict(model.named_modules()), **projections(model)}
-    layers = []
+    layers, first_order = [], method.first_order(results)
     for name, (alpha, residual) in method.fit(results).items():
         linear = modules[name]
         scaled = used is not None and name in used.energies
-        layers.append(LayerSensitivity(name, linear.out_features, linear.in_features, alpha, scaled, residual))
+        layers.append(
+            LayerSensitivity(
+                name, linear.out_features, linear.in_features, alpha, scaled, residual, first_order.get(name, 0.0)
+            )
+        )
     about = {"method": options.method, "text": options.text, "scales": options.scales}
     return Sensitivities(layers, relative_error=method.relative_error(results), about=about)
 

@@ -68,6 +68,8 @@ def allocation_text(found: Allocation) -> str:
     unit = "us" if found.unit == "ns" else found.unit
     cost, budget = (v / 1000 if found.unit == "ns" else v for v in (found.cost, found.budget))
     loss = f"{found.predicted_loss:.6f}{error} ({found.corrected_loss:.6f} with low-rate correction)"
+    if found.first_order:
+        loss += f", of it {found.first_order:.6f} of first order on the text of the sensitivities"
     lines.append(
         f"{found.bits:.4f} bits a weight, {cost:,} of {budget:,} {unit}; predicted loss increase {loss}{perplexity} "
         f"({optimum})"
@@ -85,7 +87,9 @@ def sensitivities_text(found: Sensitivities) -> str:
         residual = "-" if x.residual is None else f"{x.residual:.3f}"
         lines.append(f"{x.name:{width}}  {f'{x.n}x{x.k}':>13}  {x.alpha:9.6f}  {100 * share:4.1f} %  {residual:>8}")
     error = "" if found.relative_error is None else f" ± {found.relative_error * total:.4f}"
-    return "\n".join([*lines, f"{len(found.layers)} layers, sum of sensitivities {total:.4f}{error} nats"])
+    first_order = sum(x.first_order for x in found.layers)
+    text = f", of first order on the text {first_order:.4f} nats" if first_order else ""
+    return "\n".join([*lines, f"{len(found.layers)} layers, sum of sensitivities {total:.4f}{error} nats{text}"])
 
 
 def demo_text(result: dict[str, Any]) -> str:
