@@ -153,7 +153,6 @@ struct PairDecoder {
 
   uint32_t words[kByteFields ? 8 : Bits];
 
-  PairDecoder() = default;
   __device__ __forceinline__ explicit PairDecoder(const uint32_t (&w)[Bits]) {
     if constexpr (kByteFields) {
       expand<Bits>(w, words);

@@ -66,9 +66,6 @@ void gemv(const LaunchPlan& plan, const GemvParams& params, Stream stream) {
     if constexpr (uses_bytes(D::kShape, true)) {
       if (plan.token_tiles == 2) return gemv<T, 2, Loop::held>(plan, params, stream);
     }
-    if constexpr (streams_weights(D::kShape)) {
-      if (plan.streamed) return gemv<T, 1, Loop::streamed>(plan, params, stream);
-    }
     if constexpr (holds_x(D::kShape)) gemv<T, 1, Loop::held>(plan, params, stream);
   } else {
     plan.token_tiles == 1 ? gemv<T, 1, Loop::general>(plan, params, stream)

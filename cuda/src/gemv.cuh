@@ -14,7 +14,7 @@
 //
 // The main loop has no barrier: weights go from global memory to registers in 16-byte loads, a register being reloaded
 // with the next words as soon as it has been consumed. Partial sums are reduced every `batch` row blocks. There are
-// five loops (gemv_config.cuh). All are bound by the load unit, which spends about a cycle on each 128 bytes of table,
+// four loops (gemv_config.cuh). All are bound by the load unit, which spends about a cycle on each 128 bytes of table,
 // x and (twice that) weights:
 //
 //   held     x fragments of the slice stay in registers: the fewest loads, but a CTA fills a multiprocessor
@@ -23,8 +23,6 @@
 //   paired   x fragments come from shared memory, each for two row tiles: for m > 8, and for small layers, where half
 //            a multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
 //            wait in griddepcontrol.wait for x
-//   streamed as held, for m <= 2 at 3 bits: weights come by bulk copies (gemv_streamed.cuh), and x of four MMA steps
-//            are the columns of one B operand
 //   general  slices that are not full, or several scale groups in one
 //
 // Halves or bytes. Where a look-up yields four weights (quads) it yields them as bytes in held and paired loops: 128
@@ -37,7 +35,6 @@
 //
 // Shared memory: Table::kTableBytes
 //   + 16 + 4 * inbox_floats          sums sent by the other CTAs of the cluster
-//   + kRingStages * warps * ring_place_bytes   weights, streamed
 //   + SharedX                        rotated x, unless prepared
 //   + batch * warps * m * 4 * kPartialStride   partial sums of a row block
 #pragma once
@@ -47,7 +44,6 @@
 #include "gemv_operands.cuh"
 #include "gemv_params.h"
 #include "gemv_reduce.cuh"
-#include "gemv_streamed.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
 #include "rotate_x.cuh"
@@ -173,9 +169,6 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
 template <typename Config>
 __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads)
     gemv_kernel(const __grid_constant__ GemvParams p) {
-#if __CUDA_ARCH__ < 900
-  if constexpr (Config::kStreamed) return;  // no bulk copies
-#endif
 #if __CUDA_ARCH__ != 900
   if constexpr (Config::kPrepared) return;  // not planned for
 #endif
@@ -214,21 +207,12 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   const uint8_t* first = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
                          role.slice * p.slice_bytes + static_cast<long long>(row_block) * Config::kTiles * p.tile_bytes;
   const int iterations = Config::kPaired ? p.iterations : 1;
-  constexpr int kInboxOffset = Table::kTableBytes + 16;
-  auto words = [&] {
-    if constexpr (Config::kStreamed) {
-      return StreamedWeights<Config>(shared + kInboxOffset + p.inbox_floats * sizeof(float), warp,
-                                     p.cta_slices * p.cta_row_groups, lane, first, part.to_next_block, blocks.count);
-    } else {
-      WordWindow<Config> window = {};
-      window.left = blocks.count * iterations - 1;
-      window.to_second = blocks.second(0) * p.tile_bytes;
-      if constexpr (Config::kPrepared)
-        window.step = kept(static_cast<int>(part.to_next_block / (16 * kLanes)) + Config::kLoads);
-      window.at = first + lane * 16;
-      return window;
-    }
-  }();
+  WordWindow<Config> words = {};
+  words.left = blocks.count * iterations - 1;
+  words.to_second = blocks.second(0) * p.tile_bytes;
+  if constexpr (Config::kPrepared)
+    words.step = kept(static_cast<int>(part.to_next_block / (16 * kLanes)) + Config::kLoads);
+  words.at = first + lane * 16;
   TileScales<Config> scales[Config::kTiles];
   const auto* scale =
       reinterpret_cast<const uint16_t*>(part.data + Config::kScalesOffset) +
@@ -241,18 +225,14 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
     }
     scale += part.scales_step;
   };
-  if constexpr (Config::kStreamed) {
-    words.fill();
-  } else {
-    if (blocks.count > 0) {
+  if (blocks.count > 0) {
 #pragma unroll
-      for (int i = 0; i < Config::kWindow; ++i) {
+    for (int i = 0; i < Config::kWindow; ++i) {
 #pragma unroll
-        for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, words.at, role);
-      }
+      for (int r = 0; r < Config::kTiles; ++r) words.load(r, i, words.at, role);
     }
-    if (blocks.odd && words.left <= iterations) words.to_second = 0;
   }
+  if (blocks.odd && words.left <= iterations) words.to_second = 0;
   if (blocks.count > 0) load_scales(0);
   const int warps = p.cta_slices * p.cta_row_groups;
   // While some warps rotate x the others, if there are enough of them, fill the table.
@@ -263,7 +243,6 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   auto* barrier = reinterpret_cast<uint64_t*>(shared + Table::kTableBytes);
   auto* inbox = reinterpret_cast<float4*>(barrier + 2);
   float* partials = reinterpret_cast<float*>(inbox) + p.inbox_floats;
-  if constexpr (Config::kStreamed) partials = reinterpret_cast<float*>(words.end());
   const SharedX<Config> xs(partials, p.m, p.chunks);
   if (p.cluster > 1) {
     if (threadIdx.x == 0) mbarrier_init(barrier);
@@ -297,16 +276,12 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
     for (int t = 0; t < Config::kTokenTiles; ++t) {
       // Rows beyond m: the sums of any other row do.
       const int last = p.m * Config::kDigits - 1;
-      x.needed[t] = t * 8 + lane / 4 / Config::kSpread <= last;
-      const uint8_t* row = xs.row(min(t * 8 + lane / 4 / Config::kSpread, last));
+      x.needed[t] = t * 8 + lane / 4 <= last;
+      const uint8_t* row = xs.row(min(t * 8 + lane / 4, last));
       x.from[t] = row + first_column * (2 / Config::kDigits) + lane % 4 * 16;
-      if constexpr (Config::kSpread > 1) {  // a column for each of the steps, two in a piece
-        x.from[t] += lane / 4 % Config::kSpread / 2 * XFragments<Config>::kPieceBytes + lane / 4 % 2 * 8;
-      }
     }
     if (role.units > 0) x.hold();
     partials = reinterpret_cast<float*>(xs.end(p.m));
-    if constexpr (Config::kStreamed) words.start(shared, Config::Decoder::lane_offset(lane));
   }
   const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
   uint32_t offset = Config::kBytes ? lane * 4 : Config::Decoder::lane_offset(lane);
@@ -328,23 +303,19 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
         } else if (round + slot > 0) {
           load_scales(round + slot);  // they are needed last
         }
-        if constexpr (Config::kStreamed) {
-          words.multiply(x, sums);
-        } else {
 #pragma unroll 1
-          for (int i = 0; i < iterations; ++i) {
-            const uint8_t* next = words.next(part, iterations);
-            multiply<Config>(words, next, role, scales, typename Config::TablePlace(shared), offset, p.norm, x, sums);
-            words.advance(next, blocks, iterations);
-            x.move(1);
-            if constexpr (Config::kBytes) {
-              const int chunk = (first_column + i * Config::kUnits * kUnitColumns) / kChunk;
-              if constexpr (!Config::kPrepared) x_scales = xs.scales_of(chunk, p.m, lane);
-              sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, x_scales, lane);
-            }
+        for (int i = 0; i < iterations; ++i) {
+          const uint8_t* next = words.next(part, iterations);
+          multiply<Config>(words, next, role, scales, typename Config::TablePlace(shared), offset, p.norm, x, sums);
+          words.advance(next, blocks, iterations);
+          x.move(1);
+          if constexpr (Config::kBytes) {
+            const int chunk = (first_column + i * Config::kUnits * kUnitColumns) / kChunk;
+            if constexpr (!Config::kPrepared) x_scales = xs.scales_of(chunk, p.m, lane);
+            sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, x_scales, lane);
           }
-          x.move(-iterations);
         }
+        x.move(-iterations);
         if constexpr (Config::kRegular && !Config::kBytes)
           sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, {}, lane);
       }

@@ -13,7 +13,7 @@ namespace higgs::cuda {
 
 // See gemv.cuh. Halves: token_tiles = 1 (m <= 8) or 2 (m <= 16; not held, for want of registers). Bytes: 1 (m <= 4), 2
 // (m <= 8) or 4 (m <= 16; not held). Prepared loops hold 16 rows, of slices of half the length.
-enum class Loop { general, held, paired, streamed, prepared };
+enum class Loop { general, held, paired, prepared };
 
 template <typename Decoder_, typename T_, int TokenTiles_, Loop kLoop>
 struct GemvConfig {
@@ -22,11 +22,8 @@ struct GemvConfig {
   static constexpr bool kBytes = uses_bytes(Decoder::kShape, kLoop != Loop::general);
   static constexpr int kDigits = kBytes ? 2 : 1;  // of a row of x: columns of the MMA
   static constexpr int kTokenTiles = TokenTiles_;
-  // MMA steps whose x are columns of the same B operand. Each has accumulators of its own, of which only its columns
-  // count, but x takes a quarter of the registers.
-  static constexpr int kSpread = kLoop == Loop::streamed ? 4 : 1;
-  static constexpr int kTokens = 8 / kDigits / kSpread;  // rows of x in a token tile
-  static constexpr int kLaneTokens = kSpread > 1 ? 1 : 2 / kDigits;
+  static constexpr int kTokens = 8 / kDigits;  // rows of x in a token tile
+  static constexpr int kLaneTokens = 2 / kDigits;
   static constexpr int kPieces = kUnitColumns * 2 / kDigits / 64;  // of 64 bytes, of a unit of a row of x
   // Tables in the tiled buffer: fp16, bf16, bytes, then the scales.
   static constexpr int kTableBytes = (Decoder::kShape.entries() * Decoder::kShape.entry_bytes() + kTiledAlignment - 1) /
@@ -46,8 +43,7 @@ struct GemvConfig {
   static constexpr bool kEarlyScales = kPrepared && kTokens * TokenTiles_ > 8;
   static constexpr int kTiles = kPrepared ? 1 : block_tiles(Decoder::kShape, kPaired);
   static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;  // per row tile
-  static constexpr bool kStreamed = kLoop == Loop::streamed;
-  static constexpr bool kHeld = kLoop == Loop::held || kStreamed || kPrepared;
+  static constexpr bool kHeld = kLoop == Loop::held || kPrepared;
   // Rows of x that a warp rotates at a time: two where there may be many, unless registers spill.
   static constexpr int kRotatedRows = kHeld && kUnits == 4 && kTokens * TokenTiles_ == 8 ? 2 : 1;
   static constexpr int kWindow =  // loads in flight per row tile

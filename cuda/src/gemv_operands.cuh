@@ -137,7 +137,7 @@ struct WordWindow {
 // Row `i` of x of those that a lane has sums for in token tile t.
 template <typename Config>
 __device__ __forceinline__ int token_of(int t, int i, int lane) {
-  return t * Config::kTokens + lane % 4 * Config::kTokens / 4 + i;
+  return t * Config::kTokens + lane % 4 * Config::kLaneTokens + i;
 }
 
 // With bytes: the scales of a chunk, of the rows of x that a lane has sums for.
@@ -222,21 +222,17 @@ template <typename Config>
 struct XFragments {
   static constexpr int kPieceBytes = 64;  // of a row of x
   static constexpr int kUnitBytes = Config::kPieces * kPieceBytes;
-  static constexpr bool kSpread = Config::kSpread > 1;
-  static constexpr int kCount =
-      Config::kHeld ? Config::kUnits * Config::kPieces * 2 / (kSpread ? Config::kSpread : 2) : 1;
-  using Held = std::conditional_t<kSpread, uint2, uint4>;  // B fragments of two MMAs, or of kSpread
-  const uint8_t* from[Config::kTokenTiles];                // the lane's first piece of the iteration
-  bool needed[Config::kTokenTiles];                        // whether its row is one of x: sums of others are not stored
-  Held held[Config::kTokenTiles][kCount];
+  static constexpr int kCount = Config::kHeld ? Config::kUnits * Config::kPieces : 1;
+  const uint8_t* from[Config::kTokenTiles];  // the lane's first piece of the iteration
+  bool needed[Config::kTokenTiles];          // whether its row is one of x: sums of others are not stored
+  uint4 held[Config::kTokenTiles][kCount];
 
   __device__ __forceinline__ void hold() {
     if constexpr (Config::kHeld) {
-      constexpr int kStep = kSpread ? Config::kSpread / 2 * kPieceBytes : kPieceBytes;
 #pragma unroll
       for (int t = 0; t < Config::kTokenTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) held[t][i] = load_shared_if<Held>(needed[t], from[t] + i * kStep);
+        for (int i = 0; i < kCount; ++i) held[t][i] = load_shared_if(needed[t], from[t] + i * kPieceBytes);
       }
     }
   }
@@ -249,11 +245,7 @@ struct XFragments {
     }
   }
   __device__ __forceinline__ uint4 of(int tile, int unit, int piece) const {
-    if constexpr (kSpread) {
-      const Held b = held[tile][(unit * Config::kPieces + piece) * 2 / Config::kSpread];
-      return {b.x, b.y, b.x, b.y};
-    }
-    if constexpr (Config::kHeld && !kSpread) return held[tile][unit * Config::kPieces + piece];
+    if constexpr (Config::kHeld) return held[tile][unit * Config::kPieces + piece];
     return *reinterpret_cast<const uint4*>(from[tile] + unit * kUnitBytes + piece * kPieceBytes);
   }
   __device__ __forceinline__ void move(int iterations) {
@@ -268,9 +260,7 @@ template <typename Config>
 struct BlockSums {
   using Acc = std::conditional_t<Config::kBytes, int, float>;
   // Two independent accumulators at least hide the latency of the MMA.
-  static constexpr int kChains = Config::kSpread > 1                         ? Config::kSpread
-                                 : Config::kTiles * Config::kTokenTiles == 1 ? 2
-                                                                             : 1;
+  static constexpr int kChains = Config::kTiles * Config::kTokenTiles == 1 ? 2 : 1;
   static constexpr int kLaneTokens = Config::kLaneTokens;
   Acc acc[kChains][Config::kTiles][Config::kTokenTiles][4] = {};
   float sum[Config::kTiles][Config::kTokenTiles][2 * kLaneTokens] = {};
@@ -305,10 +295,6 @@ struct BlockSums {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           value[i] = kChains == 2 ? acc[0][r][t][i] + acc[kChains - 1][r][t][i] : acc[0][r][t][i];
-        }
-        if constexpr (Config::kSpread > 1) gather(value, r, t, lane);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
 #pragma unroll
           for (int c = 0; c < kChains; ++c) acc[c][r][t][i] = 0;
         }
@@ -320,25 +306,10 @@ struct BlockSums {
             sum[r][t][row] = fmaf(whole * x.of_tile[t], by, sum[r][t][row]);
           } else {
 #pragma unroll
-            for (int i = kLaneTokens * row; i < kLaneTokens * (row + 1); ++i) {
-              sum[r][t][i] = fmaf(value[i], by, sum[r][t][i]);
-            }
+            for (int i = 2 * row; i < 2 * row + 2; ++i) sum[r][t][i] = fmaf(value[i], by, sum[r][t][i]);
           }
         }
       }
-    }
-  }
-
-  // The sums of rows g and g + 8 over the steps that share a B operand: columns c and c + 4 of accumulator c count. A
-  // lane has two columns, and sums of one row of x.
-  __device__ __forceinline__ void gather(Acc (&value)[4], int r, int t, int lane) const {
-    const bool odd = lane % 2 != 0;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const Acc even_steps = acc[0][r][t][2 * row] + acc[1][r][t][2 * row + 1];
-      const Acc odd_steps = acc[kChains - 2][r][t][2 * row] + acc[kChains - 1][r][t][2 * row + 1];
-      value[row] = odd ? odd_steps : even_steps;
-      value[row] += __shfl_xor_sync(~0u, value[row], 1);
     }
   }
 

@@ -15,7 +15,6 @@ constexpr int kTableBytes = 65536;  // of every decoder (decode.cuh)
 constexpr int kChunkColumns = 1024;
 constexpr int kMaxCluster = 8;  // the portable limit
 constexpr int kMaxBatch = 32;
-constexpr int kStreamedRounds = 4;     // fewer have not been measured
 constexpr int kReservedShared = 1024;  // of every CTA
 
 template <typename T>
@@ -57,11 +56,10 @@ SharedUse shared_use(const LaunchPlan& p, int budget) {
   const int partials = p.slices * p.row_groups * p.rows * (rows + 4) * 4;  // of one round
   const int outputs = p.row_groups * p.rows * rows;
   const int xs = x_bytes(p);
-  const int ring = p.streamed ? kRingStages * p.slices * p.row_groups * ring_place_bytes(p.field) : 0;
   for (use.batch = std::min(p.rounds, kMaxBatch); use.batch > 0; --use.batch) {
     // A cluster's inbox: a sum of every CTA for the outputs this CTA owns, 4 for each of 32 threads in turn.
     use.inbox_floats = p.cluster == 1 ? 0 : ceil_div(use.batch * outputs, 128 * p.cluster) * 128 * p.cluster;
-    use.bytes = 16 + 4 * use.inbox_floats + ring + x_scales_bytes(p) + xs + use.batch * partials;
+    use.bytes = 16 + 4 * use.inbox_floats + x_scales_bytes(p) + xs + use.batch * partials;
     if (p.field.trellis()) use.bytes -= std::min(xs, use.batch * partials);  // partial sums take the place of x
     if (use.bytes <= budget) return use;
   }
@@ -183,16 +181,6 @@ double best_of_kind(LaunchPlan& p, const LinearProblem& problem, const TiledForm
   return least;
 }
 
-// The same with weights by bulk copies, where that wins and there is room for the ring.
-LaunchPlan streamed(const LaunchPlan& held, const LinearProblem& problem, const TiledFormat& t, int launches,
-                    const DeviceProperties& device) {
-  if (held.rows > kStreamedRows || held.rounds < kStreamedRounds) return held;
-  if (!streams_weights(held.field) || !device.has_clusters()) return held;
-  LaunchPlan p = held;
-  p.streamed = true;
-  return best_of_kind(p, problem, t, launches, device) > 0 && p.rounds == held.rounds ? p : held;
-}
-
 // The cheapest partition; several launches, or fewer rows of x, where even one slice per CTA does not fit.
 LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const TiledFormat& t,
                           const DeviceProperties& device) {
@@ -216,8 +204,7 @@ LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const Tile
       consider(pairs, true, false);
       consider(holds, false, false);
       consider(prepares, false, true);
-      if (least == 0) continue;
-      return pairs && !best.paired && !best.prepared ? streamed(best, problem, t, launches, device) : best;
+      if (least > 0) return best;
     }
   }
   throw Error(ErrorCode::unsupported, "linear: " + device.name + " has " +
@@ -286,7 +273,6 @@ std::string LaunchPlan::to_string() const {
   add("token_tiles", token_tiles);
   add("regular", regular ? 1 : 0);
   add("paired", paired ? 1 : 0);
-  add("streamed", streamed ? 1 : 0);
   add("prepared", prepared ? 1 : 0);
   add("whole", whole ? 1 : 0);
   add("units", units);

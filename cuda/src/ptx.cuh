@@ -45,33 +45,12 @@ __device__ __forceinline__ uint2 load_streaming(const uint2* p) {
   return v;
 }
 
-// 16 or 8 bytes of shared memory if `valid`, otherwise anything.
-template <typename V>
-__device__ __forceinline__ V load_shared_if(bool valid, const void* p);
-template <>
-__device__ __forceinline__ uint2 load_shared_if<uint2>(bool valid, const void* p) {
-  uint2 v;
-  asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %2, 0;\n@valid ld.shared.v2.u32 {%0,%1}, [%3];\n}"
-               : "=r"(v.x), "=r"(v.y)
-               : "r"(static_cast<int>(valid)), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p)))
-               : "memory");
-  return v;
-}
-template <>
-__device__ __forceinline__ uint4 load_shared_if<uint4>(bool valid, const void* p) {
+// 16 bytes of shared memory if `valid`, otherwise anything.
+__device__ __forceinline__ uint4 load_shared_if(bool valid, const void* p) {
   uint4 v;
   asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %4, 0;\n@valid ld.shared.v4.u32 {%0,%1,%2,%3}, [%5];\n}"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(static_cast<int>(valid)), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p)))
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
                : "memory");
   return v;
 }

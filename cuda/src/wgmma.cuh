@@ -6,7 +6,6 @@
 
 #include <cstdint>
 
-#include "bulk_copy.cuh"
 #include "ptx.cuh"
 
 namespace higgs::cuda {
@@ -76,6 +75,59 @@ __device__ __forceinline__ void wgmma_bytes(int (&d)[16], const uint32_t (&a)[4]
                : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
                  "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile));
+}
+
+// --- barriers in shared memory (mbarrier_expect: ptx.cuh), and bulk copies that count their bytes at one
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Arrives at the barrier of CTA `rank` of the cluster.
+template <int ClusterSize>
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
+  if constexpr (ClusterSize == 1) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+  } else {
+    asm volatile(
+        "{\n.reg .b32 to;\nmapa.shared::cluster.u32 to, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [to];\n}" ::"r"(
+            shared_address(barrier)),
+        "r"(rank)
+        : "memory");
+  }
+}
+// Scope of the CTA: that of mbarrier_wait, the cluster, would wait for all loads of the thread.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// `bytes` (a multiple of 16) from global to the shared memory of all CTAs of the cluster, at the same address of each;
+// they count at the barrier of each.
+template <int ClusterSize>
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
+  if constexpr (ClusterSize == 1) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+  } else {
+    constexpr uint16_t kAll = (1 << ClusterSize) - 1;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(kAll)
+        : "memory");
+  }
+}
+
+// `bytes` (a multiple of 16) from memory to the L2.
+__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 template <int Registers>

@@ -72,8 +72,7 @@ std::vector<DeviceProperties> planned_devices() {
   return {d, old};
 }
 
-void check_layer(const Layer& layer, std::span<const Case> cases, Ratios& ratios,
-                 const std::vector<DeviceProperties>& devices = planned_devices()) {
+void check_layer(const Layer& layer, std::span<const Case> cases, Ratios& ratios) {
   const LayerFormat& f = layer.format;
   Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(f).bytes));
   repack(layer.device(), tiled.data(), nullptr);
@@ -98,7 +97,7 @@ void check_layer(const Layer& layer, std::span<const Case> cases, Ratios& ratios
       }
     }
     const double baseline = matmul_error(x, w, expected, f, c.m, c.dtype);
-    for (const DeviceProperties& device : devices) {
+    for (const DeviceProperties& device : planned_devices()) {
       if (f.grid->trellis != nullptr && c.m > linear_max_rows(c.dtype, f, device)) {
         EXPECT_THROW((void)run(layer, tiled, device_x, d, bias_pointer, c, device), Error) << device.name;
         continue;
@@ -251,25 +250,6 @@ TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
       }
       EXPECT_LE(error, 1e-6 * energy) << "row " << i << " of " << m;
     }
-  }
-}
-INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes, testing::Values("p2_n256", "p2_n64", "p4_n256"));
-
-// As many rounds as large layers have, for want of multiprocessors.
-TEST(CudaLinear, StreamedWeights) {
-  HIGGS_NEEDS_GPU();
-  DeviceProperties few = current_device();
-  if (!few.has_clusters()) GTEST_SKIP() << "no bulk copies on " << few.name;
-  few.multiprocessors = 8;
-  few.resident_clusters = {};
-  constexpr Case kCases[] = {
-      {1, DType::f16, true}, {1, DType::bf16, false}, {2, DType::f16, false}, {2, DType::bf16, true}};
-  Ratios ratios;
-  for (const Shape& s : {Shape{2000, 4096, 1024, 1024}, Shape{900, 8192, 1024, 1024}, Shape{700, 14336, 1024, 1024},
-                         Shape{9001, 512, 512, 512}}) {
-    const Layer layer(find_grid("p2_n64"), s.n, s.k, s.block, s.group);
-    for (const Case& c : kCases) EXPECT_TRUE(plan({c.m, c.dtype, {&layer.format, 1}}, few).streamed) << layer.name();
-    check_layer(layer, kCases, ratios, {few});
   }
 }
 

@@ -39,12 +39,6 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
     EXPECT_GE(p.rotate_warps, 1);
   }
   EXPECT_FALSE(p.paired && p.field.trellis());
-  if (p.streamed) {
-    EXPECT_TRUE(d.has_clusters()) << "no bulk copies";
-    EXPECT_TRUE(streams_weights(p.field)) << "no such instance";
-    EXPECT_TRUE(p.regular && !p.paired && p.whole);
-    EXPECT_LE(p.rows, kStreamedRows);
-  }
   EXPECT_GE(p.slices, 1);
   EXPECT_GE(p.row_groups, 1);
   EXPECT_LE(p.shared_bytes, d.shared_bytes_per_block);
@@ -122,20 +116,6 @@ TEST(Plan, FullSlicesInOneScaleGroupUseTheRegularInstance) {
   f.group = 64;
   f.block = 64;
   EXPECT_FALSE(plan({1, DType::f16, {&f, 1}}, kDevices[3]).regular);
-}
-
-TEST(Plan, LargeLayersStreamWeights) {
-  const auto streamed = [](const char* grid, std::int64_t n, std::int64_t m, const DeviceProperties& d) {
-    const LayerFormat f = format(find_grid(grid), n, 8192);
-    return plan({m, DType::bf16, {&f, 1}}, d).streamed;
-  };
-  EXPECT_TRUE(streamed("p2_n64", 57344, 1, kDevices[3]));
-  EXPECT_TRUE(streamed("p2_n64", 57344, 2, kDevices[3]));
-  EXPECT_FALSE(streamed("p2_n64", 57344, 3, kDevices[3]));
-  EXPECT_FALSE(streamed("p2_n64", 1024, 1, kDevices[3])) << "too few rounds";
-  EXPECT_FALSE(streamed("p2_n256", 57344, 1, kDevices[3])) << "no faster at 4 bits";
-  EXPECT_FALSE(streamed("p4_n256", 57344, 1, kDevices[3])) << "look-ups yield bytes";
-  EXPECT_FALSE(streamed("p2_n64", 57344, 1, kDevices[0])) << "no bulk copies";
 }
 
 TEST(Plan, PreparedXLeavesMultiprocessorsThatRotateIt) {

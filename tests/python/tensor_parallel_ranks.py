@@ -32,3 +32,5 @@ gradient = model.get_input_embeddings().weight.grad
 gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 torch.save((logits, tokens, gradient, formats, refused), out / f"rank{os.environ['RANK']}.pt")
 model.save_pretrained(out / "saved")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # left to the end of the process, its threads now and then abort it

@@ -39,14 +39,6 @@ constexpr int held_window(FieldShape s) noexcept {
 }
 constexpr bool holds_x(FieldShape s) noexcept { return 16 * s.max_units() + 4 * held_window(s) <= 80; }
 
-// The streamed loop (gemv_streamed.cuh): for up to two rows of x, weights come by bulk copies. A warp has a ring of its
-// own in shared memory, of so many pieces with a barrier each; a piece is what it has in registers, too.
-inline constexpr int kStreamedRows = 2;
-inline constexpr int kRingStages = 2;
-constexpr int ring_place_bytes(FieldShape s) noexcept { return held_window(s) * 16 * kLanes + 16; }
-// Whether there is such a loop: where it was measured to win, at 3 bits. At 4 bits it does not.
-constexpr bool streams_weights(FieldShape s) noexcept { return s.weights == 2 && s.bits == 6; }
-
 // Units of a warp that holds prepared x (LaunchPlan) of `rows` rows: of half a slice for more than 8. Whether it can:
 // these units' words are whole 16-byte loads. Few rows are rotated by every CTA in less time than a kernel takes.
 constexpr int prepared_units(FieldShape s, int rows) noexcept { return rows > 8 ? s.max_units() / 2 : s.max_units(); }
@@ -82,7 +74,6 @@ struct LaunchPlan {
   bool regular = false;  // all slices full and inside one scale group: the instances without tail code
   bool paired = false;  // regular, and fragments of x come from shared memory, each for two row tiles: m > 8, and small
                         // layers, as the CTAs of the next kernel then find room beside these
-  bool streamed = false;  // not paired, and weights come through shared memory
   bool prepared = false;  // x rotated by a kernel of its own, and its fragments then held in registers
   bool whole = false;     // a CTA may take all of a multiprocessor; otherwise two of 256 threads find room
   int units = 0;          // of a warp's slice: as in the layout, or a multiple of iteration_units
