@@ -255,10 +255,12 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
   };
   XFragments<Config> x;
   XScales<Config> x_scales = {};
-  int first_column = role.slice * p.units_per_slice * kUnitColumns;
+  // Of the warp, in the CTA's x. Set in the branches: set here, other registers cost held loops of 3 bits up to 10 %.
+  int first_column;
   if constexpr (Config::kPrepared) {
     table.store(shared);
     wait_for_primary();
+    first_column = role.slice * p.units_per_slice * kUnitColumns;
     const PreparedX<Config> prepared(p);
     if (role.units > 0) {
       x.hold(prepared, role.slice, lane);
@@ -271,7 +273,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
     rotate.template run<Config::kRotatedRows>(
         p, lane, [&](const uint2(&b)[8], int r, int c) { xs.store(rotate.rotation, b, r, c, lane); });
     meet();
-    first_column -= rotate.chunk0 * kChunk;  // in shared memory
+    first_column = role.slice * p.units_per_slice * kUnitColumns - rotate.chunk0 * kChunk;
 #pragma unroll
     for (int t = 0; t < Config::kTokenTiles; ++t) {
       // Rows beyond m: the sums of any other row do.

@@ -182,7 +182,7 @@ struct SharedX {
       rotation.rotate(b, y);
       store_digits(y, row(2 * r) + chunk * kChunk, row(2 * r + 1) + chunk * kChunk, scales + r * chunks + chunk, lane);
     } else {
-      rotation.rotate(b, row(r) + chunk * kChunk * 2, lane);
+      rotation.rotate(b, reinterpret_cast<T*>(row(r)) + chunk * kChunk, lane);
     }
   }
 };

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kLanes) prepare_x_kernel(const __grid_constant
       auto* const scales = reinterpret_cast<float*>(static_cast<uint8_t*>(p.out) + tiles * tile_bytes);
       store_digits<kPieceBytes>(y, hi, hi + 64, scales + row * chunks + chunk, lane);
     } else {
-      rotation.template rotate<kPieceBytes>(b, tile + row % kTileRows * 64, lane);
+      rotation.template rotate<kPieceBytes / 2>(b, reinterpret_cast<T*>(tile + row % kTileRows * 64), lane);
     }
   }
 }

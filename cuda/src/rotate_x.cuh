@@ -91,10 +91,10 @@ struct Rotation {
   }
 
   static __device__ __forceinline__ int first_column(int lane) { return lane / 4 * 16 + lane % 4 * 4; }
-  // Bytes from a lane's first rotated columns to where they are stored: pieces of 32 columns, kPieceBytes apart.
-  template <int kPieceBytes>
+  // From a lane's first rotated columns to where they are stored: pieces of 32 columns, kPiece apart.
+  template <int kPiece>
   static __device__ __forceinline__ int first_place(int lane) {
-    return lane / 8 * kPieceBytes + lane % 4 * 16 + lane / 4 % 2 * 8;
+    return lane / 8 * kPiece + lane % 4 * 8 + lane / 4 % 2 * 4;
   }
 
   // d[j] = p[128 j + first_column + 0..3]; p is a chunk with `count` columns.
@@ -126,15 +126,15 @@ struct Rotation {
     }
   }
 
-  template <int kPieceBytes = 64>
-  __device__ __forceinline__ void rotate(const uint2 (&b)[8], uint8_t* out, int lane) const {
+  template <int kPiece = 32>
+  __device__ __forceinline__ void rotate(const uint2 (&b)[8], T* out, int lane) const {
     float y[4][2][4];
     rotate(b, y);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const auto& part = y[i / 2];
       const int c = i % 2 * 2;
-      *reinterpret_cast<uint2*>(out + 4 * i * kPieceBytes + first_place<kPieceBytes>(lane)) = {
+      *reinterpret_cast<uint2*>(out + 4 * i * kPiece + first_place<kPiece>(lane)) = {
           pack2<T>(part[0][c], part[0][c + 1]), pack2<T>(part[1][c], part[1][c + 1])};
     }
   }

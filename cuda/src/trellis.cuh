@@ -297,7 +297,7 @@ __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t*
 // fp16, in the order of Rotation::rotate.
 __device__ __forceinline__ void store_halves(const float (&y)[4][2][4], __half* out, float* scale, int lane) {
   const float inverse = chunk_scale(y, 2048.0f, WindowPair<__half>::kUnit, scale, lane);
-  const int place = Rotation<__half>::first_place<64>(lane) / 2;
+  const int place = Rotation<__half>::first_place<32>(lane);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const auto& part = y[j / 2];
