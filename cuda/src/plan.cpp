@@ -12,8 +12,7 @@ namespace higgs::cuda {
 namespace {
 
 constexpr int kTableBytes = 65536;  // of every decoder (decode.cuh)
-constexpr int kChunkColumns = 1024;
-constexpr int kMaxCluster = 8;  // the portable limit
+constexpr int kMaxCluster = 8;      // the portable limit
 constexpr int kMaxBatch = 32;
 constexpr int kReservedShared = 1024;  // of every CTA
 
@@ -35,7 +34,7 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
   std::int64_t chunks = 1;
   for (std::int64_t begin = 0; begin < k; begin += columns) {
     const std::int64_t end = std::min(k, begin + columns);
-    chunks = std::max(chunks, ceil_div<std::int64_t>(end, kChunkColumns) - begin / kChunkColumns);
+    chunks = std::max(chunks, ceil_div<std::int64_t>(end, kChunk) - begin / kChunk);
   }
   return static_cast<int>(chunks);
 }
@@ -43,7 +42,7 @@ int chunks_of(const TiledFormat& t, std::int64_t k, int slices) {
 // Rotated x in shared memory. Integers, as those of a trellis kernel, have scales (trellis.cuh).
 int x_bytes(const LaunchPlan& p) {
   if (p.prepared) return 0;
-  const int columns = p.chunks * kChunkColumns;
+  const int columns = p.chunks * kChunk;
   return p.rows * 2 * (p.field.trellis() || p.bytes() ? columns + 64 : columns + 32);
 }
 int x_scales_bytes(const LaunchPlan& p) {

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import _core, energies, jobs
 from ..devices import rank_device
-from ..energies import Energies, gather_energies, own_energies, own_tokens, pooled_column_scales, weight_energy
+from ..energies import Energies, gather_energies, own_tokens, pooled_column_scales, weight_energy
 from ..measure import LEVELS, Fisher, Method, Noise, find_targets
 from ..moe import projections
 from ..progress import NullProgress, Progress
@@ -180,11 +180,10 @@ def _energies(
     model: nn.Module, source: Path, options: MeasureOptions, progress: Progress
 ) -> tuple[Energies | None, torch.Tensor | None]:
     """The energies that ``scales`` asks for, and the text that the model sampled for them, if it did."""
-    if options.scales == "self":
-        sampled = own_tokens(model, "self", seed=options.seed, progress=progress)
-        return gather_energies(model, sampled, source="self", progress=progress), sampled
-    if options.scales == "random":
-        return own_energies(model, "random", seed=options.seed, progress=progress), None
+    if options.scales in ("random", "self"):
+        ids = own_tokens(model, options.scales, seed=options.seed, progress=progress)
+        used = gather_energies(model, ids, source=options.scales, progress=progress)
+        return used, ids if options.scales == "self" else None
     return energies.energies_for(source, options.scales, seed=options.seed, progress=progress), None
 
 
