@@ -13,6 +13,7 @@ computed here without sampling where that is possible:
          normal CDF differences.  L-BFGS from several starts (companded hexagonal lattice, sunflower spiral, random),
          then many "delete one point, split another cell" moves, each relaxed by L-BFGS and kept only if t2 falls.
   p = 4  Over-relaxed Lloyd steps on scrambled Sobol points: random starts, delete/split moves, then larger samples.
+         A sign-symmetric grid is its magnitudes, points for |x|, with every choice of signs: only they are made.
   ch8    Uniform points (i - 127.5) * step, i = 0..255, with the MSE-optimal power-of-two step for N(0, 1).
 
 At the end every coordinate is rounded to the nearest fp16 value (the GPU tables hold halves). Those of the grids that
@@ -58,7 +59,8 @@ BYTE_STEP = 1.0 / 32.0
 
 class Spec(NamedTuple):
     """What to make: dimension, size, the t2 that a good grid reaches, the numbers of starts and of moves, and the step
-    that coordinates are multiples of (0: any fp16 value)."""
+    that coordinates are multiples of (0: any fp16 value). A sign-symmetric grid is made of n / 2^p magnitudes, whose
+    coordinates are odd multiples of half the step: a byte u stands for (u + 1/2) * step, and ~u for minus that."""
 
     p: int
     n: int
@@ -66,6 +68,12 @@ class Spec(NamedTuple):
     starts: int = 0
     moves: int = 0
     step: float = 0.0
+    symmetric: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many points are made and stored."""
+        return self.n >> self.p if self.symmetric else self.n
 
 
 class Grid(NamedTuple):
@@ -94,6 +102,7 @@ SPECS: dict[str, Spec] = {
     "p4_n16": Spec(4, 16, 0.342, 60, 300, BYTE_STEP),
     "p4_n64": Spec(4, 64, 0.184, 30, 500, BYTE_STEP),
     "p4_n256": Spec(4, 256, 0.0970, 12, 500, BYTE_STEP),
+    "p4_n4096": Spec(4, 4096, 0.0264, 12, 500, BYTE_STEP, symmetric=True),
     "ch8": Spec(1, 256, 0.0000881),
 }
 
@@ -271,9 +280,11 @@ def lattice_t2_2d(q: Array, reach: float = 7.0, count: int = 2401) -> float:
     return total / 2.0
 
 
-def gaussian_sample(p: int, log2_count: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """2^log2_count scrambled Sobol points, mapped to N(0, I_p)."""
-    u = qmc.Sobol(p, seed=rng).random_base2(log2_count)
+def gaussian_sample(spec: Spec, log2_count: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """2^log2_count scrambled Sobol points, mapped to N(0, I_p), or to |N(0, I_p)| for the magnitudes of a grid."""
+    u = qmc.Sobol(spec.p, seed=rng).random_base2(log2_count)
+    if spec.symmetric:
+        u = 0.5 + 0.5 * u
     return ndtri(np.clip(u, 1e-12, 1.0 - 1e-12)).astype(np.float32)
 
 
@@ -303,37 +314,45 @@ def lloyd_sampled(q: Array, x: NDArray[np.float32], iterations: int, factor: flo
 
 def optimize_sampled(spec: Spec, rng: np.random.Generator) -> Array:
     """The same plan as optimize_2d, on samples."""
-    x = gaussian_sample(spec.p, 17, rng)
+    x = gaussian_sample(spec, 17, rng)
     spread = np.sqrt((spec.p + 2.0) / spec.p)  # the asymptotically optimal density is that of N(0, (p + 2) / p I)
     best, least = np.empty((0, spec.p)), np.inf
     for _ in range(spec.starts):
-        q, value = lloyd_sampled(spread * rng.standard_normal((spec.n, spec.p)), x, 80)
+        q = spread * rng.standard_normal((spec.rows, spec.p))
+        q, value = lloyd_sampled(np.abs(q) if spec.symmetric else q, x, 80)
         if value < least:
             best, least = q, value
     for _ in range(spec.moves):
         q, value = lloyd_sampled(move_point(best, rng), x, 16)
         if value < least:
             best, least = q, value
-    best = lloyd_sampled(best, gaussian_sample(spec.p, 20, rng), 60)[0]
-    return lloyd_sampled(best, gaussian_sample(spec.p, 23, rng), 12)[0]
+    best = lloyd_sampled(best, gaussian_sample(spec, 20, rng), 60)[0]
+    return lloyd_sampled(best, gaussian_sample(spec, 23, rng), 12)[0]
 
 
-def cells_of(q: Array, seed: int) -> Cells:
+def cells_of(q: Array, spec: Spec, seed: int) -> Cells:
     """The most accurate cells for the dimension of q: exact, or averaged over 2^25 fresh sample points."""
     if q.shape[1] <= 2:
         return cells_1d(q) if q.shape[1] == 1 else cells_2d(q)
     rng = np.random.default_rng([seed, 77])
-    parts = [cells_sampled(q, gaussian_sample(q.shape[1], 22, rng)) for _ in range(8)]
+    parts = [cells_sampled(q, gaussian_sample(spec, 22, rng)) for _ in range(8)]
     return np.mean([c[0] for c in parts], axis=0), np.mean([c[1] for c in parts], axis=0)
 
 
-def to_canonical(q: Array, step: float) -> Array:
-    """Round to fp16, then to multiples of step unless it is 0, and sort lexicographically."""
+def to_canonical(q: Array, spec: Spec) -> Array:
+    """Round to fp16, then to what the step of the grid allows, and sort lexicographically."""
     rounded = q.astype(np.float16).astype(np.float64)
-    if step > 0:
-        rounded = np.rint(rounded / step) * step
+    if spec.step > 0:
+        shift = 0.5 if spec.symmetric else 0.0
+        rounded = (np.rint(rounded / spec.step - shift) + shift) * spec.step
     rounded += 0.0  # makes -0.0 plain
     return rounded[np.lexsort(rounded.T[::-1])]
+
+
+def is_regular(q: Array, spec: Spec) -> bool:
+    """Whether q has the shape of the grid, distinct and finite points, and magnitudes are positive and below 4."""
+    distinct = q.shape == (spec.rows, spec.p) and len(np.unique(q, axis=0)) == len(q)
+    return distinct and bool(np.isfinite(q).all()) and (not spec.symmetric or bool(((q > 0) & (q < 4)).all()))
 
 
 def make(name: str, seed: int) -> Grid:
@@ -344,10 +363,10 @@ def make(name: str, seed: int) -> Grid:
         q = uniform_grid(spec.n) if name == "ch8" else lloyd_max(spec.n)
     else:
         q = optimize_2d(spec, rng) if spec.p == 2 else optimize_sampled(spec, rng)
-    q = to_canonical(q, spec.step)
-    if not np.isfinite(q).all() or len(np.unique(q, axis=0)) != spec.n:
-        raise RuntimeError(f"{name}: points not finite or not distinct after rounding")
-    return Grid(q, distortion(q, cells_of(q, seed)))
+    q = to_canonical(q, spec)
+    if not is_regular(q, spec):
+        raise RuntimeError(f"{name}: points not finite, not distinct or not positive after rounding")
+    return Grid(q, distortion(q, cells_of(q, spec, seed)))
 
 
 def literal(x: float) -> str:
@@ -379,7 +398,9 @@ def render(grids: dict[str, Grid], seed: int) -> str:
     for name in names:
         out.append(f"constexpr float k_{name}[] = {{\n{wrap([literal(x) for x in grids[name].points.ravel()])}\n}};\n")
     out.append("}  // namespace\n\nconst GridData kGridData[] = {")
-    out += [f'    {{"{k}", {SPECS[k].p}, {SPECS[k].n}, {grids[k].t2:.9g}, k_{k}}},' for k in names]
+    for k in names:
+        p, n, magnitudes = SPECS[k].p, SPECS[k].n, SPECS[k].rows if SPECS[k].symmetric else 0
+        out.append(f'    {{"{k}", {p}, {n}, {magnitudes}, {grids[k].t2:.9g}, k_{k}}},')
     out.append("};\nconst int kGridDataCount = sizeof(kGridData) / sizeof(kGridData[0]);\n")
     out.append("}  // namespace higgs::detail\n")
     return "\n".join(out)
@@ -388,12 +409,12 @@ def render(grids: dict[str, Grid], seed: int) -> str:
 def parse(text: str) -> dict[str, Grid]:
     """The grids of a grid_data.cpp written by render."""
     grids = {}
-    for name, p, n, t2 in re.findall(r'\{"(\w+)", (\d+), (\d+), ([-+.\de]+), k_\w+\}', text):
+    for name, p, t2 in re.findall(r'\{"(\w+)", (\d+), \d+, \d+, ([-+.\de]+), k_\w+\}', text):
         found = re.search(rf"k_{name}\[\] = {{(.*?)}};", text, re.DOTALL)
         if found is None:
             raise ValueError(f"no array for {name}")
         values = np.array([v.strip().rstrip("f") for v in found.group(1).split(",") if v.strip()]).astype(np.float32)
-        grids[name] = Grid(values.astype(np.float64).reshape(int(n), int(p)), float(t2))
+        grids[name] = Grid(values.astype(np.float64).reshape(-1, int(p)), float(t2))
     return grids
 
 
@@ -404,13 +425,13 @@ def check(grids: dict[str, Grid], names: list[str], seed: int) -> bool:
     for name in names:
         spec = SPECS[name]
         q, stored = grids[name]
-        mass, moment = cells_of(q, seed + 1)
+        mass, moment = cells_of(q, spec, seed + 1)
         t2 = lattice_t2_2d(q) if spec.p == 2 else distortion(q, (mass, moment))
-        mean = float(np.linalg.norm(mass @ q))
+        mean = float(np.linalg.norm(mass @ q - moment.sum(0)))
         slope = float((q * moment).sum() / ((q * q).sum(1) * mass).sum() - 1.0)
         ratio = t2 / spec.target
-        shape = q.shape == (spec.n, spec.p) and len(np.unique(q, axis=0)) == spec.n
-        form = np.array_equal(q, to_canonical(q, spec.step))
+        shape = is_regular(q, spec)
+        form = np.array_equal(q, to_canonical(q, spec))
         still = max(1e-3, spec.step / 8.0)  # points on a lattice are not quite where t2 is stationary
         fine = ratio <= TOLERANCE and abs(t2 / stored - 1) < 3e-4 and mean < still and abs(slope) < still
         row = f"{name:10}{stored:15.9g}{t2:15.9g}{spec.target:12.4g}{ratio:9.4f}{mean:10.1e}{slope:10.1e}"

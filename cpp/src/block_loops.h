@@ -155,13 +155,19 @@ inline std::uint16_t nearest_in_cell(const NearestTable& table, const float* u) 
   return best;
 }
 
-// kLanes runs of p = 4 values at once, all points tried.
+// kLanes runs of p = 4 values at once, all points tried; in a sign-symmetric grid all magnitudes.
 inline void nearest_of_all_p4(const NearestTable& table, const float* u, std::uint16_t* indices) {
-  const int n = table.grid->n_points;
+  const int n = table.grid->table_points();
   const float* points = table.components.data();
   Vec x[4];
+  Int signs = {};
   for (int c = 0; c < 4; ++c) {
     for (int i = 0; i < kLanes; ++i) x[c][i] = -u[4 * i + c];
+    if (table.grid->magnitudes > 0) {
+      const Int negative = x[c] > 0.0f;  // u is
+      x[c] = negative ? -x[c] : x[c];
+      signs |= negative & (n << c);
+    }
   }
   Vec best_score = Vec{} + __builtin_huge_valf();
   Int best = {};
@@ -172,7 +178,7 @@ inline void nearest_of_all_p4(const NearestTable& table, const float* u, std::ui
     best_score = less ? t : best_score;
     best = less ? Int{} + g : best;
   }
-  for (int i = 0; i < kLanes; ++i) indices[i] = static_cast<std::uint16_t>(best[i]);
+  for (int i = 0; i < kLanes; ++i) indices[i] = static_cast<std::uint16_t>(best[i] | signs[i]);
 }
 
 void nearest_group(const NearestTable& table, const float* values, std::int64_t count, float inverse_scale,
@@ -194,7 +200,7 @@ void nearest_group(const NearestTable& table, const float* values, std::int64_t 
       for (int j = 0; j < 64; ++j) g[j] = table.components[(j & 1) * n + out[j / 2]];
     } else {
       for (int j = 0; j < 16; j += kLanes) nearest_of_all_p4(table, u + 4 * j, out + j);
-      for (int j = 0; j < 64; ++j) g[j] = table.components[(j & 3) * n + out[j / 4]];
+      for (int j = 0; j < 16; ++j) std::memcpy(g + 4 * j, table.grid->points.data() + 4 * out[j], 4 * sizeof(float));
     }
     for (int j = 0; j < 64; j += 16) {
       for (int l = 0; l < 16; ++l) {

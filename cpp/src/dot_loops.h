@@ -246,13 +246,22 @@ void dot_tile(const PackedView& w, const float* x, std::int64_t m, std::int64_t 
   }
 }
 
+// Whether B-bit indices for P weights are those of a sign-symmetric grid: a magnitude in the low 8 bits, then P signs.
+template <int B, int P>
+inline constexpr bool kSigned = B == 12 && P == 4;
+
 // The (index_bits, p) pairs that have a decoder: a grid of any other pair needs one more line here and nothing else.
 #define HIGGS_FOR_EACH_DECODER(X) \
   X(2, 1)                         \
   X(3, 1)                         \
   X(4, 1)                         \
   X(5, 1)                         \
-  X(6, 1) X(8, 1) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(11, 2) X(12, 2) X(4, 4) X(6, 4) X(8, 4)
+  X(6, 1)                         \
+  X(8, 1)                         \
+  X(4, 2)                         \
+  X(5, 2)                         \
+  X(6, 2)                         \
+  X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(11, 2) X(12, 2) X(4, 4) X(6, 4) X(8, 4) X(12, 4)
 
 // The same for trellis grids.
 #define HIGGS_FOR_EACH_TRELLIS_DECODER(X) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(6, 4) X(8, 4)

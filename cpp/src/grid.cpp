@@ -19,12 +19,27 @@ std::string format_rate(double rate) {
   return text;
 }
 
+std::vector<float> with_all_signs(std::span<const float> magnitudes, int p) {
+  std::vector<float> points;
+  points.reserve(magnitudes.size() << p);
+  for (unsigned signs = 0; signs >> p == 0; ++signs) {
+    for (std::size_t i = 0; i < magnitudes.size(); ++i) {
+      const bool negative = (signs >> i % static_cast<std::size_t>(p) & 1) != 0;
+      points.push_back(negative ? -magnitudes[i] : magnitudes[i]);
+    }
+  }
+  return points;
+}
+
 void add_vector_grids(std::vector<Grid>& list) {
+  static std::list<std::vector<float>> expanded;
   for (int i = 0; i < detail::kGridDataCount; ++i) {
     const detail::GridData& d = detail::kGridData[i];
     const int bits = std::countr_zero(static_cast<unsigned>(d.n_points));
-    const std::span points{d.points, static_cast<std::size_t>(d.n_points) * static_cast<std::size_t>(d.p)};
-    list.push_back({d.name, d.p, d.n_points, bits, bits, d.t2, points});
+    Grid grid{d.name, d.p, d.n_points, bits, bits, d.t2, {}, nullptr, d.magnitudes};
+    grid.points = {d.points, static_cast<std::size_t>(grid.table_points()) * static_cast<std::size_t>(d.p)};
+    if (d.magnitudes > 0) grid.points = expanded.emplace_back(with_all_signs(grid.points, d.p));
+    list.push_back(grid);
   }
 }
 

@@ -12,8 +12,9 @@ struct GridData {
   const char* name;
   int p;
   int n_points;
+  int magnitudes;  // of a sign-symmetric grid, else 0
   double t2;
-  const float* points;  // [n_points, p], exactly representable in fp16
+  const float* points;  // [magnitudes or n_points, p], exactly representable in fp16
 };
 extern const GridData kGridData[];
 extern const int kGridDataCount;

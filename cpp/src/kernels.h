@@ -26,7 +26,7 @@ struct DecodeGeometry {
 [[nodiscard]] DecodeGeometry decode_geometry(const LayerFormat& format);
 
 struct Kernels {
-  // Decode order is component-major for grids of up to this many bits an index.
+  // Decode order is component-major for grids of up to 2^this many table_points.
   int component_major_bits;
 
   // The orthonormal transform of `count` consecutive blocks (hadamard.h), in place.

@@ -55,7 +55,7 @@ void arrange(const float* rotated, const LayerFormat& f, const detail::DecodeGeo
   for (std::int64_t g = 0; g < geometry.groups; ++g) {
     float* group_out = out + g * geometry.group_chunks * detail::kChunk * p;
     const std::int64_t first = g * f.group;
-    if (f.grid->trellis != nullptr || f.grid->index_bits > detail::kernels().component_major_bits) {
+    if (f.grid->trellis != nullptr || f.grid->table_points() > 1 << detail::kernels().component_major_bits) {
       std::copy(rotated + first, rotated + f.group_end(g), group_out);
       continue;
     }

@@ -7,6 +7,8 @@
 #include <memory>
 #include <mutex>
 
+#include "higgs/packed_format.h"
+
 namespace higgs::detail {
 namespace {
 
@@ -98,7 +100,7 @@ void fill_cells(NearestTable& table) {
 std::unique_ptr<NearestTable> build(const Grid& grid) {
   auto table = std::make_unique<NearestTable>();
   table->grid = &grid;
-  const auto n = static_cast<std::size_t>(grid.n_points);
+  const auto n = static_cast<std::size_t>(grid.table_points());
   table->components.resize(n * grid.p);
   table->half_norms.resize(n);
   for (std::size_t i = 0; i < n; ++i) {
@@ -133,18 +135,26 @@ const NearestTable& nearest_table(const Grid& grid) {
 }
 
 std::uint16_t nearest_of_all(const NearestTable& table, const float* u) noexcept {
-  const int n = table.grid->n_points;
+  const Grid& grid = *table.grid;
+  const int n = grid.table_points();
+  float magnitude[kMaxP];
+  int signs = 0;
+  for (int c = 0; c < grid.p; ++c) {
+    const bool negative = grid.magnitudes > 0 && u[c] < 0;
+    magnitude[c] = negative ? -u[c] : u[c];
+    signs |= negative ? n << c : 0;
+  }
   std::uint16_t best = 0;
   float best_score = std::numeric_limits<float>::infinity();
   for (int g = 0; g < n; ++g) {
     float t = table.half_norms[g];
-    for (int c = 0; c < table.grid->p; ++c) t = std::fma(-u[c], table.components[c * n + g], t);
+    for (int c = 0; c < grid.p; ++c) t = std::fma(-magnitude[c], table.components[c * n + g], t);
     if (t < best_score) {
       best = static_cast<std::uint16_t>(g);
       best_score = t;
     }
   }
-  return best;
+  return static_cast<std::uint16_t>(best | signs);
 }
 
 }  // namespace higgs::detail

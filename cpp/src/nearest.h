@@ -1,5 +1,5 @@
 // Exact nearest-point search. For p <= 2 space is cut into cells, each with the few points that can be nearest to
-// something in it; for p = 4 all points are tried.
+// something in it; for p = 4 all points are tried. In a sign-symmetric grid only |u| and the magnitudes are compared.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace higgs::detail {
 
 struct NearestTable {
   const Grid* grid = nullptr;
-  // Points component-major, [p][n_points], and h = |g|^2 / 2 of each: score(u, g) = h - u.g
+  // Points component-major, [p][table_points], and h = |g|^2 / 2 of each: score(u, g) = h - u.g
   std::vector<float> components;
   std::vector<float> half_norms;
 
@@ -29,8 +29,8 @@ struct NearestTable {
 // Built on first use, kept for the life of the process. Thread safe.
 [[nodiscard]] const NearestTable& nearest_table(const Grid& grid);
 
-// Index of the nearest point to u[0, p) by trying all: for values outside the cells or in a cell with too many
-// candidates, and what the search by cells is tested against.
+// Index of the nearest point to u[0, p) by trying all table_points: for values outside the cells or in a cell with too
+// many candidates, and what the search by cells is tested against.
 [[nodiscard]] std::uint16_t nearest_of_all(const NearestTable& table, const float* u) noexcept;
 
 }  // namespace higgs::detail

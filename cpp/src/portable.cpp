@@ -36,6 +36,7 @@ struct Portable {
 
   template <int B, int P>
   struct Decoder {
+    static constexpr int kTableBits = kSigned<B, P> ? B - P : B;
     explicit Decoder(const PackedView& w) : points(w.format.grid->points.data()) {}
     const float* points;
 
@@ -49,7 +50,10 @@ struct Portable {
         const std::uint32_t index = window & ((1u << B) - 1);
         window >>= B;
         filled -= B;
-        for (int c = 0; c < P; ++c) values[i * P + c] = points[index * P + c];
+        for (int c = 0; c < P; ++c) {
+          const float point = points[(index & ((1u << kTableBits) - 1)) * P + c];
+          values[i * P + c] = kSigned<B, P> && (index >> kTableBits >> c & 1) != 0 ? -point : point;
+        }
       }
       for (int offset = 0; offset < kChunk * P; offset += kLanes) sink(offset, load(values + offset));
     }

@@ -52,8 +52,8 @@ double exact_t2(const Grid& g) {
 
 TEST(Grid, EveryPromisedGridExists) {
   const std::set<std::string_view> promised = {
-      "p1_n4",   "p1_n8",   "p1_n16",   "p1_n32",   "p1_n64",   "p1_n256", "p2_n16", "p2_n32",  "p2_n64", "p2_n128",
-      "p2_n256", "p2_n512", "p2_n1024", "p2_n2048", "p2_n4096", "p4_n16",  "p4_n64", "p4_n256", "ch8"};
+      "p1_n4",   "p1_n8",   "p1_n16",   "p1_n32",   "p1_n64",   "p1_n256", "p2_n16", "p2_n32",  "p2_n64",   "p2_n128",
+      "p2_n256", "p2_n512", "p2_n1024", "p2_n2048", "p2_n4096", "p4_n16",  "p4_n64", "p4_n256", "p4_n4096", "ch8"};
   std::set<std::string_view> names;
   for (const Grid& g : grids()) EXPECT_TRUE(names.insert(g.name).second) << g.name << " twice";
   for (const std::string_view name : promised) EXPECT_TRUE(names.contains(name)) << name;
@@ -152,17 +152,40 @@ void check_moments(const Grid& g, Rng& rng) {
 TEST(Grid, VectorGridsHaveTheMomentsOfAnOptimalGrid) {
   Rng rng(17);
   for (const Grid& g : test::grids_of_family(false)) {
-    if (g.p > 1 && g.n_points <= 512) check_moments(g, rng);
+    if (g.p > 1 && g.table_points() <= 512) check_moments(g, rng);
   }
 }
 
 TEST(Grid, EveryPointIsTheNearestToItself) {
   for (const Grid& g : test::grids_of_family(false)) {
-    if (g.n_points > 1024) continue;
+    if (g.table_points() > 1024) continue;
     for (int i = 0; i < g.n_points; ++i) {
       ASSERT_EQ(test::spec::nearest(g, &g.points[static_cast<std::size_t>(i * g.p)]), i) << g.name;
     }
   }
+}
+
+TEST(Grid, SignSymmetricGridsAreTheirMagnitudesWithAllSigns) {
+  int count = 0;
+  for (const Grid& g : grids()) {
+    if (g.magnitudes == 0) continue;
+    ++count;
+    ASSERT_EQ(g.name, "p4_n4096");
+    ASSERT_EQ(g.magnitudes, 256);
+    ASSERT_EQ(g.table_points(), 256);
+    for (int i = 0; i < g.n_points; ++i) {
+      for (int c = 0; c < 4; ++c) {
+        const float magnitude = g.points[static_cast<std::size_t>(i % 256 * 4 + c)];
+        const float sign = (i >> (8 + c) & 1) != 0 ? -1.0f : 1.0f;
+        ASSERT_EQ(g.points[static_cast<std::size_t>(i * 4 + c)], sign * magnitude) << i << " " << c;
+        // What kernels rely on: a signed byte b stands for (b + 1/2) / 32, so that ~b stands for minus that.
+        const float byte = magnitude * 32 - 0.5f;
+        ASSERT_TRUE(byte == std::nearbyint(byte) && byte >= 0 && byte <= 127) << i << " " << c;
+      }
+    }
+  }
+  EXPECT_EQ(count, 1);
+  EXPECT_EQ(find_grid("p2_n256").table_points(), 256);
 }
 
 // What kernels that look up four weights at a time rely on.
@@ -170,7 +193,7 @@ TEST(Grid, PointsOfFourWeightsAreSignedBytes) {
   int count = 0;
   for (const Grid& g : test::grids_of_family(false)) {
     const bool four = g.p == 4 || (g.index_bits * 4 / g.p == 8 && g.p <= 2);  // p1_n4, p2_n16: runs of indices
-    if (!four) continue;
+    if (!four || g.magnitudes != 0) continue;
     ++count;
     for (const float v : g.points) {
       EXPECT_EQ(v * 32, std::nearbyint(v * 32)) << g.name;
@@ -240,6 +263,7 @@ TEST(Grid, ForBitsIsTheBestOfThatRate) {
   EXPECT_EQ(grid_for_bits(1).name, "p4_n16");
   EXPECT_EQ(grid_for_bits(1.5).name, "p4_n64");
   EXPECT_EQ(grid_for_bits(2).name, "p4_n256");
+  EXPECT_EQ(grid_for_bits(3).name, "p4_n4096");
   EXPECT_EQ(grid_for_bits(8).name, "p1_n256");
   for (const double bits : {0.0, -1.0, 3.1, 16.0, std::numeric_limits<double>::quiet_NaN()}) {
     expect_error(ErrorCode::invalid_argument, {"bits", "1, 1.5, 2, 2.5, 3"}, [&] { (void)grid_for_bits(bits); });

@@ -248,21 +248,28 @@ inline double sum_products(const float* a, const float* b, std::int64_t count) {
   return tree_sum(sums);
 }
 
-inline int nearest(const Grid& grid, const float* u) {
+// Of a sign-symmetric grid a magnitude for |u|, and the signs of u.
+inline int nearest(const Grid& grid, const float* value) {
+  std::vector<float> u(value, value + grid.p);
+  int signs = 0;
+  for (std::size_t c = 0; grid.magnitudes != 0 && c < u.size(); ++c) {
+    if (u[c] < 0) signs |= 1 << c;
+    u[c] = std::fabs(u[c]);
+  }
   int best = 0;
   float best_score = 0;
-  for (int i = 0; i < grid.n_points; ++i) {
+  for (int i = 0; i < (grid.magnitudes != 0 ? grid.magnitudes : grid.n_points); ++i) {
     const float* g = &grid.points[static_cast<std::size_t>(i * grid.p)];
     double norm = 0;
     for (int c = 0; c < grid.p; ++c) norm += static_cast<double>(g[c]) * g[c];
     auto t = static_cast<float>(norm / 2);
-    for (int c = 0; c < grid.p; ++c) t = std::fma(-u[c], g[c], t);
+    for (int c = 0; c < grid.p; ++c) t = std::fma(-u[static_cast<std::size_t>(c)], g[c], t);
     if (i == 0 || t < best_score) {
       best = i;
       best_score = t;
     }
   }
-  return best;
+  return best + signs * grid.magnitudes;
 }
 
 struct Group {

@@ -75,7 +75,7 @@ void check(const Grid& grid, const std::vector<float>& values, const std::string
 
 TEST_P(NearestEveryGrid, ShortCutsGiveTheIndexOfTryingAllPoints) {
   const Grid& grid = find_grid(GetParam());
-  const int count = grid.n_points > 1024 ? 1 << 14 : 1 << 16;
+  const int count = grid.table_points() > 1024 ? 1 << 14 : 1 << 16;
   Rng rng(static_cast<std::uint64_t>(grid.n_points));
   check(grid, hard_values(detail::nearest_table(grid), rng, count), "hard");
   check(grid, test::gaussian(rng, count), "normal");

@@ -1,7 +1,8 @@
 // Grids of two families; points are exactly representable in fp16.
 //
 // Vector grids ("p2_n256"): tables of n_points points in R^p that are MSE-optimal for N(0, I_p) (arXiv 2411.17525,
-// section 4), and the constrained uniform 8-bit grid of the same paper ("ch8"). An index is the number of a point.
+// section 4), and the constrained uniform 8-bit grid of the same paper ("ch8"). An index is the number of a point. One
+// is sign-symmetric ("p4_n4096"): 256 magnitudes with every choice of signs, so searches and look-ups need only these.
 //
 // Trellis grids ("t2_b8", "a2_b8"): an index is b bits of a stream, and the point of step t is chosen by a window of
 // more bits, those of the indices that follow too. So n_points is 2^window_bits, far more than 2^index_bits, and an
@@ -38,9 +39,15 @@ struct Grid {
   double t2 = 0;                  // E ||x - Q(x)||^2 / p for x ~ N(0, I_p); of trellis grids as measured in long blocks
   std::span<const float> points;  // [n_points, p]
   const Trellis* trellis = nullptr;  // null: a vector grid
+  // Of a sign-symmetric grid, else 0: the first `magnitudes` points, a power of two, are positive in every coordinate.
+  // Point g + magnitudes * s is point g with minus at every coordinate c whose bit c of s is set.
+  int magnitudes = 0;
 
   // Bits per weight without scales.
   [[nodiscard]] double rate() const noexcept { return static_cast<double>(index_bits) / p; }
+
+  // The first points, from which the others follow by signs: the magnitudes, or all.
+  [[nodiscard]] int table_points() const noexcept { return magnitudes > 0 ? magnitudes : n_points; }
 };
 
 [[nodiscard]] std::span<const Grid> grids();

@@ -40,7 +40,7 @@ struct Avx2 {
   // A point is one fp32 value (P = 1) or P fp16 values (one 32-bit or 64-bit word).
   template <int B, int P>
   struct Decoder {
-    static constexpr int kPoints = 1 << B;
+    static constexpr int kPoints = 1 << (kSigned<B, P> ? B - P : B);  // in the table
     static constexpr bool kInRegisters = P == 1 && B <= 4;
     using Word = std::conditional_t<P == 4, std::uint64_t, std::uint32_t>;
 
@@ -78,7 +78,7 @@ struct Avx2 {
         raw = _mm_load_si128(reinterpret_cast<const __m128i*>(copy));
       }
       const __m256i words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(raw), spread);
-      return _mm256_and_si256(_mm256_srlv_epi32(words, shift), _mm256_set1_epi32(kPoints - 1));
+      return _mm256_and_si256(_mm256_srlv_epi32(words, shift), _mm256_set1_epi32((1 << B) - 1));
     }
 
     template <typename Sink>
@@ -104,8 +104,9 @@ struct Avx2 {
     template <typename Sink>
     void look_up(const std::uint32_t* at, int offset, const Sink& sink) const {
       if constexpr (P == 4) {
-        const auto word = [&](int lane) { return static_cast<long long>(table[at[lane]]); };
-        sink_halves(_mm256_setr_epi64x(word(0), word(1), word(2), word(3)), offset, sink);
+        const auto word = [&](int lane) { return static_cast<long long>(table[at[lane] % kPoints]); };
+        const __m256i halves = _mm256_setr_epi64x(word(0), word(1), word(2), word(3));
+        sink_halves(kSigned<B, P> ? _mm256_xor_si256(halves, sign_bits(at)) : halves, offset, sink);
       } else {
         const auto word = [&](int lane) { return static_cast<int>(table[at[lane]]); };
         const __m256i words = _mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7));
@@ -115,6 +116,16 @@ struct Avx2 {
           sink_halves(words, offset, sink);
         }
       }
+    }
+
+    // Bits 8 .. 11 of four indices, moved to the top of the four halves of their points.
+    static __m256i sign_bits(const std::uint32_t* at) {
+      const __m256i index = _mm256_cvtepu32_epi64(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
+      const __m128i second_bytes =
+          _mm_set_epi64x(static_cast<long long>(0x8009800980098009), static_cast<long long>(0x8001800180018001));
+      const __m256i signs = _mm256_shuffle_epi8(index, _mm256_broadcastsi128_si256(second_bytes));
+      const __m256i shifts = _mm256_set1_epi64x(static_cast<long long>(0x1000200040008000));
+      return _mm256_and_si256(_mm256_mullo_epi16(signs, shifts), _mm256_set1_epi16(INT16_MIN));
     }
 
     template <typename Sink>

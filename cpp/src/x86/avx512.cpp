@@ -88,6 +88,41 @@ struct ByteTableDecoder {
   }
 };
 
+// A sign-symmetric grid: p = 4, the number of a magnitude in 8 bits, then 4 signs.
+struct SignedDecoder : ByteTableDecoder<8, 4> {
+  explicit SignedDecoder(const PackedView& w) : ByteTableDecoder<8, 4>(w) {
+    for (int q = 0; q < 8; ++q) {  // four indices in 6 bytes; a qword gets their magnitudes, then their signs
+      for (int b = 0; b < 8; ++b) {
+        spread[8 * q + b] = static_cast<std::uint8_t>(6 * q + (b < 6 ? b : 0));
+        shift[8 * q + b] = static_cast<std::uint8_t>(b < 4 ? 12 * b : 12 * (b - 4) + 8);
+      }
+    }
+  }
+
+  // 32 indices.
+  [[nodiscard]] __m512 half_chunk(const std::uint8_t* bytes, int valid) const {
+    const __m512i raw = valid > 0 ? load_bytes(bytes, valid * 12 / 8, end) : _mm512_setzero_si512();
+    const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(spread), raw);
+    return _mm512_castsi512_ps(_mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words));
+  }
+
+  template <typename Sink>
+  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+    const __m512 first = half_chunk(bytes, valid);
+    const __m512 second = half_chunk(bytes + 48, valid - 32);
+    const __m512i index = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0x88));  // in the order of kQwordOrder
+    const __m512i signs = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0xdd));
+    for (int c = 0; c < 4; ++c) {
+      const __m512i moved =
+          _mm512_slli_epi16(signs, 7 - c);  // bit c to the top; what comes from the next byte is lower
+      constexpr int kXorAnd = 0x78;         // a ^ (b & d)
+      const __m512i high =
+          _mm512_ternarylogic_epi64(look_up(bytes_of[c][1], index), moved, _mm512_set1_epi8(INT8_MIN), kXorAnd);
+      convert_bytes(look_up(bytes_of[c][0], index), high, c * kChunk, sink);
+    }
+  }
+};
+
 template <int B>
 struct WordTableDecoder {  // P = 2, 9 to 12 bits
   static constexpr int kPoints = 1 << B;
@@ -253,7 +288,8 @@ struct Avx512 {
   using TrellisDecoder = std::conditional_t<P == 2, PairDecoder<B>, WindowDecoder<Avx512, B, P>>;
 
   template <int B, int P>
-  using Decoder = std::conditional_t<(B <= 8), ByteTableDecoder<B, P>, WordTableDecoder<B>>;
+  using Decoder = std::conditional_t<kSigned<B, P>, SignedDecoder,
+                                     std::conditional_t<(B <= 8), ByteTableDecoder<B, P>, WordTableDecoder<B>>>;
 };
 
 }  // namespace
