@@ -102,7 +102,7 @@ SPECS: dict[str, Spec] = {
     "p4_n16": Spec(4, 16, 0.342, 60, 300, BYTE_STEP),
     "p4_n64": Spec(4, 64, 0.184, 30, 500, BYTE_STEP),
     "p4_n256": Spec(4, 256, 0.0970, 12, 500, BYTE_STEP),
-    "p4_n4096": Spec(4, 4096, 0.0264, 12, 500, BYTE_STEP, symmetric=True),
+    "p4_n4096": Spec(4, 4096, 0.0262, 12, 500, BYTE_STEP, symmetric=True),
     "ch8": Spec(1, 256, 0.0000881),
 }
 
