@@ -17,13 +17,14 @@ computed here without sampling where that is possible:
   ch8    Uniform points (i - 127.5) * step, i = 0..255, with the MSE-optimal power-of-two step for N(0, 1).
 
 At the end every coordinate is rounded to the nearest fp16 value (the GPU tables hold halves). Those of the grids that
-GPU kernels look up four weights at a time are rounded further, to a multiple of 1/32: a signed byte. That costs
-0.01-0.09 % of t2, and Lloyd steps on that lattice win nothing back. t2 is that of the rounded points: closed form for
-p = 1 and 2, and for p = 4 the mean over independent scrambled Sobol samples never used to fit (standard error about
-0.003 %). --check recomputes p = 2 another way, by quadrature on a dense lattice.
+GPU kernels look up four weights at a time are rounded further, to a multiple of 1/32, in a sign-symmetric grid to an
+odd one of 1/64: a signed byte. That costs 0.01-0.12 % of t2, and Lloyd steps on that lattice win nothing back. t2 is
+that of the rounded points: closed form for p = 1 and 2, and for p = 4 the mean over independent scrambled Sobol
+samples never used to fit (standard error about 0.003 %). --check recomputes p = 2 another way, by quadrature on a
+dense lattice.
 
 Every grid has its own random stream, made of (seed, p, n), so --only gives the same points as a whole run, and a run
-gives the same bytes again on the same machine and library versions.  A whole run takes about 18 minutes on one core.
+gives the same bytes again on the same machine and library versions.  A whole run takes about 21 minutes on one core.
 
     OMP_NUM_THREADS=1 python cpp/grids/make_grids.py                   # everything
     OMP_NUM_THREADS=1 python cpp/grids/make_grids.py --only p2_n256    # remake one grid, keep the others of the file
