@@ -3,8 +3,9 @@
 // Up to 8 bits an index: VPERMB and VPMULTISHIFTQB unpack 64 indices of any width in three instructions, and the grid
 // sits in registers as two byte tables per component (low and high byte of the fp16 value), so that one VPERMB or
 // VPERMI2B looks up 64 indices; interleaving the two bytes gives 64 fp16 values. For p2_n256 that is 17 instructions
-// for 128 weights before the conversion to fp32. Wider indices load both components of a point as one 32-bit word, by
-// plain loads: the gather instruction takes more than twice as long on Zen 4 and 5.
+// for 128 weights before the conversion to fp32. p4_n4096 looks up its magnitudes so and flips signs. Other indices
+// wider than 8 bits load both components of a point as one 32-bit word, by plain loads: the gather instruction takes
+// more than twice as long on Zen 4 and 5.
 #include <immintrin.h>
 
 #include "../block_loops.h"
