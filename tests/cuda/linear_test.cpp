@@ -253,6 +253,9 @@ TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
   }
 }
 
+INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes, testing::Values("p2_n256", "p2_n64", "p4_n256", "a2_b8", "a2_b4"),
+                         [](const auto& grid) { return std::string(grid.param); });
+
 TEST(CudaLinear, MatricesThatShareX) {
   HIGGS_NEEDS_GPU();
   constexpr std::int64_t kColumns = 2048;
