@@ -147,7 +147,7 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
       }
       if constexpr (!Config::kRegular) {
         if (piece % 2 == 1 && (role.segment_ends >> (2 * u + piece / 2) & 1) != 0)
-          sums.flush(scales, segment++, norm, {}, role.lane);
+          sums.flush(scales, segment++, norm, {}, {}, role.lane);
       }
     }
     const int consumed = u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4;
@@ -285,6 +285,15 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
     if (role.units > 0) x.hold();
     partials = reinterpret_cast<float*>(xs.end(p.m));
   }
+  XHalves<Config> halves = {};
+  if constexpr (Config::kHalves) {
+    if (role.units > 0) {
+      halves = sum_halves(x, iterations, [&](int i) {
+        if constexpr (Config::kPrepared) return x_scales;
+        return xs.scales_of((first_column + i * Config::kUnits * kUnitColumns) / kChunk, p.m, lane);
+      });
+    }
+  }
   const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
   uint32_t offset = Config::kBytes ? lane * 4 : Config::Decoder::lane_offset(lane);
   if constexpr (Config::kPrepared) offset = kept(shared_address(shared) - kSharedBase + offset);
@@ -314,12 +323,12 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
           if constexpr (Config::kBytes) {
             const int chunk = (first_column + i * Config::kUnits * kUnitColumns) / kChunk;
             if constexpr (!Config::kPrepared) x_scales = xs.scales_of(chunk, p.m, lane);
-            sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, x_scales, lane);
+            sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, x_scales, halves, lane);
           }
         }
         x.move(-iterations);
         if constexpr (Config::kRegular && !Config::kBytes)
-          sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, {}, lane);
+          sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, {}, {}, lane);
       }
       if constexpr (Config::kPrepared) {
         const uint32_t to = first_sum + slot * warps * step;

@@ -20,6 +20,8 @@ struct GemvConfig {
   using Decoder = Decoder_;
   using T = T_;
   static constexpr bool kBytes = uses_bytes(Decoder::kShape, kLoop != Loop::general);
+  static constexpr bool kHalves = kBytes && Decoder::kShape.sign_bits() > 0;  // bytes lack half a step (kQuadStep)
+
   static constexpr int kDigits = kBytes ? 2 : 1;  // of a row of x: columns of the MMA
   static constexpr int kTokenTiles = TokenTiles_;
   static constexpr int kTokens = 8 / kDigits;  // rows of x in a token tile
@@ -31,7 +33,7 @@ struct GemvConfig {
   static constexpr int kTableOffset = kBytes ? 2 * kTableBytes : std::is_same_v<T_, __half> ? 0 : kTableBytes;
   static constexpr int kScalesOffset = 2 * kTableBytes + Decoder::kShape.byte_tables_bytes();
   using TablePlace = std::conditional_t<kLoop == Loop::prepared, SharedStart, const uint8_t*>;
-  using Table = std::conditional_t<kBytes, ByteTable<Decoder::kShape.bits>, Decoder>;
+  using Table = std::conditional_t<kBytes, ByteTable<Decoder::kShape.entry_bits()>, Decoder>;
   static constexpr bool kRegular = kLoop != Loop::general;
   static constexpr int kUnitWords = Decoder::kShape.unit_words();
   static constexpr bool kPaired = kLoop == Loop::paired;

@@ -146,6 +146,13 @@ struct XScales {
   float of_tile[Config::kTokenTiles];
 };
 
+// What the halves that bytes of a sign-symmetric grid lack (kQuadStep) add to the sums of an iteration: half the sum of
+// x over the warp's columns, in equal parts for its iterations.
+template <typename Config>
+struct XHalves {
+  float of_tile[Config::kTokenTiles];
+};
+
 // x of the CTA's columns in shared memory, rotated: fp16 or bf16 (rotate_x.cuh), or two planes of digits per row and a
 // scale per chunk (trellis.cuh), which come first.
 template <typename Config>
@@ -254,6 +261,35 @@ struct XFragments {
   }
 };
 
+// Half the sums of x. scales_of(i): those of iteration i.
+template <typename Config, typename ScalesOf>
+__device__ __forceinline__ XHalves<Config> sum_halves(XFragments<Config>& x, int iterations,
+                                                      const ScalesOf& scales_of) {
+  constexpr uint32_t kOne = 0x01010101;
+  constexpr uint32_t kOnes[4] = {kOne, kOne, kOne, kOne};
+  XHalves<Config> halves = {};
+#pragma unroll 1
+  for (int i = 0; i < iterations; ++i) {
+    const XScales<Config> scales = scales_of(i);
+#pragma unroll
+    for (int t = 0; t < Config::kTokenTiles; ++t) {
+      int sum[4] = {};
+#pragma unroll
+      for (int j = 0; j < Config::kUnits * Config::kPieces; ++j) {
+        const uint4 b = x.of(t, j / Config::kPieces, j % Config::kPieces);
+        mma_m16n8k32(sum, kOnes, make_uint2(b.x, b.y));
+        mma_m16n8k32(sum, kOnes, make_uint2(b.z, b.w));
+      }
+      halves.of_tile[t] += scales.of_tile[t] * static_cast<float>(256 * sum[0] + sum[1]);
+    }
+    x.move(1);
+  }
+  x.move(-iterations);
+#pragma unroll
+  for (float& v : halves.of_tile) v *= 0.5f / static_cast<float>(iterations);
+  return halves;
+}
+
 // Sums of a row block, before and after multiplication with the scales. A lane holds rows g and g + 8 of each row tile:
 // of two rows of x per token tile (halves), or of the two digits of one row (bytes).
 template <typename Config>
@@ -265,7 +301,7 @@ struct BlockSums {
   Acc acc[kChains][Config::kTiles][Config::kTokenTiles][4] = {};
   float sum[Config::kTiles][Config::kTokenTiles][2 * kLaneTokens] = {};
 
-  static_assert(!Config::kBytes || Config::kUnits * kUnitColumns * 127 * 127 * 256LL <= 0x7fffffff);  // exact sums
+  static_assert(!Config::kBytes || Config::kUnits * kUnitColumns * 128 * 127 * 256LL <= 0x7fffffff);  // exact sums
 
   // MMA `i`, on row tile r.
   __device__ __forceinline__ void multiply(int i, int r, const uint32_t (&a)[4],
@@ -283,7 +319,7 @@ struct BlockSums {
 
   // A scale group ends or, with bytes, an iteration.
   __device__ __forceinline__ void flush(const TileScales<Config> (&scales)[Config::kTiles], int segment, float norm,
-                                        const XScales<Config>& x, int lane) {
+                                        const XScales<Config>& x, const XHalves<Config>& halves, int lane) {
 #pragma unroll
     for (int r = 0; r < Config::kTiles; ++r) {
       float2 s = scales[r].rows(segment, lane);
@@ -303,7 +339,8 @@ struct BlockSums {
           const float by = row == 0 ? s.x : s.y;
           if constexpr (Config::kBytes) {
             const float whole = static_cast<float>(256 * value[2 * row] + value[2 * row + 1]);
-            sum[r][t][row] = fmaf(whole * x.of_tile[t], by, sum[r][t][row]);
+            const float v = Config::kHalves ? fmaf(whole, x.of_tile[t], halves.of_tile[t]) : whole * x.of_tile[t];
+            sum[r][t][row] = fmaf(v, by, sum[r][t][row]);
           } else {
 #pragma unroll
             for (int i = 2 * row; i < 2 * row + 2; ++i) sum[r][t][i] = fmaf(value[i], by, sum[r][t][i]);

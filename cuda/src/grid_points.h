@@ -1,6 +1,7 @@
 // Grid points as a kernel argument: launchers need no device copy of the grids and stay CUDA-graph safe.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "higgs/grid.h"
@@ -8,12 +9,14 @@
 
 namespace higgs::cuda {
 
-// fp16 values of [n_points, p]; exact, as grid points are representable in fp16.
+// fp16 values of [n_points, p]; exact, as grid points are representable in fp16. Of a sign-symmetric grid the
+// magnitudes: the other bits of an index, above value_bits, say which coordinates are negative.
 template <int Capacity>
 struct GridPoints {
   static constexpr int kCapacity = Capacity;
   int p = 0;
   int index_bits = 0;
+  int value_bits = 0;  // of an index: they choose a point here
   alignas(16) std::uint16_t values[Capacity] = {};
 };
 
@@ -22,7 +25,8 @@ GridPoints<Capacity> make_points(const Grid& grid) {
   GridPoints<Capacity> out;
   out.p = grid.p;
   out.index_bits = grid.index_bits;
-  for (std::size_t i = 0; i < grid.points.size(); ++i) out.values[i] = f32_to_f16(grid.points[i]);
+  out.value_bits = std::countr_zero(static_cast<unsigned>(grid.table_points()));
+  for (int i = 0; i < grid.table_points() * grid.p; ++i) out.values[i] = f32_to_f16(grid.points[i]);
   return out;
 }
 
@@ -31,7 +35,7 @@ template <typename Body>
 void with_points(const Grid& grid, const Body& body) {
   constexpr int kSmall = 1024;
   constexpr int kLarge = 8192;
-  if (grid.points.size() <= kSmall) {
+  if (grid.table_points() * grid.p <= kSmall) {
     body(make_points<kSmall>(grid));
   } else {
     body(make_points<kLarge>(grid));

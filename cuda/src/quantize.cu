@@ -157,6 +157,9 @@ void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std
     throw Error(ErrorCode::unsupported, "quantize: k = " + std::to_string(format.k) + "; the GPU takes at most " +
                                             std::to_string(kMaxQuantizeColumns));
   }
+  if (format.grid->magnitudes > 0) {
+    throw Error(ErrorCode::unsupported, "quantize: grid " + std::string(format.grid->name) + " has no GPU encoder");
+  }
   check_pointer("quantize", "w", w);
   check_pointer("quantize", "indices", indices);
   check_pointer("quantize", "scales", scales);

@@ -252,6 +252,7 @@ TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
     }
   }
 }
+INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes, testing::Values("p2_n256", "p2_n64", "p4_n256", "p4_n4096"));
 
 TEST(CudaLinear, MatricesThatShareX) {
   HIGGS_NEEDS_GPU();
@@ -259,6 +260,7 @@ TEST(CudaLinear, MatricesThatShareX) {
   const Layer q(find_grid("p2_n256"), 300, kColumns, 1024, 1024);
   const Layer k(find_grid("p1_n16"), 72, kColumns, 1024, 1024);
   const Layer v(find_grid("p2_n128"), 65, kColumns, 1024, 1024);  // by tiles of other sizes
+  const Layer gate(find_grid("p4_n4096"), 130, kColumns, 1024, 1024);
   Buffer<float> d(kColumns);
   rotation_vector(VectorKind::input, 5, nullptr, kColumns, d.data(), nullptr);
   for (const std::int64_t m : {1, 6, 16, 40, 200, 1100}) {
@@ -266,7 +268,7 @@ TEST(CudaLinear, MatricesThatShareX) {
     std::vector<LinearPart> parts;
     std::vector<std::unique_ptr<Buffer<std::byte>>> tiled;
     std::vector<std::unique_ptr<Buffer<std::uint8_t>>> together;
-    for (const Layer* layer : {&q, &k, &v}) {
+    for (const Layer* layer : {&q, &k, &v, &gate}) {
       tiled.push_back(std::make_unique<Buffer<std::byte>>(static_cast<std::size_t>(tiled_format(layer->format).bytes)));
       together.push_back(std::make_unique<Buffer<std::uint8_t>>(static_cast<std::size_t>(m * layer->format.n * 2)));
       repack(layer->device(), tiled.back()->data(), nullptr);

@@ -304,7 +304,7 @@ def test_the_weights_are_on_the_device_once() -> None:
     assert module.indices is None and module.scales is None and module.tiled.is_cuda
 
 
-@pytest.mark.parametrize("grid", ["p2_n256", "p2_n64", "p4_n256", "ch8"])
+@pytest.mark.parametrize("grid", ["p2_n256", "p2_n64", "p4_n256", "p4_n4096", "ch8"])
 def test_moves_and_copies_keep_every_byte(grid: str) -> None:
     module = layer(50, 576, grid)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
