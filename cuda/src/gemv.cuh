@@ -147,7 +147,7 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
       }
       if constexpr (!Config::kRegular) {
         if (piece % 2 == 1 && (role.segment_ends >> (2 * u + piece / 2) & 1) != 0)
-          sums.flush(scales, segment++, norm, {}, {}, role.lane);
+          sums.flush(scales, segment++, norm, {}, role.lane);
       }
     }
     const int consumed = u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4;
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
     const PreparedX<Config> prepared(p);
     if (role.units > 0) {
       x.hold(prepared, role.slice, lane);
-      x_scales = prepared.scales_of(first_column / kChunk, lane);
+      x_scales = prepared.scales_of(first_column, lane);
     }
     meet();
   } else {
@@ -282,17 +282,11 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
       const uint8_t* row = xs.row(min(t * 8 + lane / 4, last));
       x.from[t] = row + first_column * (2 / Config::kDigits) + lane % 4 * 16;
     }
-    if (role.units > 0) x.hold();
-    partials = reinterpret_cast<float*>(xs.end(p.m));
-  }
-  XHalves<Config> halves = {};
-  if constexpr (Config::kHalves) {
     if (role.units > 0) {
-      halves = sum_halves(x, iterations, [&](int i) {
-        if constexpr (Config::kPrepared) return x_scales;
-        return xs.scales_of((first_column + i * Config::kUnits * kUnitColumns) / kChunk, p.m, lane);
-      });
+      x.hold();
+      if constexpr (Config::kHoldsScales) x_scales = xs.scales_of(first_column, p.m, lane);
     }
+    partials = reinterpret_cast<float*>(xs.end(p.m));
   }
   const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
   uint32_t offset = Config::kBytes ? lane * 4 : Config::Decoder::lane_offset(lane);
@@ -321,14 +315,14 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
           words.advance(next, blocks, iterations);
           x.move(1);
           if constexpr (Config::kBytes) {
-            const int chunk = (first_column + i * Config::kUnits * kUnitColumns) / kChunk;
-            if constexpr (!Config::kPrepared) x_scales = xs.scales_of(chunk, p.m, lane);
-            sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, x_scales, halves, lane);
+            const int column = first_column + i * Config::kUnits * kUnitColumns;
+            if constexpr (!Config::kHoldsScales) x_scales = xs.scales_of(column, p.m, lane);
+            sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, x_scales, lane);
           }
         }
         x.move(-iterations);
         if constexpr (Config::kRegular && !Config::kBytes)
-          sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, {}, {}, lane);
+          sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, {}, lane);
       }
       if constexpr (Config::kPrepared) {
         const uint32_t to = first_sum + slot * warps * step;

@@ -20,7 +20,7 @@ struct GemvConfig {
   using Decoder = Decoder_;
   using T = T_;
   static constexpr bool kBytes = uses_bytes(Decoder::kShape, kLoop != Loop::general);
-  static constexpr bool kHalves = kBytes && Decoder::kShape.sign_bits() > 0;  // bytes lack half a step (kQuadStep)
+  static constexpr bool kHalves = adds_halves(Decoder::kShape, kLoop != Loop::general);
 
   static constexpr int kDigits = kBytes ? 2 : 1;  // of a row of x: columns of the MMA
   static constexpr int kTokenTiles = TokenTiles_;
@@ -47,8 +47,9 @@ struct GemvConfig {
   static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;  // per row tile
   static constexpr bool kHeld = kLoop == Loop::held || kPrepared;
   // Rows of x that a warp rotates at a time: two where there may be many, unless registers spill.
-  static constexpr int kRotatedRows = kHeld && kUnits == 4 && kTokens * TokenTiles_ == 8 ? 2 : 1;
-  static constexpr int kWindow =  // loads in flight per row tile
+  static constexpr int kRotatedRows = kHeld && kUnits == 4 && kTokens * TokenTiles_ == 8 && !kHalves ? 2 : 1;
+  static constexpr bool kHoldsScales = kPrepared || (kHeld && kHalves);  // of x
+  static constexpr int kWindow =                                         // loads in flight per row tile
       kHeld ? std::min(kLoads, held_window(Decoder::kShape)) : kLoads;
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks

@@ -140,30 +140,49 @@ __device__ __forceinline__ int token_of(int t, int i, int lane) {
   return t * Config::kTokens + lane % 4 * Config::kLaneTokens + i;
 }
 
-// With bytes: the scales of a chunk, of the rows of x that a lane has sums for.
+// With bytes: for the columns of an iteration, the scales of the rows of x that a lane has sums for and, where the
+// bytes lack halves, what these add.
 template <typename Config>
 struct XScales {
   float of_tile[Config::kTokenTiles];
+  float halves[Config::kTokenTiles];
 };
 
-// What the halves that bytes of a sign-symmetric grid lack (kQuadStep) add to the sums of an iteration: half the sum of
-// x over the warp's columns, in equal parts for its iterations.
-template <typename Config>
-struct XHalves {
-  float of_tile[Config::kTokenTiles];
-};
+// From those of all rows (store_digits), beginning at `column`. load(pointer) reads.
+template <typename Config, typename Load>
+__device__ __forceinline__ XScales<Config> load_x_scales(const float* scales, int column, int m, int chunks, int lane,
+                                                         const Load& load) {
+  XScales<Config> out;
+#pragma unroll
+  for (int t = 0; t < Config::kTokenTiles; ++t) {
+    const int row = min(token_of<Config>(t, 0, lane), m - 1) * chunks;
+    if constexpr (!Config::kHalves) {
+      out.of_tile[t] = load(scales + row + column / kChunk);
+    } else {
+      constexpr int kQuarter = kChunk / kChunkQuarters;
+      const auto* from = reinterpret_cast<const float2*>(scales) + row * kChunkQuarters + column / kQuarter;
+      const float2 first = load(from);
+      out.of_tile[t] = first.x;
+      out.halves[t] = first.y;
+#pragma unroll
+      for (int q = 1; q < Config::kUnits * kUnitColumns / kQuarter; ++q) out.halves[t] += load(from + q).y;
+    }
+  }
+  return out;
+}
 
-// x of the CTA's columns in shared memory, rotated: fp16 or bf16 (rotate_x.cuh), or two planes of digits per row and a
-// scale per chunk (trellis.cuh), which come first.
+// x of the CTA's columns in shared memory, rotated: fp16 or bf16 (rotate_x.cuh), or two planes of digits per row and
+// scales per chunk (trellis.cuh), which come first.
 template <typename Config>
 struct SharedX {
-  float* scales;  // [m][chunks], if digits
+  static constexpr int kScales = digit_scale_floats(Config::kHalves);
+  float* scales;  // [m][chunks][kScales], if digits
   uint8_t* rows;
   int chunks;
 
   __device__ __forceinline__ SharedX(float* at, int m, int chunks)
       : scales(at),
-        rows(reinterpret_cast<uint8_t*>(at + (Config::kBytes ? (m * chunks + 3) / 4 * 4 : 0))),
+        rows(reinterpret_cast<uint8_t*>(at + (Config::kBytes ? (m * chunks * kScales + 3) / 4 * 4 : 0))),
         chunks(chunks) {}
   // Rows as the tensor cores see them: a digit is one.
   __device__ __forceinline__ int row_bytes() const {
@@ -172,13 +191,8 @@ struct SharedX {
   __device__ __forceinline__ uint8_t* row(int r) const { return rows + r * row_bytes(); }
   __device__ __forceinline__ uint8_t* end(int m) const { return row(m * Config::kDigits); }
 
-  __device__ __forceinline__ XScales<Config> scales_of(int chunk, int m, int lane) const {
-    XScales<Config> out;
-#pragma unroll
-    for (int t = 0; t < Config::kTokenTiles; ++t) {
-      out.of_tile[t] = scales[min(token_of<Config>(t, 0, lane), m - 1) * chunks + chunk];
-    }
-    return out;
+  __device__ __forceinline__ XScales<Config> scales_of(int column, int m, int lane) const {
+    return load_x_scales<Config>(scales, column, m, chunks, lane, [](const auto* at) { return *at; });
   }
 
   template <typename T>
@@ -187,7 +201,8 @@ struct SharedX {
     if constexpr (Config::kBytes) {
       float y[4][2][4];
       rotation.rotate(b, y);
-      store_digits(y, row(2 * r) + chunk * kChunk, row(2 * r + 1) + chunk * kChunk, scales + r * chunks + chunk, lane);
+      store_digits<64, Config::kHalves>(y, row(2 * r) + chunk * kChunk, row(2 * r + 1) + chunk * kChunk,
+                                        scales + (r * chunks + chunk) * kScales, lane);
     } else {
       rotation.rotate(b, reinterpret_cast<T*>(row(r)) + chunk * kChunk, lane);
     }
@@ -209,17 +224,10 @@ struct PreparedX {
         tile_pieces(chunks * (kChunk / kUnitColumns) * Config::kPieces) {}
   // Whether a row of x (or a digit of one) is the lane's of token tile t.
   __device__ __forceinline__ bool has_row(int t, int lane) const { return t * 8 + lane / 4 < m * Config::kDigits; }
-  __device__ __forceinline__ XScales<Config> scales_of(int chunk, int lane) const {
-    XScales<Config> out = {};
-    if constexpr (Config::kBytes) {
-      const auto* scales =
-          reinterpret_cast<const float*>(pieces + (m * Config::kDigits + 7) / 8 * tile_pieces * kLanes);
-#pragma unroll
-      for (int t = 0; t < Config::kTokenTiles; ++t) {
-        out.of_tile[t] = __ldcg(scales + min(token_of<Config>(t, 0, lane), m - 1) * chunks + chunk);
-      }
-    }
-    return out;
+  __device__ __forceinline__ XScales<Config> scales_of(int column, int lane) const {
+    if constexpr (!Config::kBytes) return {};
+    const auto* scales = reinterpret_cast<const float*>(pieces + (m * Config::kDigits + 7) / 8 * tile_pieces * kLanes);
+    return load_x_scales<Config>(scales, column, m, chunks, lane, [](const auto* at) { return __ldcg(at); });
   }
 };
 
@@ -261,35 +269,6 @@ struct XFragments {
   }
 };
 
-// Half the sums of x. scales_of(i): those of iteration i.
-template <typename Config, typename ScalesOf>
-__device__ __forceinline__ XHalves<Config> sum_halves(XFragments<Config>& x, int iterations,
-                                                      const ScalesOf& scales_of) {
-  constexpr uint32_t kOne = 0x01010101;
-  constexpr uint32_t kOnes[4] = {kOne, kOne, kOne, kOne};
-  XHalves<Config> halves = {};
-#pragma unroll 1
-  for (int i = 0; i < iterations; ++i) {
-    const XScales<Config> scales = scales_of(i);
-#pragma unroll
-    for (int t = 0; t < Config::kTokenTiles; ++t) {
-      int sum[4] = {};
-#pragma unroll
-      for (int j = 0; j < Config::kUnits * Config::kPieces; ++j) {
-        const uint4 b = x.of(t, j / Config::kPieces, j % Config::kPieces);
-        mma_m16n8k32(sum, kOnes, make_uint2(b.x, b.y));
-        mma_m16n8k32(sum, kOnes, make_uint2(b.z, b.w));
-      }
-      halves.of_tile[t] += scales.of_tile[t] * static_cast<float>(256 * sum[0] + sum[1]);
-    }
-    x.move(1);
-  }
-  x.move(-iterations);
-#pragma unroll
-  for (float& v : halves.of_tile) v *= 0.5f / static_cast<float>(iterations);
-  return halves;
-}
-
 // Sums of a row block, before and after multiplication with the scales. A lane holds rows g and g + 8 of each row tile:
 // of two rows of x per token tile (halves), or of the two digits of one row (bytes).
 template <typename Config>
@@ -319,7 +298,7 @@ struct BlockSums {
 
   // A scale group ends or, with bytes, an iteration.
   __device__ __forceinline__ void flush(const TileScales<Config> (&scales)[Config::kTiles], int segment, float norm,
-                                        const XScales<Config>& x, const XHalves<Config>& halves, int lane) {
+                                        const XScales<Config>& x, int lane) {
 #pragma unroll
     for (int r = 0; r < Config::kTiles; ++r) {
       float2 s = scales[r].rows(segment, lane);
@@ -339,7 +318,7 @@ struct BlockSums {
           const float by = row == 0 ? s.x : s.y;
           if constexpr (Config::kBytes) {
             const float whole = static_cast<float>(256 * value[2 * row] + value[2 * row + 1]);
-            const float v = Config::kHalves ? fmaf(whole, x.of_tile[t], halves.of_tile[t]) : whole * x.of_tile[t];
+            const float v = Config::kHalves ? fmaf(whole, x.of_tile[t], x.halves[t]) : whole * x.of_tile[t];
             sum[r][t][row] = fmaf(v, by, sum[r][t][row]);
           } else {
 #pragma unroll

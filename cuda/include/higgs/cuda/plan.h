@@ -14,7 +14,8 @@ namespace higgs::cuda {
 
 inline constexpr int kMaxDecodeRows = 16;  // of x, in the decode kernel; more rows take the GEMM kernel
 inline constexpr int kChunk = 1024;        // columns of x that are rotated together: whole blocks
-inline constexpr int kMaxParts = 4;        // weight matrices that share x in one launch
+inline constexpr int kChunkQuarters = 4;
+inline constexpr int kMaxParts = 4;  // weight matrices that share x in one launch
 
 // What a warp multiplies in one iteration of the main loop: `iteration_units` units of `block_tiles` row tiles. Paired
 // (see LaunchPlan): two row tiles where the layout allows it.
@@ -52,6 +53,11 @@ constexpr int trellis_slice_units(int rows, bool regular) noexcept { return regu
 
 // Whether look-ups of the decode kernel yield bytes (gemv.cuh): a row of x then takes two of the MMA's eight columns.
 constexpr bool uses_bytes(FieldShape s, bool regular) noexcept { return regular && s.quads(); }
+
+// Whether those bytes lack half a step of every weight (kQuadStep), so that half the sum of x is added.
+constexpr bool adds_halves(FieldShape s, bool regular) noexcept { return uses_bytes(s, regular) && s.sign_bits() > 0; }
+// Floats beside the digits of a chunk of a row of x: its scale or, to add halves, that and half a sum of each quarter.
+constexpr int digit_scale_floats(bool halves) noexcept { return halves ? 2 * kChunkQuarters : 1; }
 
 struct LinearProblem {
   std::int64_t m = 0;                     // rows of x
@@ -101,6 +107,7 @@ struct LaunchPlan {
   }
   [[nodiscard]] int loads_of_iteration() const noexcept { return (units_of_iteration() * field.unit_words() + 3) / 4; }
   [[nodiscard]] bool bytes() const noexcept { return uses_bytes(field, regular); }
+  [[nodiscard]] bool halves() const noexcept { return adds_halves(field, regular); }
   [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
   [[nodiscard]] int ctas() const noexcept {
     return parts.empty() ? 0 : cluster * (parts.back().first_cluster + parts.back().clusters);
