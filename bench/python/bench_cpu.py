@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, _core.num_threads()])
     args = parser.parse_args()
     print(f"{_core.current_isa()}, torch {torch.__version__}")
-    for grid in ("p1_n16", "p2_n64", "p2_n256", "p2_n4096", "p4_n256"):
+    for grid in ("p1_n16", "p2_n64", "p2_n256", "p2_n4096", "p4_n256", "p4_n4096"):
         print(f"quantize {grid}: {bench_quantize(grid, args.n, args.k):.0f} million weights/s")
     with torch.inference_mode():
         for threads in args.threads:
@@ -72,7 +72,7 @@ def main() -> None:
             _core.set_num_threads(threads)
             fp32, bf16 = (bench_torch(dtype, args.n, args.k) for dtype in (torch.float32, torch.bfloat16))
             print(f"m = 1, {args.n} x {args.k}, {threads} threads: torch fp32 {fp32:.3f} ms, bf16 {bf16:.3f} ms")
-            for grid in ("p1_n16", "p2_n64", "p2_n256", "p2_n1024", "p4_n256", "p1_n256"):
+            for grid in ("p1_n16", "p4_n4096", "p2_n64", "p2_n256", "p2_n1024", "p4_n256", "p1_n256"):
                 ms = median_ms(linear_calls(grid, args.n, args.k))
                 print(f"  {grid:9} {ms:.3f} ms, {fp32 / ms:.1f} x fp32, {bf16 / ms:.1f} x bf16")
 

@@ -41,13 +41,13 @@ def test_cuda_linear(benchmark, shape: str, grid: str, m: int) -> None:
     benchmark.extra_info["us"] = graph_us(calls)
 
 
-@pytest.mark.parametrize("grid", ("p1_n16", "p2_n64", "p2_n256", "p4_n256", "a2_b6"))
+@pytest.mark.parametrize("grid", ("p1_n16", "p4_n4096", "p2_n64", "p2_n256", "p4_n256", "a2_b6"))
 def test_cpu_linear(benchmark, grid: str) -> None:
     calls = bench_cpu.linear_calls(grid, 4096, 4096)
     cold = iter(range(sys.maxsize))
     benchmark.pedantic(lambda: calls[next(cold) % len(calls)](), rounds=40, warmup_rounds=len(calls))
 
 
-@pytest.mark.parametrize("grid", ("p2_n256", "p4_n256", "p2_n4096"))
+@pytest.mark.parametrize("grid", ("p2_n256", "p4_n256", "p4_n4096", "p2_n4096"))
 def test_cpu_quantize(benchmark, grid: str) -> None:
     benchmark.pedantic(bench_cpu.quantize_call(grid, 4096, 4096), rounds=5, warmup_rounds=1)

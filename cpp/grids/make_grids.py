@@ -17,13 +17,14 @@ computed here without sampling where that is possible:
   ch8    Uniform points (i - 127.5) * step, i = 0..255, with the MSE-optimal power-of-two step for N(0, 1).
 
 At the end every coordinate is rounded to the nearest fp16 value (the GPU tables hold halves). Those of the grids that
-GPU kernels look up four weights at a time are rounded further, to a multiple of 1/32: a signed byte. That costs
-0.01-0.09 % of t2, and Lloyd steps on that lattice win nothing back. t2 is that of the rounded points: closed form for
-p = 1 and 2, and for p = 4 the mean over independent scrambled Sobol samples never used to fit (standard error about
-0.003 %). --check recomputes p = 2 another way, by quadrature on a dense lattice.
+GPU kernels look up four weights at a time are rounded further, to a multiple of 1/32, in a sign-symmetric grid to an
+odd one of 1/64: a signed byte. That costs 0.01-0.12 % of t2, and Lloyd steps on that lattice win nothing back. t2 is
+that of the rounded points: closed form for p = 1 and 2, and for p = 4 the mean over independent scrambled Sobol
+samples never used to fit (standard error about 0.003 %). --check recomputes p = 2 another way, by quadrature on a
+dense lattice.
 
 Every grid has its own random stream, made of (seed, p, n), so --only gives the same points as a whole run, and a run
-gives the same bytes again on the same machine and library versions.  A whole run takes about 18 minutes on one core.
+gives the same bytes again on the same machine and library versions.  A whole run takes about 21 minutes on one core.
 
     OMP_NUM_THREADS=1 python cpp/grids/make_grids.py                   # everything
     OMP_NUM_THREADS=1 python cpp/grids/make_grids.py --only p2_n256    # remake one grid, keep the others of the file
@@ -102,7 +103,7 @@ SPECS: dict[str, Spec] = {
     "p4_n16": Spec(4, 16, 0.342, 60, 300, BYTE_STEP),
     "p4_n64": Spec(4, 64, 0.184, 30, 500, BYTE_STEP),
     "p4_n256": Spec(4, 256, 0.0970, 12, 500, BYTE_STEP),
-    "p4_n4096": Spec(4, 4096, 0.0264, 12, 500, BYTE_STEP, symmetric=True),
+    "p4_n4096": Spec(4, 4096, 0.0262, 12, 500, BYTE_STEP, symmetric=True),
     "ch8": Spec(1, 256, 0.0000881),
 }
 

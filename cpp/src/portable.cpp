@@ -1,4 +1,6 @@
 // Kernels in plain C++ with compiler vector extensions: any CPU.
+#include <bit>
+
 #include "block_loops.h"
 #include "dot_loops.h"
 #include "higgs/numeric.h"
@@ -52,7 +54,8 @@ struct Portable {
         filled -= B;
         for (int c = 0; c < P; ++c) {
           const float point = points[(index & ((1u << kTableBits) - 1)) * P + c];
-          values[i * P + c] = kSigned<B, P> && (index >> kTableBits >> c & 1) != 0 ? -point : point;
+          const std::uint32_t sign = kSigned<B, P> ? index >> kTableBits >> c << 31 : 0;
+          values[i * P + c] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(point) ^ sign);
         }
       }
       for (int offset = 0; offset < kChunk * P; offset += kLanes) sink(offset, load(values + offset));

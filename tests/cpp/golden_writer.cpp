@@ -51,6 +51,7 @@ constexpr Case kCases[] = {
     {"a2_b8", "a2_b8", 4, 128, 64, 128, 15, true},
     {"a2_b4_ragged", "a2_b4", 4, 576, 64, 192, 16, false},
     {"t2_b4_two_runs", "t2_b4", 4, 1088, 64, 192, 17, false},
+    {"p4_n4096_ragged", "p4_n4096", 4, 320, 64, 128, 18, true},
 };
 
 // A value in (-6, 6), roughly normal, from integers alone: the same on every machine.

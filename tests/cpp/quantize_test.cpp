@@ -113,7 +113,7 @@ TEST(Quantize, RefittedScaleNeverRaisesTheErrorAndUsuallyLowersIt) {
   Rng rng(33);
   int lowered = 0;
   int groups = 0;
-  for (const char* name : {"p1_n4", "p2_n16", "p2_n256", "p4_n256", "ch8"}) {
+  for (const char* name : {"p1_n4", "p2_n16", "p2_n256", "p4_n256", "p4_n4096", "ch8"}) {
     const Matrix w = hard_rows(512, DType::f32, rng);
     const LayerFormat f = make_format(name, w.rows, 512, 128, 256, 3);
     const Layer layer = quantize_layer(w.view(), f);
@@ -150,7 +150,7 @@ TEST(Quantize, ZeroRowsGiveZeroScalesAndExactZeros) {
 
 TEST(Quantize, QuantizingTheResultAgainChangesLittle) {
   Rng rng(34);
-  for (const char* name : {"p1_n16", "p2_n64", "p2_n256", "p4_n256"}) {
+  for (const char* name : {"p1_n16", "p2_n64", "p2_n256", "p4_n256", "p4_n4096"}) {
     const LayerFormat f = make_format(name, 24, 1024, 256, 1024, 8);
     const Matrix w(gaussian(rng, f.n * f.k), f.n, f.k);
     const Layer once = quantize_layer(w.view(), f);

@@ -32,7 +32,7 @@ TEST(Reference, ConstantRotatedRowIsOneColumn) {
 
 TEST(Reference, EnergyIsThatOfTheRotatedRow) {
   Rng rng(3);
-  for (const char* name : {"p1_n8", "p2_n256", "p4_n256"}) {
+  for (const char* name : {"p1_n8", "p2_n256", "p4_n256", "p4_n4096"}) {
     const Layer layer = test::random_layer(rng, make_format(name, 3, 256, 128, 256, 12));
     double energy = 0;
     for (const float r : test::spec::dequantize(layer, false)) energy += static_cast<double>(r) * r;

@@ -117,7 +117,7 @@ def test_untied_head(sharded, tmp_path):
 
 def test_bits_picks_the_uniform_grid(checkpoint, tmp_path):
     assert {r.grid for r in quantize_checkpoint(checkpoint, tmp_path / "a").layers} == {"p2_n256"}
-    assert {r.grid for r in quantize_checkpoint(checkpoint, tmp_path / "b", bits=3).layers} == {"p2_n64"}
+    assert {r.grid for r in quantize_checkpoint(checkpoint, tmp_path / "b", bits=3).layers} == {"p4_n4096"}
     with pytest.raises(ValueError, match=r"no grid of 3.3 bits; use one of 1, 1.5, 2, 2.5"):
         quantize_checkpoint(checkpoint, tmp_path / "c", bits=3.3)
     with pytest.raises(ValueError, match="both given"):

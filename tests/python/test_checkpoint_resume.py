@@ -109,13 +109,13 @@ def test_finished_output_is_left_alone(checkpoint, tmp_path):
     again = quantize_checkpoint(checkpoint, out)
     assert "already complete" in again.notes[-1] and again.layers == first.layers
     assert before == {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    with pytest.raises(ValueError, match=r"made with other settings(.|\n)*grid: p2_n256 -> p2_n64"):
+    with pytest.raises(ValueError, match=r"made with other settings(.|\n)*grid: p2_n256 -> p4_n4096"):
         quantize_checkpoint(checkpoint, out, bits=3)
     quantize_checkpoint(checkpoint, out, bits=3, force=True)
-    assert {x.grid for x in inspect_checkpoint(out).layers} == {"p2_n64"}
+    assert {x.grid for x in inspect_checkpoint(out).layers} == {"p4_n4096"}
     (out / "model.safetensors").unlink()
     quantize_checkpoint(checkpoint, out, bits=3)
-    assert {x.grid for x in inspect_checkpoint(out).layers} == {"p2_n64"}
+    assert {x.grid for x in inspect_checkpoint(out).layers} == {"p4_n4096"}
 
 
 def test_energies_are_gathered_once(sharded, tmp_path):

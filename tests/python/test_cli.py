@@ -79,7 +79,7 @@ def test_quantize_and_inspect_json(checkpoint, tmp_path):
     out = tmp_path / "out"
     report = run_json("quantize", checkpoint, "-o", out, "--bits", 3, "--scales", "none")
     assert report["output"] == str(out) and len(report["layers"]) == 14 and report["skipped"] == {}
-    assert report["layers"][0]["grid"] == "p2_n64" and 0.02 < report["t2"] < 0.04
+    assert report["layers"][0]["grid"] == "p4_n4096" and 0.02 < report["t2"] < 0.04
     found = run_json("inspect", out)
     assert found["bits"] == report["bits"] and found["format_version"] == 1
     assert [x["bytes"] for x in found["layers"]] == [x["bytes"] for x in report["layers"]]
@@ -194,7 +194,7 @@ def test_changed_setting_and_force(checkpoint, tmp_path):
     out = tmp_path / "out"
     run_json("quantize", checkpoint, "-o", out, "--bits", 4, "--scales", "none")
     result = run("quantize", checkpoint, "-o", out, "--bits", 3, "--scales", "none")
-    assert result.exit_code == 1 and "  grid: p2_n256 -> p2_n64\n" in result.stderr
+    assert result.exit_code == 1 and "  grid: p2_n256 -> p4_n4096\n" in result.stderr
     assert run_json("quantize", checkpoint, "-o", out, "--bits", 3, "--scales", "none", "--force")["bits"] < 3.3
 
 
@@ -271,7 +271,7 @@ def test_demo(stories260k, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CONTEXT", 64)
     result = run_json("demo", "--work-dir", tmp_path / "demo", "--windows", 2)
     methods = [row["method"] for row in result["rows"]]
-    assert len(methods) == 11 and "higgs p2_n64" in methods and "NF4, groups of 64" in methods
+    assert len(methods) == 11 and "higgs p4_n4096" in methods and "NF4, groups of 64" in methods
     assert all(row["perplexity"] > 1 and row["megabytes"] > 0 for row in result["rows"])
     assert Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
     assert "tokens/s" in run("demo", "--work-dir", tmp_path / "demo", "--windows", 2).stdout  # reuses what is there

@@ -32,7 +32,7 @@ def quantized(vocabulary: int = 40, k: int = 128, grid: str = "p2_n256") -> tupl
     return embedding, module  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("grid", ["p2_n256", "ch8", "p4_n256"])
+@pytest.mark.parametrize("grid", ["p2_n256", "ch8", "p4_n256", "p4_n4096"])
 def test_rows_are_those_of_the_dequantized_matrix(grid: str) -> None:
     embedding = nn.Embedding(40, 128)
     module, _ = HiggsEmbedding.from_linear(embedding, higgs.layer_format(40, 128, grid))

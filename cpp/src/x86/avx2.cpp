@@ -37,7 +37,8 @@ struct Avx2 {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
   }
 
-  // A point is one fp32 value (P = 1) or P fp16 values (one 32-bit or 64-bit word).
+  // A point is one fp32 value (P = 1), two fp16 values or, as those of four weights have at most 8 significant bits,
+  // the upper halves of four fp32 values: these need no conversion.
   template <int B, int P>
   struct Decoder {
     static constexpr int kPoints = 1 << (kSigned<B, P> ? B - P : B);  // in the table
@@ -52,10 +53,11 @@ struct Avx2 {
     explicit Decoder(const PackedView& w) : end(w.indices + w.format.index_bytes()) {
       const float* points = w.format.grid->points.data();
       for (int i = 0; i < kPoints; ++i) {
-        if constexpr (P == 1) {
-          std::memcpy(&table[i], &points[i], 4);
-        } else {
-          for (int c = 0; c < P; ++c) table[i] |= static_cast<Word>(_cvtss_sh(points[i * P + c], 0)) << (16 * c);
+        for (int c = 0; c < P; ++c) {
+          std::uint32_t bits;
+          std::memcpy(&bits, &points[i * P + c], sizeof bits);
+          const std::uint32_t part = P == 1 ? bits : P == 4 ? bits >> 16 : _cvtss_sh(points[i * P + c], 0);
+          table[i] |= static_cast<Word>(part) << (16 * c);
         }
       }
       alignas(32) std::uint8_t control[32];
@@ -105,33 +107,33 @@ struct Avx2 {
     void look_up(const std::uint32_t* at, int offset, const Sink& sink) const {
       if constexpr (P == 4) {
         const auto word = [&](int lane) { return static_cast<long long>(table[at[lane] % kPoints]); };
-        const __m256i halves = _mm256_setr_epi64x(word(0), word(1), word(2), word(3));
-        sink_halves(kSigned<B, P> ? _mm256_xor_si256(halves, sign_bits(at)) : halves, offset, sink);
+        __m256i halves = _mm256_setr_epi64x(word(0), word(2), word(1), word(3));
+        if constexpr (kSigned<B, P>) halves = _mm256_xor_si256(halves, sign_bits(at));
+        const __m256i zero = _mm256_setzero_si256();
+        sink(offset, _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, halves)));
+        sink(offset + 8, _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, halves)));
       } else {
         const auto word = [&](int lane) { return static_cast<int>(table[at[lane]]); };
         const __m256i words = _mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7));
         if constexpr (P == 1) {
           sink(offset, _mm256_castsi256_ps(words));
         } else {
-          sink_halves(words, offset, sink);
+          sink(offset, _mm256_cvtph_ps(_mm256_castsi256_si128(words)));
+          sink(offset + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1)));
         }
       }
     }
 
-    // Bits 8 .. 11 of four indices, moved to the top of the four halves of their points.
+    // Signs of the four points of indices 0, 2, 1 and 3: bit 8 + c of an index at the top of half c.
     static __m256i sign_bits(const std::uint32_t* at) {
-      const __m256i index = _mm256_cvtepu32_epi64(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
-      const __m128i second_bytes =
-          _mm_set_epi64x(static_cast<long long>(0x8009800980098009), static_cast<long long>(0x8001800180018001));
-      const __m256i signs = _mm256_shuffle_epi8(index, _mm256_broadcastsi128_si256(second_bytes));
-      const __m256i shifts = _mm256_set1_epi64x(static_cast<long long>(0x1000200040008000));
-      return _mm256_and_si256(_mm256_mullo_epi16(signs, shifts), _mm256_set1_epi16(INT16_MIN));
-    }
-
-    template <typename Sink>
-    static void sink_halves(__m256i halves, int offset, const Sink& sink) {
-      sink(offset, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
-      sink(offset + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+      const __m128i index = _mm_load_si128(reinterpret_cast<const __m128i*>(at));
+      const auto twice = [](std::uint32_t a, std::uint32_t b) {
+        return _mm_setr_epi32(static_cast<int>(a), static_cast<int>(a), static_cast<int>(b), static_cast<int>(b));
+      };
+      const __m256i second_bytes = _mm256_setr_m128i(twice(0x80018001, 0x80098009), twice(0x80058005, 0x800d800d));
+      const __m256i signs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(index), second_bytes);
+      const __m256i to_top = _mm256_set1_epi64x(0x1000'2000'4000'8000);
+      return _mm256_and_si256(_mm256_mullo_epi16(signs, to_top), _mm256_set1_epi16(INT16_MIN));
     }
   };
 };

@@ -3,8 +3,9 @@
 // Up to 8 bits an index: VPERMB and VPMULTISHIFTQB unpack 64 indices of any width in three instructions, and the grid
 // sits in registers as two byte tables per component (low and high byte of the fp16 value), so that one VPERMB or
 // VPERMI2B looks up 64 indices; interleaving the two bytes gives 64 fp16 values. For p2_n256 that is 17 instructions
-// for 128 weights before the conversion to fp32. Wider indices load both components of a point as one 32-bit word, by
-// plain loads: the gather instruction takes more than twice as long on Zen 4 and 5.
+// for 128 weights before the conversion to fp32. p4_n4096 looks up its magnitudes so and flips signs. Other indices
+// wider than 8 bits load both components of a point as one 32-bit word, by plain loads: the gather instruction takes
+// more than twice as long on Zen 4 and 5.
 #include <immintrin.h>
 
 #include "../block_loops.h"
@@ -33,6 +34,17 @@ inline void convert_bytes(__m512i low, __m512i high, int offset, const Sink& sin
   sink(offset + 48, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(second, 1)));
 }
 constexpr int kQwordOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
+// 64 bytes of a table of Registers * 64, by index.
+template <int Registers>
+inline __m512i look_up_byte(const std::uint8_t* table, __m512i index) {
+  const __m512i t0 = _mm512_load_si512(table);
+  if constexpr (Registers == 1) return _mm512_permutexvar_epi8(index, t0);
+  const __m512i low = _mm512_permutex2var_epi8(t0, index, _mm512_load_si512(table + 64));
+  if constexpr (Registers == 2) return low;
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), index, _mm512_load_si512(table + 192));
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
+}
 
 template <int B, int P>
 struct ByteTableDecoder {
@@ -69,31 +81,36 @@ struct ByteTableDecoder {
     return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>(kPoints - 1)));
   }
 
-  [[nodiscard]] static __m512i look_up(const std::uint8_t* table, __m512i index) {
-    const __m512i t0 = _mm512_load_si512(table);
-    if constexpr (kRegisters == 1) return _mm512_permutexvar_epi8(index, t0);
-    const __m512i low = _mm512_permutex2var_epi8(t0, index, _mm512_load_si512(table + 64));
-    if constexpr (kRegisters == 2) return low;
-    const __m512i high =
-        _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), index, _mm512_load_si512(table + 192));
-    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
-  }
-
   template <typename Sink>
   void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
     const __m512i index = unpack(bytes, valid);
     for (int c = 0; c < P; ++c) {
-      convert_bytes(look_up(bytes_of[c][0], index), look_up(bytes_of[c][1], index), c * kChunk, sink);
+      convert_bytes(look_up_byte<kRegisters>(bytes_of[c][0], index), look_up_byte<kRegisters>(bytes_of[c][1], index),
+                    c * kChunk, sink);
     }
   }
 };
 
-// A sign-symmetric grid: p = 4, the number of a magnitude in 8 bits, then 4 signs.
-struct SignedDecoder : ByteTableDecoder<8, 4> {
-  explicit SignedDecoder(const PackedView& w) : ByteTableDecoder<8, 4>(w) {
-    for (int q = 0; q < 8; ++q) {  // four indices in 6 bytes; a qword gets their magnitudes, then their signs
+// A sign-symmetric grid: p = 4, the number of a magnitude in 8 bits, then 4 signs. Magnitudes have at most 8
+// significant bits, so the byte tables are those of the upper half of an fp32 value: no conversion.
+struct SignedDecoder {
+  alignas(64) std::uint8_t bytes_of[4][2][256];  // [component][low, high]
+  alignas(64) std::uint8_t spread[64];
+  alignas(64) std::uint8_t shift[64];
+  const std::uint8_t* end;  // of the tensor
+
+  explicit SignedDecoder(const PackedView& w) : end(w.indices + w.format.index_bytes()) {
+    const float* points = w.format.grid->points.data();
+    for (int i = 0; i < 4 * 256; ++i) {
+      std::uint32_t bits;
+      std::memcpy(&bits, &points[i], sizeof bits);
+      bytes_of[i % 4][0][i / 4] = static_cast<std::uint8_t>(bits >> 16);
+      bytes_of[i % 4][1][i / 4] = static_cast<std::uint8_t>(bits >> 24);
+    }
+    for (int q = 0; q < 8; ++q) {
+      const int quad = q % 2 * 4 + q / 2;  // four indices in 6 bytes; a qword gets their magnitudes, then their signs
       for (int b = 0; b < 8; ++b) {
-        spread[8 * q + b] = static_cast<std::uint8_t>(6 * q + (b < 6 ? b : 0));
+        spread[8 * q + b] = static_cast<std::uint8_t>(6 * quad + (b < 6 ? b : 0));
         shift[8 * q + b] = static_cast<std::uint8_t>(b < 4 ? 12 * b : 12 * (b - 4) + 8);
       }
     }
@@ -106,19 +123,26 @@ struct SignedDecoder : ByteTableDecoder<8, 4> {
     return _mm512_castsi512_ps(_mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words));
   }
 
+  // Indices come as quads 0, 4, 8, 12, 1, 5, ...: in order after two interleavings within 128-bit lanes.
   template <typename Sink>
   void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
     const __m512 first = half_chunk(bytes, valid);
     const __m512 second = half_chunk(bytes + 48, valid - 32);
-    const __m512i index = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0x88));  // in the order of kQwordOrder
+    const __m512i index = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0x88));
     const __m512i signs = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0xdd));
+    const auto sink_words = [&](__m512i words, int offset) {
+      const __m512i zero = _mm512_setzero_si512();
+      sink(offset, _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, words)));
+      sink(offset + 16, _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, words)));
+    };
     for (int c = 0; c < 4; ++c) {
-      const __m512i moved =
-          _mm512_slli_epi16(signs, 7 - c);  // bit c to the top; what comes from the next byte is lower
-      constexpr int kXorAnd = 0x78;         // a ^ (b & d)
+      const __m512i moved = _mm512_slli_epi16(signs, 7 - c);  // bit c of each byte to its top
+      constexpr int kXorAnd = 0x78;                           // a ^ (b & c)
+      const __m512i low = look_up_byte<4>(bytes_of[c][0], index);
       const __m512i high =
-          _mm512_ternarylogic_epi64(look_up(bytes_of[c][1], index), moved, _mm512_set1_epi8(INT8_MIN), kXorAnd);
-      convert_bytes(look_up(bytes_of[c][0], index), high, c * kChunk, sink);
+          _mm512_ternarylogic_epi64(look_up_byte<4>(bytes_of[c][1], index), moved, _mm512_set1_epi8(INT8_MIN), kXorAnd);
+      sink_words(_mm512_unpacklo_epi8(low, high), c * kChunk);
+      sink_words(_mm512_unpackhi_epi8(low, high), c * kChunk + 32);
     }
   }
 };
