@@ -26,12 +26,11 @@ __device__ __forceinline__ void clear_flags(const PackParams& p) {
   for (int i = threadIdx.x; i < p.flag_count; i += blockDim.x) p.flags[i] = 0;
 }
 
+// CTAs of one warp wait for x beside the kernel before, in the registers that GemmConfig leaves free: on a
+// multiprocessor two, or six beside tiles of 128 tokens. Where one or two are enough, they take so much shared memory
+// that they go where there is most room: multiprocessors without a CTA of that kernel would get up to 32.
 constexpr int kCtas = 32;  // of one warp: 2048 registers each
-// CTAs of one warp that wait for x beside the kernel before, on a multiprocessor, in the registers that GemmConfig
-// leaves free, and the shared memory that each takes where one or two are enough: they go where there is most room, and
-// multiprocessors without a CTA of that kernel would get up to 32.
-constexpr int kResident = 2;
-constexpr int kSpreadBytes[kResident + 1] = {0, 34 * 1024, 18 * 1024};
+constexpr int kSpreadBytes[] = {0, 34 * 1024, 18 * 1024};
 
 // --- blocks of a power of two: a warp takes a chunk of one row or several, on the tensor cores
 //
@@ -116,8 +115,7 @@ class PackRotation {
   float norm_;
 };
 
-// A CTA has a chunk of kWarps * rows_of_warp rows. One warp has one row, and as few registers as GemmConfig leaves free
-// twice.
+// A CTA has a chunk of kWarps * rows_of_warp rows; one of one warp has one row.
 template <typename T, int kWarps>
 __global__ void __launch_bounds__(kWarps* kLanes, kWarps == 1 ? kCtas : 2)
     pack_rows_kernel(const __grid_constant__ PackParams p, int rows_of_warp) {
@@ -260,8 +258,8 @@ __global__ void __launch_bounds__(kWarps* kLanes)
 // each: items of a multiprocessor.
 template <typename T>
 void pack_rows(const PackParams& p, int chunks, int each, Stream stream) {
-  if (each <= 2 * kResident) {
-    const LaunchShape shape{p.m * chunks, kLanes, each <= kResident ? kSpreadBytes[each] : 0};
+  if (each <= (p.padded_m == 128 ? 6 : 2)) {
+    const LaunchShape shape{p.m * chunks, kLanes, each <= 2 ? kSpreadBytes[each] : 0};
     return launch_dependent<pack_rows_kernel<T, 1>>(shape, stream, p, 1);
   }
   constexpr int kMostRows = 4;  // of a warp; fewer where all CTAs are resident at once
