@@ -58,8 +58,8 @@ void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scal
 // Up to kMaxDecodeRows rows (on the largest layers half as many) one kernel does all, or two, the second of which
 // starts while the first rotates x. More rows, and blocks with an odd factor, take two kernels: one that rotates x,
 // then a GEMM. x * d is rounded to x's type and rotated in two steps with a rounding in between (where the block has an
-// odd factor, in fp32): with fp16, |x * d| must stay below about 32000. With bf16 the error is about 1.5 times that of a
-// bf16 matmul on dequantized weights.
+// odd factor, in fp32): with fp16, |x * d| must stay below about 32000. With bf16 the error is about 1.5 times that of
+// a bf16 matmul on dequantized weights.
 //
 // Weights and d are read while the kernel launched before may still run, if that one lets its dependents start early:
 // they must not be results of such a kernel.
