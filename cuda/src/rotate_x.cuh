@@ -1,6 +1,7 @@
-// Rotation of x inside the decode kernel, on the tensor cores: 1024 columns of a row by one warp, no shared memory, no
-// shuffles. The Hadamard matrix of a block is a Kronecker product over column bits; a 16 x 16 factor is the A operand
-// of an MMA, and the result of one MMA is, packed to 16 bits, the B operand of the next:
+// Rotation of x on the tensor cores, inside the decode kernel and, with other column bits in the places of these, in
+// pack_x: 1024 columns of a row by one warp, no shared memory, no shuffles. The Hadamard matrix of a block is a
+// Kronecker product over column bits; a 16 x 16 factor is the A operand of an MMA, and the result of one MMA is, packed
+// to 16 bits, the B operand of the next:
 //
 //   load       lane 4 g + t holds, for j = 0..7, columns 128 j + 16 g + 4 t .. + 3: times d, rounded to T
 //   MMA 1      column bits 0-3 (k: t and the register), for every j; columns bits 4-6 are n
@@ -101,6 +102,7 @@ __device__ __forceinline__ void multiply_factors(const uint32_t (&first)[4], con
   }
 }
 
+// A butterfly over a bit of `pair`.
 template <int kStride>
 __device__ __forceinline__ void across_pairs(float (&y)[4][2][4]) {
 #pragma unroll
