@@ -48,9 +48,11 @@ struct GemvConfig {
   static constexpr bool kHeld = kLoop == Loop::held || kPrepared;
   // Rows of x that a warp rotates at a time: two where there may be many, unless registers spill.
   static constexpr int kRotatedRows = kHeld && kUnits == 4 && kTokens * TokenTiles_ == 8 && !kHalves ? 2 : 1;
-  static constexpr bool kHoldsScales = kPrepared || (kHeld && kHalves);  // of x
-  static constexpr int kWindow =                                         // loads in flight per row tile
-      kHeld ? std::min(kLoads, held_window(Decoder::kShape)) : kLoads;
+  // Scales of x stay in registers, too.
+  static constexpr bool kHoldsScales = kPrepared || (kHeld && kHalves);
+  // Loads in flight per row tile: all, where four rows of x as digits leave the registers.
+  static constexpr bool kWholeWindow = !kHeld || (kBytes && TokenTiles_ == 1);
+  static constexpr int kWindow = kWholeWindow ? kLoads : std::min(kLoads, held_window(Decoder::kShape));
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
   static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && (kBytes || kLoop != Loop::held)) ||

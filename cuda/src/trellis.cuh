@@ -283,7 +283,8 @@ inline constexpr float kMostDigits = 127 * 256.0f;
 template <int kPieceBytes = 64, bool kSums = false>
 __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scale,
                                              int lane) {
-  const float inverse = chunk_scale(y, kMostDigits, 1, scale, lane);
+  float unit = 0;  // of lane 0
+  const float inverse = chunk_scale(y, kMostDigits, 1, kSums ? &unit : scale, lane);
   const int place = lane / 16 * kPieceBytes + lane % 4 * 16 + lane / 4 % 4 * 4;
   int sums[2][kChunkQuarters] = {};
 #pragma unroll
@@ -299,11 +300,15 @@ __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t*
     }
   }
   if constexpr (kSums) {
-    const float unit = *scale;  // of lane 0
+    float halves[kChunkQuarters];
 #pragma unroll
     for (int q = 0; q < kChunkQuarters; ++q) {
-      const int sum = __reduce_add_sync(~0u, 256 * sums[0][q] + sums[1][q]);
-      if (lane == 0) reinterpret_cast<float2*>(scale)[q] = {unit, 0.5f * unit * static_cast<float>(sum)};
+      halves[q] = 0.5f * unit * static_cast<float>(__reduce_add_sync(~0u, 256 * sums[0][q] + sums[1][q]));
+    }
+    if (lane == 0) {
+      auto* const to = reinterpret_cast<float4*>(scale);
+      to[0] = {unit, halves[0], unit, halves[1]};
+      to[1] = {unit, halves[2], unit, halves[3]};
     }
   }
 }
