@@ -164,9 +164,9 @@ inline void nearest_of_all_p4(const NearestTable& table, const float* u, std::ui
   for (int c = 0; c < 4; ++c) {
     for (int i = 0; i < kLanes; ++i) x[c][i] = -u[4 * i + c];
     if (table.grid->magnitudes > 0) {
-      const Int negative = x[c] > 0.0f;  // u is
+      const Int negative = x[c] > Vec{};  // u is
       x[c] = negative ? -x[c] : x[c];
-      signs |= negative & (n << c);
+      signs |= negative & (Int{} + (n << c));
     }
   }
   Vec best_score = Vec{} + __builtin_huge_valf();

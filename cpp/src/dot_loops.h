@@ -154,8 +154,11 @@ void dot_rows(const PackedView& w, const float* x, std::int64_t begin, std::int6
       Vec acc1 = Isa::zero();
       for (std::int64_t c = 0; c < count;) {
         const int valid = static_cast<int>(cut.count(first + c, count - c));
-        __builtin_prefetch(bytes[0] + (first + c) * B / 8 + 2 * layout.row_bytes);  // the next pair of rows
-        __builtin_prefetch(bytes[1] + (first + c) * B / 8 + 2 * layout.row_bytes);
+        const std::int64_t ahead = (first + c) * B / 8 + 2 * layout.row_bytes;  // in the next pair of rows
+        for (int line = 0; line < kChunk * B / 8; line += 64) {
+          __builtin_prefetch(bytes[0] + ahead + line);
+          __builtin_prefetch(bytes[1] + ahead + line);
+        }
         decoder.chunk(bytes[0], first + c, valid,
                       [&](int offset, Vec v) { acc0 = Isa::fma(v, Isa::load(xg + offset), acc0); });
         decoder.chunk(bytes[1], first + c, valid,

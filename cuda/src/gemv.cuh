@@ -27,9 +27,9 @@
 //
 // Halves or bytes. Where a look-up yields four weights (quads) it yields them as bytes in held and paired loops: 128
 // weights from 128 bytes of shared memory, which are the A operand of the integer MMA as they are. A row of x then
-// takes two columns, the digits of 16-bit integers, and sums within an iteration are exact. Bytes of a sign-symmetric grid
-// lack half a step each (kQuadStep): half the sum of x, which comes with the scales of x, is added to a sum. Otherwise
-// look-ups yield fp16 or bf16.
+// takes two columns, the digits of 16-bit integers, and sums within an iteration are exact. Bytes of a sign-symmetric
+// grid lack half a step each (kQuadStep): half the sum of x, which comes with the scales of x, is added to a sum.
+// Otherwise look-ups yield fp16 or bf16.
 //
 // Before griddepcontrol.wait, while the previous kernel still runs: loads of table, d and first weights, table fill.
 // After it: rotation.

@@ -20,8 +20,6 @@ struct GemvConfig {
   using Decoder = Decoder_;
   using T = T_;
   static constexpr bool kBytes = uses_bytes(Decoder::kShape, kLoop != Loop::general);
-  static constexpr bool kHalves = adds_halves(Decoder::kShape, kLoop != Loop::general);
-
   static constexpr int kDigits = kBytes ? 2 : 1;  // of a row of x: columns of the MMA
   static constexpr int kTokenTiles = TokenTiles_;
   static constexpr int kTokens = 8 / kDigits;  // rows of x in a token tile
@@ -41,6 +39,9 @@ struct GemvConfig {
   static constexpr bool kPrepared = kLoop == Loop::prepared;
   static constexpr int kUnits =
       kPrepared ? prepared_units(Decoder::kShape, kTokens* TokenTiles_) : iteration_units(Decoder::kShape, kPaired);
+  static constexpr int kHalfParts = half_parts(adds_halves(Decoder::kShape, kLoop != Loop::general), kUnits);
+  static constexpr bool kHalves = kHalfParts > 0;
+  static constexpr int kScaleColumns = kHalves ? kUnits * kUnitColumns : kChunk;  // of x with one scale
   // Short rounds: scales come from memory a round before they are needed.
   static constexpr bool kEarlyScales = kPrepared && kTokens * TokenTiles_ > 8;
   static constexpr int kTiles = kPrepared ? 1 : block_tiles(Decoder::kShape, kPaired);
@@ -48,9 +49,11 @@ struct GemvConfig {
   static constexpr bool kHeld = kLoop == Loop::held || kPrepared;
   // Rows of x that a warp rotates at a time: two where there may be many, unless registers spill.
   static constexpr int kRotatedRows = kHeld && kUnits == 4 && kTokens * TokenTiles_ == 8 && !kHalves ? 2 : 1;
-  static constexpr bool kHoldsScales = kPrepared || (kHeld && kHalves);  // of x
-  static constexpr int kWindow =                                         // loads in flight per row tile
-      kHeld ? std::min(kLoads, held_window(Decoder::kShape)) : kLoads;
+  // Scales of x stay in registers, too.
+  static constexpr bool kHoldsScales = kPrepared || (kHeld && kHalves);
+  // Loads in flight per row tile: all, where eight rows of x as digits leave the registers.
+  static constexpr bool kWholeWindow = !kHeld || (kBytes && TokenTiles_ <= 2);
+  static constexpr int kWindow = kWholeWindow ? kLoads : std::min(kLoads, held_window(Decoder::kShape));
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
   static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && (kBytes || kLoop != Loop::held)) ||

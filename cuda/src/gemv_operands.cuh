@@ -148,24 +148,21 @@ struct XScales {
   float halves[Config::kTokenTiles];
 };
 
-// From those of all rows (store_digits), beginning at `column`. load(pointer) reads.
+// From those of all rows (store_digits): entry `first` is that of row 0, `step` of them further is the next row's.
+// load(pointer) reads.
 template <typename Config, typename Load>
-__device__ __forceinline__ XScales<Config> load_x_scales(const float* scales, int column, int m, int chunks, int lane,
+__device__ __forceinline__ XScales<Config> load_x_scales(const float* scales, int first, int step, int m, int lane,
                                                          const Load& load) {
   XScales<Config> out;
 #pragma unroll
   for (int t = 0; t < Config::kTokenTiles; ++t) {
-    const int row = min(token_of<Config>(t, 0, lane), m - 1) * chunks;
-    if constexpr (!Config::kHalves) {
-      out.of_tile[t] = load(scales + row + column / kChunk);
+    const int entry = min(token_of<Config>(t, 0, lane), m - 1) * step + first;
+    if constexpr (Config::kHalves) {
+      const float2 v = load(reinterpret_cast<const float2*>(scales) + entry);
+      out.of_tile[t] = v.x;
+      out.halves[t] = v.y;
     } else {
-      constexpr int kQuarter = kChunk / kChunkQuarters;
-      const auto* from = reinterpret_cast<const float2*>(scales) + row * kChunkQuarters + column / kQuarter;
-      const float2 first = load(from);
-      out.of_tile[t] = first.x;
-      out.halves[t] = first.y;
-#pragma unroll
-      for (int q = 1; q < Config::kUnits * kUnitColumns / kQuarter; ++q) out.halves[t] += load(from + q).y;
+      out.of_tile[t] = load(scales + entry);
     }
   }
   return out;
@@ -175,7 +172,7 @@ __device__ __forceinline__ XScales<Config> load_x_scales(const float* scales, in
 // scales per chunk (trellis.cuh), which come first.
 template <typename Config>
 struct SharedX {
-  static constexpr int kScales = digit_scale_floats(Config::kHalves);
+  static constexpr int kScales = digit_scale_floats(Config::kHalfParts);
   float* scales;  // [m][chunks][kScales], if digits
   uint8_t* rows;
   int chunks;
@@ -192,7 +189,8 @@ struct SharedX {
   __device__ __forceinline__ uint8_t* end(int m) const { return row(m * Config::kDigits); }
 
   __device__ __forceinline__ XScales<Config> scales_of(int column, int m, int lane) const {
-    return load_x_scales<Config>(scales, column, m, chunks, lane, [](const auto* at) { return *at; });
+    return load_x_scales<Config>(scales, column / Config::kScaleColumns, chunks * kChunk / Config::kScaleColumns, m,
+                                 lane, [](const auto* at) { return *at; });
   }
 
   template <typename T>
@@ -201,8 +199,8 @@ struct SharedX {
     if constexpr (Config::kBytes) {
       float y[4][2][4];
       rotation.rotate(b, y);
-      store_digits<64, Config::kHalves>(y, row(2 * r) + chunk * kChunk, row(2 * r + 1) + chunk * kChunk,
-                                        scales + (r * chunks + chunk) * kScales, lane);
+      store_digits<64, Config::kHalfParts>(y, row(2 * r) + chunk * kChunk, row(2 * r + 1) + chunk * kChunk,
+                                           scales + (r * chunks + chunk) * kScales, 0, 1, lane);
     } else {
       rotation.rotate(b, reinterpret_cast<T*>(row(r)) + chunk * kChunk, lane);
     }
@@ -227,7 +225,8 @@ struct PreparedX {
   __device__ __forceinline__ XScales<Config> scales_of(int column, int lane) const {
     if constexpr (!Config::kBytes) return {};
     const auto* scales = reinterpret_cast<const float*>(pieces + (m * Config::kDigits + 7) / 8 * tile_pieces * kLanes);
-    return load_x_scales<Config>(scales, column, m, chunks, lane, [](const auto* at) { return __ldcg(at); });
+    return load_x_scales<Config>(scales, column / Config::kScaleColumns * m, 1, m, lane,
+                                 [](const auto* at) { return __ldcg(at); });
   }
 };
 

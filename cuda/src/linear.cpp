@@ -225,7 +225,7 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
 
 // Workspace: prepared x | partial sums.
 std::int64_t x_bytes(const LaunchPlan& p, std::int64_t k) {
-  return p.prepared ? prepared_x_bytes(p.rows, k, p.bytes(), p.halves()) : 0;
+  return p.prepared ? prepared_x_bytes(p.rows, k, p.bytes(), p.half_parts()) : 0;
 }
 
 void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
@@ -248,7 +248,7 @@ void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std:
                    .k = static_cast<int>(f.k),
                    .block = f.block,
                    .digits = part_plan.bytes(),
-                   .halves = part_plan.halves()},
+                   .half_parts = part_plan.half_parts()},
                   dtype, stream);
         params.x = workspace;
       }

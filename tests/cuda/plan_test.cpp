@@ -93,7 +93,7 @@ TEST(Plan, EveryInstanceIsReachable) {
     const FieldShape s = field_shape(grid);
     seen.insert({s.bits, s.weights, s.shift});
   }
-  EXPECT_EQ(seen.size(), 17u);
+  EXPECT_EQ(seen.size(), 18u);
 }
 
 TEST(Plan, MatricesThatShareXGetClustersInProportion) {

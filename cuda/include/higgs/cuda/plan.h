@@ -14,8 +14,7 @@ namespace higgs::cuda {
 
 inline constexpr int kMaxDecodeRows = 16;  // of x, in the decode kernel; more rows take the GEMM kernel
 inline constexpr int kChunk = 1024;        // columns of x that are rotated together: whole blocks
-inline constexpr int kChunkQuarters = 4;
-inline constexpr int kMaxParts = 4;  // weight matrices that share x in one launch
+inline constexpr int kMaxParts = 4;        // weight matrices that share x in one launch
 
 // What a warp multiplies in one iteration of the main loop: `iteration_units` units of `block_tiles` row tiles. Paired
 // (see LaunchPlan): two row tiles where the layout allows it.
@@ -56,8 +55,10 @@ constexpr bool uses_bytes(FieldShape s, bool regular) noexcept { return regular 
 
 // Whether those bytes lack half a step of every weight (kQuadStep), so that half the sum of x is added.
 constexpr bool adds_halves(FieldShape s, bool regular) noexcept { return uses_bytes(s, regular) && s.sign_bits() > 0; }
-// Floats beside the digits of a chunk of a row of x: its scale or, to add halves, that and half a sum of each quarter.
-constexpr int digit_scale_floats(bool halves) noexcept { return halves ? 2 * kChunkQuarters : 1; }
+// Parts of a chunk, of an iteration's columns each, with a half sum of their own; 0: no halves.
+constexpr int half_parts(bool halves, int units) noexcept { return halves ? kChunk / (units * kUnitColumns) : 0; }
+// Floats beside the digits of a chunk of a row of x: its scale or, with halves, that and the half sum for each part.
+constexpr int digit_scale_floats(int half_parts) noexcept { return half_parts > 0 ? 2 * half_parts : 1; }
 
 struct LinearProblem {
   std::int64_t m = 0;                     // rows of x
@@ -107,7 +108,9 @@ struct LaunchPlan {
   }
   [[nodiscard]] int loads_of_iteration() const noexcept { return (units_of_iteration() * field.unit_words() + 3) / 4; }
   [[nodiscard]] bool bytes() const noexcept { return uses_bytes(field, regular); }
-  [[nodiscard]] bool halves() const noexcept { return adds_halves(field, regular); }
+  [[nodiscard]] int half_parts() const noexcept {
+    return cuda::half_parts(adds_halves(field, regular), units_of_iteration());
+  }
   [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
   [[nodiscard]] int ctas() const noexcept {
     return parts.empty() ? 0 : cluster * (parts.back().first_cluster + parts.back().clusters);
