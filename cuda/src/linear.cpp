@@ -118,15 +118,18 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
 }
 
 // More than 8 rows of x cost the decode kernel twice the loads of x, or twice the rounds: on large layers the GEMM is
-// faster, of trellises on smaller ones, too, unless all of x fits into the registers of a CTA.
+// faster, of trellises on smaller ones, too, unless all of x fits into the registers of a CTA. From 13 rows on it is
+// for vector grids, whether x fits or not.
 bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts, const DeviceProperties& device) {
   constexpr std::int64_t kMostHeld = 4096;  // columns of 16 rows: 256 a warp
   const LayerFormat& f = parts[0].weights.format;
   if (m > kMaxDecodeRows || !supports_block(f.block)) return true;
   if (m <= kMaxDecodeRows / 2 || !has_wgmma(device)) return false;
-  const std::int64_t large = std::int64_t{1} << (f.grid->trellis != nullptr ? 25 : 26);  // weights
+  const bool trellis = f.grid->trellis != nullptr;
+  const bool many = !trellis && m > 12;
+  const std::int64_t large = std::int64_t{1} << (trellis || many ? 25 : 26);  // weights
   std::int64_t rows = 0;
-  bool holds = true;
+  bool holds = !many;
   for (const LinearPart& part : parts) {
     rows += part.weights.format.n;
     const TiledFormat t = tiled_format(part.weights.format);
