@@ -12,6 +12,7 @@
 //   QuadDecoder<4, 6, 8>  2, 3, 4       PRMT LDS LDS (one 64-bit load would need moves, as the halves of an entry are
 //                                       not neighbours in the A operand), 0.1-0.4 more to assemble fields below 8 bits
 //   the same in bytes     2, 3, 4       PRMT LDS (byte_fragment)
+//   SignedQuadDecoder     6             as QuadDecoder<8>, and SHF LOP3 per pair, or SHF PRMT LOP3 per four bytes
 //   SingleDecoder         16            PRMT LDS, and a PRMT per pair
 //
 // Order of the fields of a lane (rows g and g + 8, columns 16 step + 4 t + 0..3 for steps 0..7 of a unit):
@@ -43,6 +44,11 @@ __host__ __device__ constexpr int field_column(int weights, int f) {
 
 // Where the bits of field f live: bit b of the field is bit bit_position(...) of the unit's words.
 __host__ __device__ constexpr int bit_position(FieldShape s, int f, int b) {
+  if (s.sign_bits() > 0) {  // entries one after another, then signs (SignedQuadDecoder)
+    constexpr int kByte[] = {1, 3, 0, 2};
+    if (b < 8) return 8 * f + b;
+    return 32 * (4 + f / 8) + 8 * kByte[b - 8] + 7 - f % 8;
+  }
   if (s.bits >= 8) return f * s.bits + b;  // plainly one after another
   const int direct = s.unit_words() * 4;   // one field in the low bits of every byte
   const int half = s.bits == 6 ? f / 16 : 0;
@@ -221,6 +227,48 @@ struct QuadDecoder {
   __device__ __forceinline__ void byte_fragment(int i, Table table, uint32_t offset, uint32_t (&a)[4]) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) a[j] = look_up(table, byte_address(words[i], j, offset));
+  }
+};
+
+// Fields of four magnitudes of 8 bits (words 0-3) and their signs (words 4 and 5). Word 4 + f / 8, shifted by f % 8,
+// has the signs of columns 0, 1, 2 and 3 of field f at bits 15, 31, 7 and 23: where 16-bit values of a pair have
+// theirs, of the second pair after a shift by 8 more.
+struct SignedQuadDecoder : QuadDecoder<8> {
+  static constexpr FieldShape kShape{12, 4};
+
+  uint32_t signs[2];
+
+  __device__ __forceinline__ explicit SignedQuadDecoder(const uint32_t (&w)[6])
+      : QuadDecoder<8>({w[0], w[1], w[2], w[3]}), signs{w[4], w[5]} {}
+
+  template <typename Table>
+  __device__ __forceinline__ void fragment(int step, Table table, uint32_t offset, uint32_t (&a)[4]) const {
+    QuadDecoder<8>::fragment(step, table, offset, a);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t s = signs_of(2 * step + r);
+      a[r] ^= s & 0x80008000;
+      a[2 + r] ^= s << 8 & 0x80008000;
+    }
+    // Here and not later, next to an MMA behind a branch.
+    asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]));
+  }
+
+  // ~b instead of b where a sign is set (kQuadStep).
+  template <typename Table>
+  __device__ __forceinline__ void byte_fragment(int i, Table table, uint32_t offset, uint32_t (&a)[4]) const {
+    QuadDecoder<8>::byte_fragment(i, table, offset, a);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[j] ^= byte_signs(signs_of(4 * i + j));
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t signs_of(int f) const { return signs[f / 8] << f % 8; }
+  // The upper bits of bytes 1, 3, 0 and 2, eight times each.
+  static __device__ __forceinline__ uint32_t byte_signs(uint32_t s) {
+    uint32_t v;
+    asm("prmt.b32 %0, %1, 0, 0xa8b9;" : "=r"(v) : "r"(s));
+    return v;
   }
 };
 

@@ -30,14 +30,14 @@ struct StoredLayer {
 // The values of a grid in shared memory and what a stored row says about a column, without its scale, and about 32.
 template <int Capacity>
 __device__ __forceinline__ void fill_table(const GridPoints<Capacity>& points, uint16_t* table) {
-  for (int i = threadIdx.x; i < points.p << points.index_bits; i += blockDim.x) table[i] = points.values[i];
+  for (int i = threadIdx.x; i < points.p << points.value_bits; i += blockDim.x) table[i] = points.values[i];
 }
 template <int Capacity>
 __device__ __forceinline__ float stored_value(const GridPoints<Capacity>& points, const uint16_t* table,
                                               const StoredLayer& layer, const uint8_t* bytes, int64_t column) {
   const int64_t index = column / points.p;  // one read of an index per value: cheap next to the rest
   const uint32_t which = read_bits(bytes, layer.row_bytes, index * points.index_bits, points.index_bits);
-  return __half2float(__ushort_as_half(table[which * points.p + column % points.p]));
+  return point_value(points, table, which, static_cast<int>(column % points.p));
 }
 __device__ __forceinline__ void fill_table(const TrellisTable& trellis, uint16_t* table) {
   for (int i = threadIdx.x; i < 256; i += blockDim.x) reinterpret_cast<uint32_t*>(table)[i] = trellis.entries[i];

@@ -27,8 +27,9 @@
 //
 // Halves or bytes. Where a look-up yields four weights (quads) it yields them as bytes in held and paired loops: 128
 // weights from 128 bytes of shared memory, which are the A operand of the integer MMA as they are. A row of x then
-// takes two columns, the digits of 16-bit integers, and sums within an iteration are exact. Otherwise look-ups yield
-// fp16 or bf16.
+// takes two columns, the digits of 16-bit integers, and sums within an iteration are exact. Bytes of a sign-symmetric
+// grid lack half a step each (kQuadStep): half the sum of x, which comes with the scales of x, is added to a sum.
+// Otherwise look-ups yield fp16 or bf16.
 //
 // Before griddepcontrol.wait, while the previous kernel still runs: loads of table, d and first weights, table fill.
 // After it: rotation.
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
     const PreparedX<Config> prepared(p);
     if (role.units > 0) {
       x.hold(prepared, role.slice, lane);
-      x_scales = prepared.scales_of(first_column / kChunk, lane);
+      x_scales = prepared.scales_of(first_column, lane);
     }
     meet();
   } else {
@@ -282,7 +283,10 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
       const uint8_t* row = xs.row(min(t * 8 + lane / 4, last));
       x.from[t] = row + first_column * (2 / Config::kDigits) + lane % 4 * 16;
     }
-    if (role.units > 0) x.hold();
+    if (role.units > 0) {
+      x.hold();
+      if constexpr (Config::kHoldsScales) x_scales = xs.scales_of(first_column, p.m, lane);
+    }
     partials = reinterpret_cast<float*>(xs.end(p.m));
   }
   const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
@@ -312,8 +316,8 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads
           words.advance(next, blocks, iterations);
           x.move(1);
           if constexpr (Config::kBytes) {
-            const int chunk = (first_column + i * Config::kUnits * kUnitColumns) / kChunk;
-            if constexpr (!Config::kPrepared) x_scales = xs.scales_of(chunk, p.m, lane);
+            const int column = first_column + i * Config::kUnits * kUnitColumns;
+            if constexpr (!Config::kHoldsScales) x_scales = xs.scales_of(column, p.m, lane);
             sums.flush(Config::kEarlyScales ? current : scales, 0, p.norm, x_scales, lane);
           }
         }

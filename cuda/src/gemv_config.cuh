@@ -31,7 +31,7 @@ struct GemvConfig {
   static constexpr int kTableOffset = kBytes ? 2 * kTableBytes : std::is_same_v<T_, __half> ? 0 : kTableBytes;
   static constexpr int kScalesOffset = 2 * kTableBytes + Decoder::kShape.byte_tables_bytes();
   using TablePlace = std::conditional_t<kLoop == Loop::prepared, SharedStart, const uint8_t*>;
-  using Table = std::conditional_t<kBytes, ByteTable<Decoder::kShape.bits>, Decoder>;
+  using Table = std::conditional_t<kBytes, ByteTable<Decoder::kShape.entry_bits()>, Decoder>;
   static constexpr bool kRegular = kLoop != Loop::general;
   static constexpr int kUnitWords = Decoder::kShape.unit_words();
   static constexpr bool kPaired = kLoop == Loop::paired;
@@ -39,15 +39,21 @@ struct GemvConfig {
   static constexpr bool kPrepared = kLoop == Loop::prepared;
   static constexpr int kUnits =
       kPrepared ? prepared_units(Decoder::kShape, kTokens* TokenTiles_) : iteration_units(Decoder::kShape, kPaired);
+  static constexpr int kHalfParts = half_parts(adds_halves(Decoder::kShape, kLoop != Loop::general), kUnits);
+  static constexpr bool kHalves = kHalfParts > 0;
+  static constexpr int kScaleColumns = kHalves ? kUnits * kUnitColumns : kChunk;  // of x with one scale
   // Short rounds: scales come from memory a round before they are needed.
   static constexpr bool kEarlyScales = kPrepared && kTokens * TokenTiles_ > 8;
   static constexpr int kTiles = kPrepared ? 1 : block_tiles(Decoder::kShape, kPaired);
   static constexpr int kLoads = (kUnits * kUnitWords + 3) / 4;  // per row tile
   static constexpr bool kHeld = kLoop == Loop::held || kPrepared;
   // Rows of x that a warp rotates at a time: two where there may be many, unless registers spill.
-  static constexpr int kRotatedRows = kHeld && kUnits == 4 && kTokens * TokenTiles_ == 8 ? 2 : 1;
-  static constexpr int kWindow =  // loads in flight per row tile
-      kHeld ? std::min(kLoads, held_window(Decoder::kShape)) : kLoads;
+  static constexpr int kRotatedRows = kHeld && kUnits == 4 && kTokens * TokenTiles_ == 8 && !kHalves ? 2 : 1;
+  // Scales of x stay in registers, too.
+  static constexpr bool kHoldsScales = kPrepared || (kHeld && kHalves);
+  // Loads in flight per row tile: all, where eight rows of x as digits leave the registers.
+  static constexpr bool kWholeWindow = !kHeld || (kBytes && TokenTiles_ <= 2);
+  static constexpr int kWindow = kWholeWindow ? kLoads : std::min(kLoads, held_window(Decoder::kShape));
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
   static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && (kBytes || kLoop != Loop::held)) ||

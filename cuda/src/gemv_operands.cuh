@@ -140,23 +140,46 @@ __device__ __forceinline__ int token_of(int t, int i, int lane) {
   return t * Config::kTokens + lane % 4 * Config::kLaneTokens + i;
 }
 
-// With bytes: the scales of a chunk, of the rows of x that a lane has sums for.
+// With bytes: for the columns of an iteration, the scales of the rows of x that a lane has sums for and, where the
+// bytes lack halves, what these add.
 template <typename Config>
 struct XScales {
   float of_tile[Config::kTokenTiles];
+  float halves[Config::kTokenTiles];
 };
 
-// x of the CTA's columns in shared memory, rotated: fp16 or bf16 (rotate_x.cuh), or two planes of digits per row and a
-// scale per chunk (trellis.cuh), which come first.
+// From those of all rows (store_digits): entry `first` is that of row 0, `step` of them further is the next row's.
+// load(pointer) reads.
+template <typename Config, typename Load>
+__device__ __forceinline__ XScales<Config> load_x_scales(const float* scales, int first, int step, int m, int lane,
+                                                         const Load& load) {
+  XScales<Config> out;
+#pragma unroll
+  for (int t = 0; t < Config::kTokenTiles; ++t) {
+    const int entry = min(token_of<Config>(t, 0, lane), m - 1) * step + first;
+    if constexpr (Config::kHalves) {
+      const float2 v = load(reinterpret_cast<const float2*>(scales) + entry);
+      out.of_tile[t] = v.x;
+      out.halves[t] = v.y;
+    } else {
+      out.of_tile[t] = load(scales + entry);
+    }
+  }
+  return out;
+}
+
+// x of the CTA's columns in shared memory, rotated: fp16 or bf16 (rotate_x.cuh), or two planes of digits per row and
+// scales per chunk (trellis.cuh), which come first.
 template <typename Config>
 struct SharedX {
-  float* scales;  // [m][chunks], if digits
+  static constexpr int kScales = digit_scale_floats(Config::kHalfParts);
+  float* scales;  // [m][chunks][kScales], if digits
   uint8_t* rows;
   int chunks;
 
   __device__ __forceinline__ SharedX(float* at, int m, int chunks)
       : scales(at),
-        rows(reinterpret_cast<uint8_t*>(at + (Config::kBytes ? (m * chunks + 3) / 4 * 4 : 0))),
+        rows(reinterpret_cast<uint8_t*>(at + (Config::kBytes ? (m * chunks * kScales + 3) / 4 * 4 : 0))),
         chunks(chunks) {}
   // Rows as the tensor cores see them: a digit is one.
   __device__ __forceinline__ int row_bytes() const {
@@ -165,13 +188,9 @@ struct SharedX {
   __device__ __forceinline__ uint8_t* row(int r) const { return rows + r * row_bytes(); }
   __device__ __forceinline__ uint8_t* end(int m) const { return row(m * Config::kDigits); }
 
-  __device__ __forceinline__ XScales<Config> scales_of(int chunk, int m, int lane) const {
-    XScales<Config> out;
-#pragma unroll
-    for (int t = 0; t < Config::kTokenTiles; ++t) {
-      out.of_tile[t] = scales[min(token_of<Config>(t, 0, lane), m - 1) * chunks + chunk];
-    }
-    return out;
+  __device__ __forceinline__ XScales<Config> scales_of(int column, int m, int lane) const {
+    return load_x_scales<Config>(scales, column / Config::kScaleColumns, chunks * kChunk / Config::kScaleColumns, m,
+                                 lane, [](const auto* at) { return *at; });
   }
 
   template <typename T>
@@ -180,7 +199,8 @@ struct SharedX {
     if constexpr (Config::kBytes) {
       float y[4][2][4];
       rotation.rotate(b, y);
-      store_digits(y, row(2 * r) + chunk * kChunk, row(2 * r + 1) + chunk * kChunk, scales + r * chunks + chunk, lane);
+      store_digits<64, Config::kHalfParts>(y, row(2 * r) + chunk * kChunk, row(2 * r + 1) + chunk * kChunk,
+                                           scales + (r * chunks + chunk) * kScales, 0, 1, lane);
     } else {
       rotation.rotate(b, reinterpret_cast<T*>(row(r)) + chunk * kChunk, lane);
     }
@@ -202,17 +222,11 @@ struct PreparedX {
         tile_pieces(chunks * (kChunk / kUnitColumns) * Config::kPieces) {}
   // Whether a row of x (or a digit of one) is the lane's of token tile t.
   __device__ __forceinline__ bool has_row(int t, int lane) const { return t * 8 + lane / 4 < m * Config::kDigits; }
-  __device__ __forceinline__ XScales<Config> scales_of(int chunk, int lane) const {
-    XScales<Config> out = {};
-    if constexpr (Config::kBytes) {
-      const auto* scales =
-          reinterpret_cast<const float*>(pieces + (m * Config::kDigits + 7) / 8 * tile_pieces * kLanes);
-#pragma unroll
-      for (int t = 0; t < Config::kTokenTiles; ++t) {
-        out.of_tile[t] = __ldcg(scales + min(token_of<Config>(t, 0, lane), m - 1) * chunks + chunk);
-      }
-    }
-    return out;
+  __device__ __forceinline__ XScales<Config> scales_of(int column, int lane) const {
+    if constexpr (!Config::kBytes) return {};
+    const auto* scales = reinterpret_cast<const float*>(pieces + (m * Config::kDigits + 7) / 8 * tile_pieces * kLanes);
+    return load_x_scales<Config>(scales, column / Config::kScaleColumns * m, 1, m, lane,
+                                 [](const auto* at) { return __ldcg(at); });
   }
 };
 
@@ -265,7 +279,7 @@ struct BlockSums {
   Acc acc[kChains][Config::kTiles][Config::kTokenTiles][4] = {};
   float sum[Config::kTiles][Config::kTokenTiles][2 * kLaneTokens] = {};
 
-  static_assert(!Config::kBytes || Config::kUnits * kUnitColumns * 127 * 127 * 256LL <= 0x7fffffff);  // exact sums
+  static_assert(!Config::kBytes || Config::kUnits * kUnitColumns * 128 * 127 * 256LL <= 0x7fffffff);  // exact sums
 
   // MMA `i`, on row tile r.
   __device__ __forceinline__ void multiply(int i, int r, const uint32_t (&a)[4],
@@ -303,7 +317,8 @@ struct BlockSums {
           const float by = row == 0 ? s.x : s.y;
           if constexpr (Config::kBytes) {
             const float whole = static_cast<float>(256 * value[2 * row] + value[2 * row + 1]);
-            sum[r][t][row] = fmaf(whole * x.of_tile[t], by, sum[r][t][row]);
+            const float v = Config::kHalves ? fmaf(whole, x.of_tile[t], x.halves[t]) : whole * x.of_tile[t];
+            sum[r][t][row] = fmaf(v, by, sum[r][t][row]);
           } else {
 #pragma unroll
             for (int i = 2 * row; i < 2 * row + 2; ++i) sum[r][t][i] = fmaf(value[i], by, sum[r][t][i]);

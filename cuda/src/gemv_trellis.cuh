@@ -115,7 +115,7 @@ struct ByteProducts {
   static __device__ __forceinline__ void store(const float (&y)[4][2][4], uint8_t* xs, int row, int chunk, int chunks,
                                                float* scale, int lane) {
     uint8_t* hi = xs + 2 * row * plane_bytes(chunks) + chunk * kChunk;
-    store_digits(y, hi, hi + plane_bytes(chunks), scale, lane);
+    store_digits(y, hi, hi + plane_bytes(chunks), scale, 0, 0, lane);
   }
   __device__ __forceinline__ void load(const GemvParams& p, const uint8_t* xs, const TrellisRole& role, int u) {
     hold(u, [&](int t, int i) {  // rows beyond m: the sums of any other row do

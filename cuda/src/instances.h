@@ -7,6 +7,7 @@
   X(quad4, QuadDecoder<4>, "p4_n16")                 \
   X(quad6, QuadDecoder<6>, "p4_n64")                 \
   X(quad8, QuadDecoder<8>, "p4_n256, p2_n16, p1_n4") \
+  X(quad12, SignedQuadDecoder, "p4_n4096")           \
   X(pair5, PairDecoder<5>, "p2_n32")                 \
   X(pair6, PairDecoder<6>, "p2_n64, p1_n8")          \
   X(pair7, PairDecoder<7>, "p2_n128")                \

@@ -46,7 +46,8 @@ int x_bytes(const LaunchPlan& p) {
   return p.rows * 2 * (p.field.trellis() || p.bytes() ? columns + 64 : columns + 32);
 }
 int x_scales_bytes(const LaunchPlan& p) {
-  return p.field.trellis() || p.bytes() ? ceil_div(p.rows * p.chunks, 4) * 16 : 0;
+  const int floats = p.rows * p.chunks * digit_scale_floats(p.half_parts());
+  return p.field.trellis() || p.bytes() ? ceil_div(floats, 4) * 16 : 0;
 }
 
 SharedUse shared_use(const LaunchPlan& p, int budget) {

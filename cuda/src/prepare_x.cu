@@ -16,10 +16,11 @@ constexpr int kPieceBytes = 8 * 64;
 
 std::int64_t chunks_of(std::int64_t k) { return (k + kChunk - 1) / kChunk; }
 
-template <typename T, bool kDigits>
+template <typename T, bool kDigits, int kHalfParts>
 __global__ void __launch_bounds__(kLanes) prepare_x_kernel(const __grid_constant__ PrepareParams p) {
   constexpr int kChunkPieces = kChunk / (kDigits ? 64 : 32);
   constexpr int kTileRows = kDigits ? 4 : 8;  // of x
+  constexpr int kScales = digit_scale_floats(kHalfParts);
   launch_dependents();
   const int lane = threadIdx.x;
   const int chunks = (p.k + kChunk - 1) / kChunk;
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kLanes) prepare_x_kernel(const __grid_constant
       rotation.rotate(b, y);
       uint8_t* const hi = tile + row % kTileRows * 128;
       auto* const scales = reinterpret_cast<float*>(static_cast<uint8_t*>(p.out) + tiles * tile_bytes);
-      store_digits<kPieceBytes>(y, hi, hi + 64, scales + row * chunks + chunk, lane);
+      store_digits<kPieceBytes, kHalfParts>(y, hi, hi + 64, scales + chunk * kScales * p.m, row, p.m, lane);
     } else {
       rotation.template rotate<kPieceBytes / 2>(b, reinterpret_cast<T*>(tile + row % kTileRows * 64), lane);
     }
@@ -56,8 +57,10 @@ template <typename T>
 void launch(const PrepareParams& p, Stream stream) {
   const auto chunks = static_cast<int>(chunks_of(p.k));
   const LaunchShape shape{chunks * std::min(p.m, std::max(1, kMostWarps / chunks)), kLanes};
-  p.digits ? launch_dependent<prepare_x_kernel<T, true>>(shape, stream, p)
-           : launch_dependent<prepare_x_kernel<T, false>>(shape, stream, p);
+  if (p.half_parts == 2) return launch_dependent<prepare_x_kernel<T, true, 2>>(shape, stream, p);
+  if (p.half_parts == 4) return launch_dependent<prepare_x_kernel<T, true, 4>>(shape, stream, p);
+  p.digits ? launch_dependent<prepare_x_kernel<T, true, 0>>(shape, stream, p)
+           : launch_dependent<prepare_x_kernel<T, false, 0>>(shape, stream, p);
 }
 
 }  // namespace
@@ -66,10 +69,10 @@ void prepare_x(const PrepareParams& params, DType dtype, Stream stream) {
   dtype == DType::f16 ? launch<__half>(params, stream) : launch<__nv_bfloat16>(params, stream);
 }
 
-std::int64_t prepared_x_bytes(std::int64_t m, std::int64_t k, bool digits) {
+std::int64_t prepared_x_bytes(std::int64_t m, std::int64_t k, bool digits, int half_parts) {
   const std::int64_t rows = digits ? 2 * m : m;
   const std::int64_t tile = chunks_of(k) * kChunk * 8 * (digits ? 1 : 2);
-  return (rows + 7) / 8 * tile + (digits ? (m * chunks_of(k) + 3) / 4 * 16 : 0);
+  return (rows + 7) / 8 * tile + (digits ? (m * chunks_of(k) * digit_scale_floats(half_parts) + 3) / 4 * 16 : 0);
 }
 
 }  // namespace higgs::cuda

@@ -16,17 +16,18 @@ struct PrepareParams {
   int k = 0;
   int block = 0;
   bool digits = false;  // for loops over bytes
+  int half_parts = 0;   // of a chunk, where those lack half a step
 };
 
 // out = rotate(x * d) as rotate_x.cuh has it. Chunks of 1024 columns, the last one padded, of tiles of 8 rows; a row is
 // one of x, or of the two digits of one (and then a piece has 64 columns):
 //
 //   [tile][piece of 32 columns][row][lane t: columns 4 t .. + 3 and 16 + 4 t .. + 3]
-//   [m][chunk] fp32 scales, if digits
+//   [chunk][m] fp32 scales, if digits; with halves [chunk][part][m] {scale, half the sum of x over the part}
 //
 // A warp reads a piece as it is: 16 bytes a lane. Rows from m on are not written.
 void prepare_x(const PrepareParams& params, DType dtype, Stream stream);
 
-[[nodiscard]] std::int64_t prepared_x_bytes(std::int64_t m, std::int64_t k, bool digits);
+[[nodiscard]] std::int64_t prepared_x_bytes(std::int64_t m, std::int64_t k, bool digits, int half_parts);
 
 }  // namespace higgs::cuda

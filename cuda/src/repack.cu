@@ -12,7 +12,7 @@ namespace higgs::cuda {
 namespace {
 
 // Field value -> `weights` points in fp16 and bf16 (a single one twice), of quads also in bytes. Indices of a field:
-// lowest bits first.
+// lowest bits first. Of a sign-symmetric grid without the signs.
 template <typename Points>
 __global__ void table_kernel(const __grid_constant__ Points points, FieldShape field, __half* f16, __nv_bfloat16* bf16,
                              int8_t* bytes) {
@@ -24,7 +24,7 @@ __global__ void table_kernel(const __grid_constant__ Points points, FieldShape f
   const __half point = __ushort_as_half(points.values[index * points.p + c % points.p]);
   f16[i] = point;
   bf16[i] = __float2bfloat16_rn(__half2float(point));
-  if (field.quads()) bytes[i] = static_cast<int8_t>(__float2int_rn(__half2float(point) / kQuadStep));
+  if (field.quads()) bytes[i] = static_cast<int8_t>(__float2int_rd(__half2float(point) / kQuadStep));
 }
 
 // The tables of a trellis: T1, T2 in signed bytes, and T1 + 128, 128 - T2, in the order of trellis.cuh.

@@ -26,9 +26,11 @@ FieldShape find_shape(const Grid& grid) noexcept {
   for (const int weights : {4, 2, 1}) {
     if (weights % grid.p != 0) continue;
     const int field = weights / grid.p * bits;
-    const bool fits =
-        weights == 2 ? field >= 5 && field <= 12 : field == 8 || (weights == 4 && (field == 4 || field == 6));
-    if (fits) return {field, weights};
+    const FieldShape shape{field, weights};
+    const bool fits = shape.sign_bits() > 0 ? field == 12 && grid.magnitudes == shape.entries()
+                      : weights == 2        ? field >= 5 && field <= 12
+                                            : field == 8 || (weights == 4 && (field == 4 || field == 6));
+    if (fits) return shape;
   }
   return {};
 }
@@ -41,8 +43,8 @@ FieldShape field_shape(const Grid& grid) {
   throw Error(ErrorCode::unsupported,
               "grid " + std::string(grid.name) +
                   " has no CUDA kernel that multiplies; p = 1 supports 2-6 and 8 index bits, p = 2 supports 2-12, "
-                  "p = 4 supports 4, 6 and 8, of trellis grids a2_b4 to a2_b8 are supported; for the others use "
-                  "rotate, dequantize_rotated and a GEMM");
+                  "p = 4 supports 4, 6, 8 and, with signs, 12, of trellis grids a2_b4 to a2_b8 are supported; for the "
+                  "others use rotate, dequantize_rotated and a GEMM");
 }
 
 bool supports_grid(const Grid& grid) noexcept { return find_shape(grid).bits > 0; }

@@ -291,11 +291,16 @@ inline constexpr float kMostDigits = 127 * 256.0f;
 // Digits 256 hi + lo: two planes of bytes per row. Within 64 columns, those of lane t for four MMA steps are
 // neighbours: byte 16 t + 4 s + c. A plane is 64 bytes longer than its chunks, so that the 16-byte loads of two planes
 // meet different banks.
-template <int kPieceBytes = 64>
-__device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scale,
-                                             int lane) {
-  const float inverse = chunk_scale(y, kMostDigits, 1, scale, lane);
+//
+// With halves, an entry of `scales` is {scale, half the sum of x as the products see it} and there is one for each of
+// kHalfParts parts of a chunk, `step` entries apart.
+template <int kPieceBytes = 64, int kHalfParts = 0>
+__device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scales,
+                                             int entry, int step, int lane) {
+  float unit = 0;  // of lane 0
+  const float inverse = chunk_scale(y, kMostDigits, 1, kHalfParts > 0 ? &unit : scales + entry, lane);
   const int place = lane / 16 * kPieceBytes + lane % 4 * 16 + lane / 4 % 4 * 4;
+  int sums[2][kHalfParts > 0 ? kHalfParts : 1] = {};  // of either digit
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const auto& part = y[j / 2];
@@ -303,6 +308,19 @@ __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t*
     const uint2 digits = digits_of({part[0][c], part[0][c + 1], part[1][c], part[1][c + 1]}, inverse);
     *reinterpret_cast<uint32_t*>(lo + 2 * j * kPieceBytes + place) = digits.y;
     *reinterpret_cast<uint32_t*>(hi + 2 * j * kPieceBytes + place) = digits.x;
+    if constexpr (kHalfParts > 0) {
+      constexpr int kOnes = 0x01010101;
+      const int p = j * kHalfParts / 8;
+      sums[0][p] = __dp4a(static_cast<int>(digits.x), kOnes, sums[0][p]);
+      sums[1][p] = __dp4a(static_cast<int>(digits.y), kOnes, sums[1][p]);
+    }
+  }
+#pragma unroll
+  for (int p = 0; p < kHalfParts; ++p) {
+    const int sum = __reduce_add_sync(~0u, 256 * sums[0][p] + sums[1][p]);
+    if (lane == 0) {
+      reinterpret_cast<float2*>(scales)[entry + p * step] = {unit, 0.5f * unit * static_cast<float>(sum)};
+    }
   }
 }
 

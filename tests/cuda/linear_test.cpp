@@ -183,7 +183,7 @@ TEST(CudaLinear, GemmSchedules) {
 TEST(CudaLinear, ManyRowsAreAsFew) {
   HIGGS_NEEDS_GPU();
   const DeviceProperties& device = current_device();
-  for (const char* grid : {"p2_n256", "p2_n64", "p4_n256", "a2_b8", "p2_n1024"}) {
+  for (const char* grid : {"p2_n256", "p2_n64", "p4_n256", "p4_n4096", "a2_b8", "p2_n1024"}) {
     for (const auto& [n, k, m] : {std::array{8448, 2560, 1100}, {4096, 2048, 1024}, {17000, 3072, 500}}) {
       const Layer layer(find_grid(grid), n, k, 512, 512);
       SCOPED_TRACE(layer.name() + " m=" + std::to_string(m));
@@ -252,6 +252,7 @@ TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
     }
   }
 }
+INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes, testing::Values("p2_n256", "p2_n64", "p4_n256", "p4_n4096"));
 
 INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes, testing::Values("p2_n256", "p2_n64", "p4_n256", "a2_b8", "a2_b4"),
                          [](const auto& grid) { return std::string(grid.param); });
@@ -262,6 +263,7 @@ TEST(CudaLinear, MatricesThatShareX) {
   const Layer q(find_grid("p2_n256"), 300, kColumns, 1024, 1024);
   const Layer k(find_grid("p1_n16"), 72, kColumns, 1024, 1024);
   const Layer v(find_grid("p2_n128"), 65, kColumns, 1024, 1024);  // by tiles of other sizes
+  const Layer gate(find_grid("p4_n4096"), 130, kColumns, 1024, 1024);
   Buffer<float> d(kColumns);
   rotation_vector(VectorKind::input, 5, nullptr, kColumns, d.data(), nullptr);
   for (const std::int64_t m : {1, 6, 16, 40, 200, 1100}) {
@@ -269,7 +271,7 @@ TEST(CudaLinear, MatricesThatShareX) {
     std::vector<LinearPart> parts;
     std::vector<std::unique_ptr<Buffer<std::byte>>> tiled;
     std::vector<std::unique_ptr<Buffer<std::uint8_t>>> together;
-    for (const Layer* layer : {&q, &k, &v}) {
+    for (const Layer* layer : {&q, &k, &v, &gate}) {
       tiled.push_back(std::make_unique<Buffer<std::byte>>(static_cast<std::size_t>(tiled_format(layer->format).bytes)));
       together.push_back(std::make_unique<Buffer<std::uint8_t>>(static_cast<std::size_t>(m * layer->format.n * 2)));
       repack(layer->device(), tiled.back()->data(), nullptr);

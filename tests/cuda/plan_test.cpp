@@ -94,7 +94,7 @@ TEST(Plan, EveryInstanceIsReachable) {
     const FieldShape s = field_shape(grid);
     seen.insert({s.bits, s.weights, s.shift});
   }
-  EXPECT_EQ(seen.size(), 17u);
+  EXPECT_EQ(seen.size(), 18u);
 }
 
 TEST(Plan, MatricesThatShareXGetClustersInProportion) {
@@ -135,7 +135,7 @@ TEST(Plan, PreparedXLeavesMultiprocessorsThatRotateIt) {
 }
 
 TEST(Plan, FullSlicesOfQuadsDecodeToBytes) {
-  for (const char* name : {"p4_n16", "p4_n64", "p4_n256", "p2_n16", "p1_n4"}) {
+  for (const char* name : {"p4_n16", "p4_n64", "p4_n256", "p4_n4096", "p2_n16", "p1_n4"}) {
     LayerFormat f = format(find_grid(name), 4096, 4096);
     for (const auto& [m, tiles] : {std::pair{4, 1}, {5, 2}, {8, 2}, {9, 4}, {16, 4}}) {
       const LaunchPlan p = plan({m, DType::bf16, {&f, 1}}, kDevices[3]);

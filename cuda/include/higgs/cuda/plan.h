@@ -55,6 +55,13 @@ constexpr int trellis_slice_units(int rows, bool regular) noexcept { return regu
 // Whether look-ups of the decode kernel yield bytes (gemv.cuh): a row of x then takes two of the MMA's eight columns.
 constexpr bool uses_bytes(FieldShape s, bool regular) noexcept { return regular && s.quads(); }
 
+// Whether those bytes lack half a step of every weight (kQuadStep), so that half the sum of x is added.
+constexpr bool adds_halves(FieldShape s, bool regular) noexcept { return uses_bytes(s, regular) && s.sign_bits() > 0; }
+// Parts of a chunk, of an iteration's columns each, with a half sum of their own; 0: no halves.
+constexpr int half_parts(bool halves, int units) noexcept { return halves ? kChunk / (units * kUnitColumns) : 0; }
+// Floats beside the digits of a chunk of a row of x: its scale or, with halves, that and the half sum for each part.
+constexpr int digit_scale_floats(int half_parts) noexcept { return half_parts > 0 ? 2 * half_parts : 1; }
+
 struct LinearProblem {
   std::int64_t m = 0;                     // rows of x
   DType dtype = DType::f16;               // of x and y: f16 or bf16
@@ -103,6 +110,9 @@ struct LaunchPlan {
   }
   [[nodiscard]] int loads_of_iteration() const noexcept { return (units_of_iteration() * field.unit_words() + 3) / 4; }
   [[nodiscard]] bool bytes() const noexcept { return uses_bytes(field, regular); }
+  [[nodiscard]] int half_parts() const noexcept {
+    return cuda::half_parts(adds_halves(field, regular), units_of_iteration());
+  }
   [[nodiscard]] int threads() const noexcept { return 32 * slices * row_groups; }
   [[nodiscard]] int ctas() const noexcept {
     return parts.empty() ? 0 : cluster * (parts.back().first_cluster + parts.back().clusters);

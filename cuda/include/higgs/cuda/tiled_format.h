@@ -7,7 +7,8 @@
 //
 // Fields. Indices are grouped into fields of `weights` consecutive columns and `bits` bits, so that one table look-up
 // yields up to four weights whatever the grid: p1_n16 becomes pairs of indices (8 bits, the decoder of p2_n256), p1_n4
-// and p2_n16 become runs of four columns (8 bits, the decoder of p4_n256). The table lists the field values in order.
+// and p2_n16 become runs of four columns (8 bits, the decoder of p4_n256). The table lists the field values in order;
+// of a sign-symmetric grid the magnitudes only.
 //
 // Tiles. A row tile is 16 rows. k is cut into slices of units_per_slice units of 128 columns; one warp multiplies one
 // row tile by one slice. Within a unit, lane 4 g + t of the warp holds the weights it needs for eight m16n8k16 steps:
@@ -36,6 +37,8 @@ inline constexpr int kLanes = 32;
 inline constexpr int kTiledAlignment = 256;
 
 // Points of grids that decode as fields of four weights are multiples of this, less than 4: signed bytes (FORMAT.md).
+// Those of sign-symmetric grids are half of it more: byte b stands for (b + 0.5) * kQuadStep, so that ~b is its
+// negative.
 inline constexpr float kQuadStep = 1.0f / 32;
 
 // Steps between the windows of a value, of the additive trellis grids that have a kernel.
@@ -50,7 +53,10 @@ struct FieldShape {
   friend bool operator==(const FieldShape&, const FieldShape&) = default;
   [[nodiscard]] constexpr bool trellis() const noexcept { return shift > 0; }
   [[nodiscard]] constexpr bool quads() const noexcept { return weights == 4; }
-  [[nodiscard]] constexpr int entries() const noexcept { return trellis() ? 256 : 1 << bits; }
+  // Upper bits of a field that are signs of its weights; the others choose an entry of the table, a magnitude each.
+  [[nodiscard]] constexpr int sign_bits() const noexcept { return quads() && bits > 8 ? 4 : 0; }
+  [[nodiscard]] constexpr int entry_bits() const noexcept { return bits - sign_bits(); }
+  [[nodiscard]] constexpr int entries() const noexcept { return trellis() ? 256 : 1 << entry_bits(); }
   // 32-bit words a lane holds of one unit: 8 steps of 8 weights.
   [[nodiscard]] constexpr int unit_words() const noexcept { return 64 / weights * bits / 32; }
   // Longest slice: a warp keeps the x fragments of one slice and the words of the next tile in registers.
@@ -64,7 +70,7 @@ struct FieldShape {
     return trellis() ? 0 : (entries() * entry_bytes() + kTiledAlignment - 1) / kTiledAlignment * kTiledAlignment;
   }
   // Tables of four bytes per entry. Of a trellis two: signed, and with offsets (trellis.cuh). Of quads one: the points
-  // over kQuadStep.
+  // over kQuadStep, rounded down.
   [[nodiscard]] constexpr int byte_tables_bytes() const noexcept {
     const int bytes = (trellis() ? 2 : quads() ? 1 : 0) * 4 * entries();
     return (bytes + kTiledAlignment - 1) / kTiledAlignment * kTiledAlignment;
