@@ -18,8 +18,8 @@
 // x and (twice that) weights:
 //
 //   held     x fragments of the slice stay in registers: the fewest loads, but a CTA fills a multiprocessor
-//   prepared the same of x that a kernel of its own has rotated, while the table is filled here: for m > 8 slices of
-//            half the length
+//   prepared the same of x that a kernel of its own has rotated, while the table is filled here; for m > 8 by half
+//            the warps with twice the registers, or slices of half the length
 //   paired   x fragments come from shared memory, each for two row tiles: for m > 8, and for small layers, where half
 //            a multiprocessor does: the next kernel's CTAs move in beside these, load table, d and first weights, and
 //            wait in griddepcontrol.wait for x
@@ -117,6 +117,17 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
                                          const XFragments<Config>& x, BlockSums<Config>& sums) {
   constexpr int kWords = Config::kUnitWords;
   int segment = 0;
+  uint32_t taken[Config::kTiles][Config::kUnits * kWords];
+  if constexpr (Config::kWide) {
+#pragma unroll
+    for (int r = 0; r < Config::kTiles; ++r) {
+#pragma unroll
+      for (int i = 0; i < Config::kUnits * kWords; ++i) taken[r][i] = words.word(r, i);
+#pragma unroll
+      for (int i = 0; i < Config::kLoads; ++i) words.replace(r, i, next, role);
+    }
+    __syncwarp();
+  }
 #pragma unroll
   for (int u = 0; u < Config::kUnits; ++u) {
     if (!Config::kRegular && u >= role.units) break;
@@ -124,7 +135,8 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
 #pragma unroll
     for (int r = 0; r < Config::kTiles; ++r) {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) w[r][i] = words.word(r, u * kWords + i);
+      for (int i = 0; i < kWords; ++i)
+        w[r][i] = Config::kWide ? taken[r][u * kWords + i] : words.word(r, u * kWords + i);
     }
     using Decoder = typename Config::Decoder;
     const Decoder decoders[2] = {Decoder(w[0]), Decoder(w[Config::kTiles - 1])};
@@ -155,7 +167,9 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
 #pragma unroll
     for (int i = u * kWords / 4; i < consumed; ++i) {
 #pragma unroll
-      for (int r = 0; r < Config::kTiles; ++r) words.replace(r, i, next, role);
+      for (int r = 0; r < Config::kTiles; ++r) {
+        if (!Config::kWide) words.replace(r, i, next, role);
+      }
     }
     __syncwarp();  // keeps the loads here: left alone, the assembler gathers them at the end of the iteration
   }
@@ -168,7 +182,7 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kMaxThreads, 512 / Config::kMaxThreads)
+__global__ void __launch_bounds__(Config::kMaxThreads, Config::kCtas)
     gemv_kernel(const __grid_constant__ GemvParams p) {
 #if __CUDA_ARCH__ != 900
   if constexpr (Config::kPrepared) return;  // not planned for

@@ -12,7 +12,7 @@
 namespace higgs::cuda {
 
 // See gemv.cuh. Halves: token_tiles = 1 (m <= 8) or 2 (m <= 16; not held, for want of registers). Bytes: 1 (m <= 4), 2
-// (m <= 8) or 4 (m <= 16; not held). Prepared loops hold 16 rows, of slices of half the length.
+// (m <= 8) or 4 (m <= 16; not held). Prepared loops hold 16 rows: see kWide.
 enum class Loop { general, held, paired, prepared };
 
 template <typename Decoder_, typename T_, int TokenTiles_, Loop kLoop>
@@ -35,8 +35,13 @@ struct GemvConfig {
   static constexpr bool kRegular = kLoop != Loop::general;
   static constexpr int kUnitWords = Decoder::kShape.unit_words();
   static constexpr bool kPaired = kLoop == Loop::paired;
-  static constexpr int kMaxThreads = kLoop == Loop::general ? 256 : 512;  // 128 registers each
   static constexpr bool kPrepared = kLoop == Loop::prepared;
+  // x of 16 rows takes 128 registers: eight warps fill a multiprocessor. A scheduler has but two of them to hide
+  // latencies, so words come a round before they are needed, all loads at its beginning: the assembler tracks them by
+  // few scoreboards, and to wait for the oldest may be to wait for the newest.
+  static constexpr bool kWide = kPrepared && wide_loop(Decoder::kShape, kTokens* TokenTiles_);
+  static constexpr int kMaxThreads = kLoop == Loop::general || kWide ? 256 : 512;
+  static constexpr int kCtas = kLoop == Loop::general ? 2 : 1;  // of a multiprocessor: 128 registers, wide 255
   static constexpr int kUnits =
       kPrepared ? prepared_units(Decoder::kShape, kTokens* TokenTiles_) : iteration_units(Decoder::kShape, kPaired);
   static constexpr int kHalfParts = half_parts(adds_halves(Decoder::kShape, kLoop != Loop::general), kUnits);
@@ -52,7 +57,7 @@ struct GemvConfig {
   // Scales of x stay in registers, too.
   static constexpr bool kHoldsScales = kPrepared || (kHeld && kHalves);
   // Loads in flight per row tile: all, where eight rows of x as digits leave the registers.
-  static constexpr bool kWholeWindow = !kHeld || (kBytes && TokenTiles_ <= 2);
+  static constexpr bool kWholeWindow = !kHeld || kWide || (kBytes && TokenTiles_ <= 2);
   static constexpr int kWindow = kWholeWindow ? kLoads : std::min(kLoads, held_window(Decoder::kShape));
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks

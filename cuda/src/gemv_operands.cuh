@@ -273,8 +273,8 @@ struct XFragments {
 template <typename Config>
 struct BlockSums {
   using Acc = std::conditional_t<Config::kBytes, int, float>;
-  // Two independent accumulators at least hide the latency of the MMA.
-  static constexpr int kChains = Config::kTiles * Config::kTokenTiles == 1 ? 2 : 1;
+  // Two independent accumulators at least hide the latency of the MMA, four where a scheduler has but two warps.
+  static constexpr int kChains = Config::kTiles * Config::kTokenTiles == (Config::kWide ? 2 : 1) ? 2 : 1;
   static constexpr int kLaneTokens = Config::kLaneTokens;
   Acc acc[kChains][Config::kTiles][Config::kTokenTiles][4] = {};
   float sum[Config::kTiles][Config::kTokenTiles][2 * kLaneTokens] = {};

@@ -136,7 +136,7 @@ double cost(const LaunchPlan& p) {
   const double main = step * 8 * p.units * tiles * p.rounds;
   const int chunks = p.chunks * p.rows;
   // Prepared: most of it while the table is filled. In clusters bytes then lose more than the other terms account for.
-  const double prepared = 1800.0 + (p.bytes() && p.cluster > 1 ? 5000.0 : 0.0);
+  const double prepared = 1800.0 + (p.bytes() && p.cluster > 1 && !p.wide() ? 5000.0 : 0.0);
   // To bytes it takes more instructions, which the warps of a scheduler issue in turn.
   const double rotation = p.prepared  ? prepared
                           : p.bytes() ? 500.0 * ceil_div(chunks, warps) + 220.0 * chunks
@@ -167,7 +167,7 @@ double best_of_kind(LaunchPlan& p, const LinearProblem& problem, const TiledForm
       for (const bool whole : {false, true}) {
         LaunchPlan candidate = p;
         candidate.whole = whole;
-        if (!whole && candidate.max_threads() > 256) continue;  // fills a multiprocessor anyway
+        if (!whole && (candidate.max_threads() > 256 || candidate.wide())) continue;  // fills a multiprocessor anyway
         if (!partition(candidate, format, t, blocks, static_cast<int>(units), cluster, launches, device)) continue;
         const double c = cost(candidate);
         if (least == 0 || c < least) {

@@ -35,6 +35,7 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
     EXPECT_TRUE(p.regular && !p.paired && prepares_x(p.field, p.rows));
     EXPECT_TRUE(p.field.trellis() || has_wgmma(d));
     EXPECT_EQ(p.units, prepared_units(p.field, p.rows));
+    EXPECT_TRUE(!p.wide() || p.whole);
   } else {
     EXPECT_TRUE(p.paired || !p.regular || p.field.trellis() || (p.rows <= 8 && holds_x(p.field)));
     EXPECT_GE(p.rotate_warps, 1);

@@ -39,10 +39,16 @@ constexpr int held_window(FieldShape s) noexcept {
 }
 constexpr bool holds_x(FieldShape s) noexcept { return 16 * s.max_units() + 4 * held_window(s) <= 80; }
 
-// Units of a warp that holds prepared x (LaunchPlan) of `rows` rows: of half a slice for more than 8. Whether it can:
-// these units' words are whole 16-byte loads. Few rows are rotated by every CTA in less time than a kernel takes. A
-// trellis has such a loop for more than 4 rows.
-constexpr int prepared_units(FieldShape s, int rows) noexcept { return rows > 8 ? s.max_units() / 2 : s.max_units(); }
+// Units of a warp that holds prepared x (LaunchPlan) of `rows` rows. For more than 8 of half a slice, or wide: of a
+// long one, by half the warps with twice the registers (not measured with sign bits). Whether a warp can hold it: these
+// units' words are whole 16-byte loads. Few rows are rotated by every CTA in less time than a kernel takes. A trellis
+// has such a loop for more than 4 rows.
+constexpr bool wide_loop(FieldShape s, int rows) noexcept {
+  return rows > 8 && s.max_units() == 4 && !s.trellis() && s.sign_bits() == 0;
+}
+constexpr int prepared_units(FieldShape s, int rows) noexcept {
+  return rows > 8 && !wide_loop(s, rows) ? s.max_units() / 2 : s.max_units();
+}
 constexpr bool prepares_x(FieldShape s, int rows) noexcept {
   if (s.trellis()) return rows > 4;
   if (!holds_x(s) || rows <= (s.quads() ? 4 : 2)) return false;
@@ -99,9 +105,11 @@ struct LaunchPlan {
   int shared_bytes = 0;
   std::vector<PartPlan> parts;
 
-  // Most threads of a CTA, with up to 128 registers each. Paired: 512 only where measured to win.
+  [[nodiscard]] bool wide() const noexcept { return prepared && wide_loop(field, rows); }
+  // Most threads of a CTA, with up to 128 registers each (wide: 255). Paired: 512 only where measured to win.
   [[nodiscard]] int max_threads() const noexcept {
     if (paired) return whole && rows > 8 && !bytes() ? 512 : 256;
+    if (wide()) return 256;
     return regular || field.trellis() ? 512 : 256;
   }
   // Of a warp in one iteration of the main loop.
