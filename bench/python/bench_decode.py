@@ -1,17 +1,19 @@
 """Decode speed of a whole model: tokens/s of a Llama-shaped transformers model with random weights, bf16 against higgs.
 
-    python bench/python/bench_decode.py --weights bf16 p2_n256 p2_n64 nf4 int4 --batch 1 16 --compile --profile \
+    python bench/python/bench_decode.py --weights none bf16 p2_n256 p4_n4096 nf4 int4 --batch 1 16 --compile --overlap \
         --attention higgs_sdpa
 
 All run the same harness: static cache, one decoding step as one CUDA graph (eager code, captured; with ``--compile``
 torch.compile's, mode "reduce-overhead", in which the decoder layer is compiled once for all layers), the next token by
 argmax. bitsandbytes NF4 and torchao int4 (groups of 128) take part where they are installed, with the output head as
-they leave it; that of higgs is on ``--head-grid``. Prints milliseconds a step and of it those in kernels of linear
-layers (a profile of one step) and on the host, tokens/s, gigabytes of weights and at the peak, seconds to quantize and
-to compile.
+they leave it; that of higgs is on ``--head-grid``. ``none`` is the model without linear layers: in their place an
+operator that launches nothing and returns memory as it is. Prints milliseconds a step, of it those in kernels of linear
+layers (with ``--profile``, of one step; it slows all that comes after), those beyond a step of ``none`` (where that
+comes before) and those on the host, tokens/s, gigabytes of weights and at the peak, seconds to quantize and to compile.
 """
 
 import argparse
+import collections
 import gc
 import importlib.util
 import math
@@ -21,6 +23,7 @@ from typing import Any
 
 import higgs
 import torch
+from higgs.integrations.inductor import overlap_kernels
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -49,6 +52,31 @@ def make_model(shape: str, device: str, layers: int | None = None, attention: st
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     return model.eval()
+
+
+_library = torch.library.Library("higgs_bench", "DEF")
+_library.define("nothing(Tensor x, int n) -> Tensor")
+
+
+@torch.library.register_fake("higgs_bench::nothing", lib=_library)
+def nothing(x: torch.Tensor, n: int) -> torch.Tensor:
+    """y [..., n] of x [..., k], not computed."""
+    return x.new_empty(*x.shape[:-1], n)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("nothing", nothing, _device)
+
+
+class NoLinear(nn.Module):
+    """Takes no time. Compiled code calls it as it is and so cannot leave out what makes its x or reads its y."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.rows = linear.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.higgs_bench.nothing(x, self.rows)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -86,6 +114,9 @@ def quantize(model: LlamaForCausalLM, weights: str, head_grid: str, shared: bool
         quantize_(model.model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
         for name, linear in linears(model.model).items():
             model.model.set_submodule(name, Int4Linear(linear.weight))
+    elif weights == "none":
+        for name, linear in linears(model).items():
+            model.set_submodule(name, NoLinear(linear))
     elif weights != "bf16":
         grids = {name: head_grid if name == "lm_head" else weights for name in linears(model)}
         higgs.quantize_(model, allocation=grids, scales="none")
@@ -131,23 +162,38 @@ class Decoder:
 
 @torch.inference_mode()
 def profile_step(decoder: Decoder, report: bool) -> float:
-    """Milliseconds in kernels of linear layers; with ``report``, prints where a step goes."""
+    """Milliseconds with a kernel of a linear layer running and no other; with ``report``, prints where a step goes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         decoder.run()
         torch.cuda.synchronize()
-    times = {e.key: (e.device_time_total / 1e3, e.count) for e in profile.key_averages() if e.device_time_total}
+    kernels = [
+        (e.time_range.start / 1e3, e.time_range.end / 1e3, e.name)
+        for e in profile.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    ]
 
     def is_linear(name: str) -> bool:
         name = name.lower()
         return any(k in name for k in LINEAR_KERNELS) and not any(k in name for k in ATTENTION_KERNELS)
 
     for kind in (True, False) if report else ():
-        kernels = sorted(((ms, count, name) for name, (ms, count) in times.items() if is_linear(name) is kind))[::-1]
-        total, count = sum(ms for ms, *_ in kernels), sum(count for _, count, _ in kernels)
-        print(f"    {'linear' if kind else 'not linear'}: {total:.3f} ms in {count} kernels")
-        for ms, count, name in kernels[:6]:
-            print(f"    {ms:8.3f} ms {count:5} x {name[:90]}")
-    return sum(ms for name, (ms, _) in times.items() if is_linear(name))
+        of_kind = [kernel for kernel in kernels if is_linear(kernel[2]) is kind]
+        print(f"    {'linear' if kind else 'not linear'}: {covered(of_kind):.3f} ms in {len(of_kind)} kernels")
+        times = collections.defaultdict(list)
+        for start, end, name in of_kind:
+            times[name].append(end - start)
+        for name, ms in sorted(times.items(), key=lambda item: -sum(item[1]))[:6]:
+            print(f"    {sum(ms):8.3f} ms {len(ms):5} x {name[:90]}")
+    return covered(kernels) - covered([kernel for kernel in kernels if not is_linear(kernel[2])])
+
+
+def covered(kernels: list[tuple[float, float, str]]) -> float:
+    """Time in which at least one of ``kernels`` (start, end, name) runs."""
+    total, last = 0.0, -math.inf
+    for start, end, _ in sorted(kernels):
+        total += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return total
 
 
 @torch.inference_mode()
@@ -171,7 +217,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def run(weights: str, args: argparse.Namespace, base: dict[int, float]) -> None:
+def run(weights: str, args: argparse.Namespace, base: dict[int, float], rest: dict[int, float]) -> None:
     model = make_model(args.shape, args.device, attention=args.attention)
     start = time.perf_counter()
     quantize(model, weights, args.head_grid, not args.separate)
@@ -186,11 +232,15 @@ def run(weights: str, args: argparse.Namespace, base: dict[int, float]) -> None:
         with torch.inference_mode():
             decoder = Decoder(model, batch, args.compile)
         ms, host = measure(decoder, args.steps)
-        linear = profile_step(decoder, args.profile) if args.device == "cuda" else math.nan
+        linear = profile_step(decoder, True) if args.profile and args.device == "cuda" else math.nan
         peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan
-        base.setdefault(batch, ms)
+        if weights == "none":
+            rest[batch] = ms
+        else:
+            base.setdefault(batch, ms)
         print(
-            f"{weights:10}{batch:6}{ms:9.3f}{linear:10.3f}{host:9.3f}{batch / ms * 1e3:10.1f}{base[batch] / ms:8.2f}"
+            f"{weights:10}{batch:6}{ms:9.3f}{linear:10.3f}{ms - rest.get(batch, math.nan):10.3f}{host:9.3f}"
+            f"{batch / ms * 1e3:10.1f}{base.get(batch, math.nan) / ms:8.2f}"
             f"{weight_bytes(model) / 1e9:7.2f}{peak:8.2f}{seconds:11.1f}{decoder.compile_seconds:10.1f}",
             flush=True,
         )
@@ -200,7 +250,9 @@ def run(weights: str, args: argparse.Namespace, base: dict[int, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--weights", nargs="+", default=["bf16", "p2_n256", "p2_n64", *PEERS], help="the first: base")
+    parser.add_argument(
+        "--weights", nargs="+", default=["none", "bf16", "p2_n256", "p4_n4096", *PEERS], help="the first but none: base"
+    )
     parser.add_argument("--head-grid", default="ch8")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--steps", type=int, default=64)
@@ -208,24 +260,27 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="compile all layers, as generate() does, not one for all")
     parser.add_argument("--separate", action="store_true", help="q/k/v and gate/up in launches of their own")
     parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch of torch.compile's kernels")
+    parser.add_argument("--overlap", action="store_true", help="they let ours start early (overlap_kernels)")
     parser.add_argument("--attention", help="attn_implementation of all weights")
-    parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
+    parser.add_argument("--profile", action="store_true", help="kernels of a step; slows all that comes after")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
     torch._inductor.config.triton.enable_pdl = args.pdl
+    overlap_kernels(args.overlap)
     if args.compile and not args.whole:
         LlamaDecoderLayer.forward = torch.compiler.nested_compile_region(LlamaDecoderLayer.forward)
     print(
-        f"{'weights':10}{'batch':>6}{'ms':>9}{'linear ms':>10}{'host ms':>9}{'tokens/s':>10}{'speed':>8}{'GB':>7}"
-        f"{'peak GB':>8}{'quantize s':>11}{'compile s':>10}"
+        f"{'weights':10}{'batch':>6}{'ms':>9}{'linear ms':>10}{'over none':>10}{'host ms':>9}{'tokens/s':>10}"
+        f"{'speed':>8}{'GB':>7}{'peak GB':>8}{'quantize s':>11}{'compile s':>10}"
     )
     base: dict[int, float] = {}
+    rest: dict[int, float] = {}
     for weights in args.weights:
         if weights in PEERS and not importlib.util.find_spec(PEERS[weights]):
             print(f"{weights}: {PEERS[weights]} is not installed")
             continue
         try:
-            run(weights, args, base)
+            run(weights, args, base, rest)
         except Exception as e:  # whatever a peer raises where it has no kernel
             if weights not in PEERS:
                 raise

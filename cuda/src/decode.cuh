@@ -250,6 +250,8 @@ struct SignedQuadDecoder : QuadDecoder<8> {
       a[r] ^= s & 0x80008000;
       a[2 + r] ^= s << 8 & 0x80008000;
     }
+    // Here and not later, next to an MMA behind a branch.
+    asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]));
   }
 
   // ~b instead of b where a sign is set (kQuadStep).

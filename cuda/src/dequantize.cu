@@ -37,9 +37,7 @@ __device__ __forceinline__ float stored_value(const GridPoints<Capacity>& points
                                               const StoredLayer& layer, const uint8_t* bytes, int64_t column) {
   const int64_t index = column / points.p;  // one read of an index per value: cheap next to the rest
   const uint32_t which = read_bits(bytes, layer.row_bytes, index * points.index_bits, points.index_bits);
-  const uint32_t point = which & ((1u << points.value_bits) - 1);
-  const uint32_t negative = which >> points.value_bits >> column % points.p & 1;
-  return __half2float(__ushort_as_half(table[point * points.p + column % points.p] ^ negative << 15));
+  return point_value(points, table, which, static_cast<int>(column % points.p));
 }
 __device__ __forceinline__ void fill_table(const TrellisTable& trellis, uint16_t* table) {
   for (int i = threadIdx.x; i < 256; i += blockDim.x) reinterpret_cast<uint32_t*>(table)[i] = trellis.entries[i];

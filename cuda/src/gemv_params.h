@@ -54,6 +54,6 @@ struct GemvParams {
 
 // The part of the rotation's norm 1 / sqrt(block) that is no power of two: the kernel rotates without it
 // (rotate_x.cuh).
-inline float remaining_norm(int block) { return block == 128 || block == 512 ? 0.70710678f : 1.0f; }
+constexpr float remaining_norm(int block) { return block == 128 || block == 512 ? 0.70710678f : 1.0f; }
 
 }  // namespace higgs::cuda

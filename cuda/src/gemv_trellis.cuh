@@ -1,14 +1,15 @@
 // Decode kernel for additive trellis grids: as gemv.cuh (partition, rotation, reduction), with products of integers.
 //
-//   bytes   m <= 4, m <= 8: looked-up bytes are the A operand of the integer MMA as they are, two windows' worth in one
+//   bytes   regular: looked-up bytes are the A operand of the integer MMA as they are, two windows' worth in one
 //           (trellis.cuh); a row of x takes two columns, the digits of 16-bit integers. All sums within a chunk of x
 //           and a scale group are exact
-//   halves  m <= 16: two look-ups make fp16 integers; x in fp16, sums in fp32
+//   halves  not regular: two look-ups make fp16 integers; x in fp16, sums in fp32
 //
-// x fragments stay in registers: of two units of 256 columns per warp, or one where m > 8.
+// x fragments stay in registers: of two units of 256 columns per warp, or one where m > 8. For m > 4 a kernel of its
+// own has rotated x (prepare_x.h).
 //
-// Template values: Decoder = TrellisDecoder of instances.h; T = __half, __nv_bfloat16; Tokens = 4, 8 (bytes) or 16
-// (halves); Regular: every slice is full, inside one scale group and one chunk. Not regular: halves, 16.
+// Template values: Decoder = TrellisDecoder of instances.h; T = __half, __nv_bfloat16; Tokens = 4, 8 or 16; Regular:
+// every slice is full, inside one scale group and one chunk. Not regular: 16.
 #pragma once
 
 #include "gemv.cuh"
@@ -22,9 +23,10 @@ struct TrellisConfig {
   static constexpr FieldShape kShape = Decoder_::kShape;
   static constexpr int kBits = kShape.bits;
   static constexpr int kShift = kShape.shift;
-  static constexpr bool kBytes = Tokens <= 8;
-  static constexpr int kTokenTiles = Tokens == 4 ? 1 : 2;  // of 8 columns of the MMA
+  static constexpr bool kBytes = Regular_;
+  static constexpr int kTokenTiles = Tokens / (kBytes ? 4 : 8);  // of 8 columns of the MMA
   static constexpr bool kRegular = Regular_;
+  static constexpr bool kPrepared = Regular_ && prepares_x(kShape, Tokens);
   static constexpr int kUnits = trellis_slice_units(Tokens, Regular_);
   static constexpr int kPieces = kBits / 2;            // 16-byte pieces of a unit's words; 8 bytes more if kBits is odd
   static constexpr bool kLate = kBytes && kBits == 8;  // words are the windows: replaced as they have been used
@@ -96,12 +98,12 @@ __device__ __forceinline__ TrellisRole make_trellis_role(const GemvParams& p, in
 }
 
 // x of a warp and the products with it, in either kind of operand:
-//   store   a rotated chunk -> shared memory
-//   load    the x fragments of unit u
-//   begin   a unit: what comes before its first step
-//   step    step s of unit u
-//   flush   multiplies the sums of a segment with their scales
-//   write   the sums of a row tile -> partials
+//   store      a rotated chunk -> shared memory
+//   load       the x fragments of unit u
+//   begin      a unit: what comes before its first step
+//   two_steps  steps s and s + 1 of unit u
+//   flush      multiplies the sums of a segment with their scales
+//   write      the sums of a row tile -> partials
 template <typename Config>
 struct ByteProducts {
   static constexpr int kTiles = Config::kTokenTiles;
@@ -116,30 +118,50 @@ struct ByteProducts {
     store_digits(y, hi, hi + plane_bytes(chunks), scale, 0, 0, lane);
   }
   __device__ __forceinline__ void load(const GemvParams& p, const uint8_t* xs, const TrellisRole& role, int u) {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {  // rows beyond m: the sums of any other row do
-      const uint8_t* from = xs + min(8 * t + role.lane / 4, 2 * p.m - 1) * plane_bytes(p.chunks) + role.lane % 4 * 16 +
-                            role.first_column + u * 256;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint4 v = *reinterpret_cast<const uint4*>(from + j * 64);
-        x[t][u][4 * j] = v.x;
-        x[t][u][4 * j + 1] = v.y;
-        x[t][u][4 * j + 2] = v.z;
-        x[t][u][4 * j + 3] = v.w;
-      }
+    hold(u, [&](int t, int i) {  // rows beyond m: the sums of any other row do
+      const int row = min(8 * t + role.lane / 4, 2 * p.m - 1);
+      return *reinterpret_cast<const uint4*>(xs + row * plane_bytes(p.chunks) + role.lane % 4 * 16 + role.first_column +
+                                             u * 256 + i * 64);
+    });
+  }
+  // As prepare_x leaves it.
+  __device__ __forceinline__ void load_prepared(const GemvParams& p, const TrellisRole& role, int u) {
+    hold(u, [&](int t, int i) {
+      const int piece = t * tile_pieces(p) + (role.slice * Config::kUnits + u) * kPieces + i;
+      return load_global_if(8 * t + role.lane / 4 < 2 * p.m,
+                            static_cast<const uint4*>(p.x) + piece * kLanes + role.lane);
+    });
+  }
+  // Those of the CTA's chunks, from chunk0 on.
+  static __device__ __forceinline__ void load_prepared_scales(const GemvParams& p, int chunk0, float* x_scales) {
+    const int chunks = tile_pieces(p) / (kChunk / 64);
+    const int tiles = (2 * p.m + 7) / 8;
+    const auto* scales =
+        reinterpret_cast<const float*>(static_cast<const uint4*>(p.x) + tiles * tile_pieces(p) * kLanes);
+    for (int i = threadIdx.x; i < p.m * p.chunks; i += blockDim.x) {
+      const int row = small_divide(i, p.chunks);
+      const int chunk = chunk0 + i - row * p.chunks;
+      if (chunk < chunks) x_scales[i] = __ldcg(scales + row * chunks + chunk);
     }
   }
   __device__ __forceinline__ void begin(const RunWindows<Config::kBits> (& /*rows*/)[2], const uint8_t* /*table*/,
                                         uint32_t /*offset*/) {}
-  __device__ __forceinline__ void step(const RunWindows<Config::kBits> (&rows)[2], int u, int s, const uint8_t* table,
-                                       uint32_t offset) {
-    uint32_t a[4];
+  __device__ __forceinline__ void two_steps(const RunWindows<Config::kBits> (&rows)[2], int u, int s,
+                                            const uint8_t* table, uint32_t offset) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) a[j] = look_up(table, byte_address(rows[j % 2].word_of(2 * s + j / 2), s % 4, offset));
+    for (int product = 0; product < 2; ++product) {
+      uint32_t a[4];
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-      mma_m16n8k32(acc[t][s % kChains], a, x_operand<Config::kShift, Config::kPermuteHere>(x[t][u], s));
+      for (int j = 0; j < 4; ++j) {
+        const int window = window_of_product<Config::kShift>(s, product, j / 2);
+        a[j] = look_up(table, byte_address(rows[j % 2].word_of(window), window / 2 % 4, offset));
+      }
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        mma_m16n8k32(acc[t][product % kChains], a,
+                     x_operand<Config::kShift, Config::kPermuteHere>(x[t][u], s, product));
+      }
+    }
   }
   // x_scales: of the chunk, row by row.
   __device__ __forceinline__ void flush(const GemvParams& p, float s0, float s1, const float* x_scales, int lane) {
@@ -169,6 +191,29 @@ struct ByteProducts {
         out[token * Config::kPartialStride + lane / 4 + 8] = sum[t][1];
       }
       sum[t][0] = sum[t][1] = 0;
+    }
+  }
+
+ private:
+  static constexpr int kPieces = kTrellisColumns / 64;  // of a unit
+
+  static __device__ __forceinline__ int tile_pieces(const GemvParams& p) {
+    return (p.k + kChunk - 1) / kChunk * (kChunk / 64);
+  }
+  // piece(t, i): of columns 64 i .. + 63 of unit u.
+  template <typename Piece>
+  __device__ __forceinline__ void hold(int u, const Piece& piece) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const uint4 v = piece(t, i);
+        x[t][u][4 * i] = v.x;
+        x[t][u][4 * i + 1] = v.y;
+        x[t][u][4 * i + 2] = v.z;
+        x[t][u][4 * i + 3] = v.w;
+      }
+      order_pieces<Config::kShift>(x[t][u]);
     }
   }
 };
@@ -205,6 +250,11 @@ struct HalfProducts {
 #pragma unroll
       for (int r = 0; r < 2; ++r) before[i][r] = entry(rows[r], 2 * kRunSteps - Config::kShift + i, table, offset);
     }
+  }
+  __device__ __forceinline__ void two_steps(const RunWindows<Config::kBits> (&rows)[2], int u, int s,
+                                            const uint8_t* table, uint32_t offset) {
+    step(rows, u, s, table, offset);
+    step(rows, u, s + 1, table, offset);
   }
   __device__ __forceinline__ void step(const RunWindows<Config::kBits> (&rows)[2], int u, int s, const uint8_t* table,
                                        uint32_t offset) {
@@ -279,7 +329,7 @@ __device__ __forceinline__ void multiply_unit(const GemvParams& p, UnitWords<Con
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) products.step(rows, u, 4 * i + j, table, offset);
+      for (int j = 0; j < 4; j += 2) products.two_steps(rows, u, 4 * i + j, table, offset);
       if constexpr (Config::kLate) {
         if (i % 2 == 1) {
           replace(i / 2);
@@ -292,10 +342,10 @@ __device__ __forceinline__ void multiply_unit(const GemvParams& p, UnitWords<Con
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int block = 4 * u + j;
-      if (!Config::kRegular && block >= role.blocks) break;
+      if (block >= role.blocks) break;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) products.step(rows, u, 4 * j + i, table, offset);
-      if (Config::kRegular || (role.ends >> block & 1) == 0) continue;
+      for (int i = 0; i < 4; i += 2) products.two_steps(rows, u, 4 * j + i, table, offset);
+      if ((role.ends >> block & 1) == 0) continue;
       products.flush(p, half_bits(scales.raw[0]) * p.norm, half_bits(scales.raw[1]) * p.norm,
                      x_scales + (role.first_column + block * kMinBlock) / kChunk, role.lane);
       if ((role.groups >> block & 1) != 0 && block + 1 < role.blocks) {
@@ -313,7 +363,8 @@ __global__ void __launch_bounds__(512, 1) gemv_trellis_kernel(const __grid_const
   using Products = std::conditional_t<Config::kBytes, ByteProducts<Config>, HalfProducts<Config>>;
   extern __shared__ __align__(1024) uint8_t shared[];
   launch_dependents();
-  const int lane = threadIdx.x % 32;
+  const int lane = kept(threadIdx.x % kLanes);
+  __builtin_assume(0 <= lane && lane < kLanes);            // what the compiler knew of the special register
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same for all lanes, as the compiler should know
   const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0;
   const int cluster_index = p.cluster > 1 ? small_divide(blockIdx.x, p.cluster) : blockIdx.x;
@@ -365,23 +416,33 @@ __global__ void __launch_bounds__(512, 1) gemv_trellis_kernel(const __grid_const
     __syncthreads();
     cluster_arrive();
   }
-  const RotateRole<T> rotate(p, first_slice, warp, lane);
-  table.store(shared);
-  rotate.template run<1>(p, lane, [&](const uint2(&b)[8], int r, int c) {
-    float y[4][2][4];
-    rotate.rotation.rotate(b, y);
-    Products::store(y, xs, r, c, p.chunks, x_scales + r * p.chunks + c, lane);
-  });
-  __syncthreads();
-  if (p.cluster > 1) cluster_wait();  // the other CTAs have started: their inboxes may be written
-
+  const int chunk0 = first_slice * p.units_per_slice * kUnitColumns / kChunk;
+  role.first_column = role.slice * p.units_per_slice * kUnitColumns - chunk0 * kChunk;
   Products products;
-  role.first_column = role.slice * p.units_per_slice * kUnitColumns - rotate.chunk0 * kChunk;
+  if constexpr (Config::kPrepared) {
+    table.store(shared);
+    wait_for_primary();
+    Products::load_prepared_scales(p, chunk0, x_scales);
 #pragma unroll
-  for (int u = 0; u < Config::kUnits; ++u) {
-    if (u < units && role.blocks > 0) products.load(p, xs, role, u);
+    for (int u = 0; u < Config::kUnits; ++u) {
+      if (role.blocks > 0) products.load_prepared(p, role, u);
+    }
+  } else {
+    const RotateRole<T> rotate(p, first_slice, warp, lane);
+    table.store(shared);
+    rotate.template run<1>(p, lane, [&](const uint2(&b)[8], int r, int c) {
+      float y[4][2][4];
+      rotate.rotation.rotate(b, y);
+      Products::store(y, xs, r, c, p.chunks, x_scales + r * p.chunks + c, lane);
+    });
+    __syncthreads();
+#pragma unroll
+    for (int u = 0; u < Config::kUnits; ++u) {
+      if (u < units && role.blocks > 0) products.load(p, xs, role, u);
+    }
   }
-  __syncthreads();  // x is in registers: partial sums take its place
+  __syncthreads();                    // x is in registers: partial sums take its place
+  if (p.cluster > 1) cluster_wait();  // the other CTAs have started: their inboxes may be written
   auto* partials = reinterpret_cast<float*>(xs);
   const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
   const uint32_t offset = lane * 4;

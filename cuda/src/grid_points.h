@@ -1,6 +1,8 @@
 // Grid points as a kernel argument: launchers need no device copy of the grids and stay CUDA-graph safe.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <bit>
 #include <cstdint>
 
@@ -28,6 +30,15 @@ GridPoints<Capacity> make_points(const Grid& grid) {
   out.value_bits = std::countr_zero(static_cast<unsigned>(grid.table_points()));
   for (int i = 0; i < grid.table_points() * grid.p; ++i) out.values[i] = f32_to_f16(grid.points[i]);
   return out;
+}
+
+// Value c of a point, from a table that holds `values`.
+template <int Capacity>
+__device__ __forceinline__ float point_value(const GridPoints<Capacity>& points, const std::uint16_t* table,
+                                             std::uint32_t index, int c) {
+  const std::uint32_t entry = index & ((1u << points.value_bits) - 1);
+  const std::uint32_t negative = index >> points.value_bits >> c & 1;
+  return __half2float(__ushort_as_half(table[entry * points.p + c] ^ negative << 15));
 }
 
 // Calls body(points) with the smaller of two argument sizes that fits (2 KB for up to 1024 values, else 16 KB).

@@ -118,15 +118,18 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
 }
 
 // More than 8 rows of x cost the decode kernel twice the loads of x, or twice the rounds: on large layers the GEMM is
-// faster, of trellises on smaller ones, too, unless all of x fits into the registers of a CTA.
+// faster, of trellises on smaller ones, too; of vector grids not where all of x fits into the registers of a CTA, but
+// from 13 rows on it is there, too.
 bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts, const DeviceProperties& device) {
   constexpr std::int64_t kMostHeld = 4096;  // columns of 16 rows: 256 a warp
   const LayerFormat& f = parts[0].weights.format;
   if (m > kMaxDecodeRows || !supports_block(f.block)) return true;
   if (m <= kMaxDecodeRows / 2 || !has_wgmma(device)) return false;
-  const std::int64_t large = std::int64_t{1} << (f.grid->trellis != nullptr ? 25 : 26);  // weights
+  const bool trellis = f.grid->trellis != nullptr;
+  const bool many = !trellis && m > 12;
+  const std::int64_t large = std::int64_t{1} << (trellis || many ? 25 : 26);  // weights
   std::int64_t rows = 0;
-  bool holds = true;
+  bool holds = !trellis && !many;
   for (const LinearPart& part : parts) {
     rows += part.weights.format.n;
     const TiledFormat t = tiled_format(part.weights.format);
@@ -224,8 +227,9 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
 }
 
 // Workspace: prepared x | partial sums.
+bool prepares_digits(const LaunchPlan& p) { return p.bytes() || p.field.trellis(); }
 std::int64_t x_bytes(const LaunchPlan& p, std::int64_t k) {
-  return p.prepared ? prepared_x_bytes(p.rows, k, p.bytes(), p.half_parts()) : 0;
+  return p.prepared ? prepared_x_bytes(p.rows, k, prepares_digits(p), p.half_parts()) : 0;
 }
 
 void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
@@ -247,7 +251,7 @@ void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std:
                    .m = rows,
                    .k = static_cast<int>(f.k),
                    .block = f.block,
-                   .digits = part_plan.bytes(),
+                   .digits = prepares_digits(part_plan),
                    .half_parts = part_plan.half_parts()},
                   dtype, stream);
         params.x = workspace;

@@ -1,7 +1,9 @@
 // Rotated x in the layout of the GEMM kernel's B operand, see pack_x.h.
 #include "pack_x.h"
 
-#include "async_copy.cuh"
+#include <algorithm>
+
+#include "gemv_params.h"
 #include "launch.h"
 #include "numeric.cuh"
 #include "ptx.cuh"
@@ -24,158 +26,176 @@ __device__ __forceinline__ void clear_flags(const PackParams& p) {
   for (int i = threadIdx.x; i < p.flag_count; i += blockDim.x) p.flags[i] = 0;
 }
 
-// --- few rows and blocks of a power of two: a CTA per chunk of one or two rows, 16 values a thread
+// CTAs of one warp wait for x beside the kernel before, in the registers that GemmConfig leaves free: on a
+// multiprocessor two, or six beside tiles of 128 tokens. Where one or two are enough, they take so much shared memory
+// that they go where there is most room: multiprocessors without a CTA of that kernel would get up to 32.
+constexpr int kCtas = 32;  // of one warp: 2048 registers each
+constexpr int kSpreadBytes[] = {0, 34 * 1024, 18 * 1024};
+
+// --- blocks of a power of two: a warp takes a chunk of one row or several, on the tensor cores
 //
-// A launch starts with a cold instruction cache, at about 10 cycles an instruction: the passes of two strides each are
-// one short loop, where a warp per chunk takes 900 instructions in a row. The butterflies and their order are those of
-// fwht.cuh. 2048 registers a CTA: two or more fit into what GemmConfig leaves free.
+// As rotate_x.cuh does it, with other places for the column bits, so that a warp reads 512 bytes in a row, writes whole
+// rows of 128 bytes, 16 bytes a lane, and nothing changes lanes but in the MMAs:
+//
+//   load       a lane has columns 256 i + 8 lane .. + 7, i = 0..3
+//   MMA 1      column bits 0, 3, 4, 1; its rows are bits 0, 1, 4, 3
+//   MMA 2      column bits 5-8
+//   butterfly  column bits 2 and 9, fp32
+//   store      a lane has half a step of 16 columns, piece lane % 8 of row lane / 8 + 4 i of 64 columns
+//
+// Two roundings to T besides the last, as in the decode kernel.
 
-constexpr int kThreads = 64;
-constexpr int kQuads = kChunk / 4 / kThreads;  // a thread's, kThreads apart
-constexpr int kPaddedChunk = kChunk + kChunk / 32;
-constexpr int kCtaBytes = kPaddedChunk * 4 + kChunk * 2;
-// CTAs that wait for x beside the kernel before, on a multiprocessor, and the shared memory that each takes where one
-// or two are enough: they go where there is most room, and multiprocessors without a CTA of that kernel would get up
-// to 32.
-constexpr int kResident = 2;
-constexpr int kSpreadBytes[kResident + 1] = {0, 34 * 1024, 18 * 1024};
+constexpr int kWarps = 8;
 
-__device__ __forceinline__ float& padded(float* values, int i) { return values[i + i / 32]; }
-
-// Two strides: pairs (0, 1) and (2, 3), then (0, 2) and (1, 3).
-__device__ __forceinline__ void two_strides(float (&v)[4], bool second) {
-  const float a[4] = {__fadd_rn(v[0], v[1]), __fsub_rn(v[0], v[1]), __fadd_rn(v[2], v[3]), __fsub_rn(v[2], v[3])};
-  v[0] = second ? __fadd_rn(a[0], a[2]) : a[0];
-  v[1] = second ? __fadd_rn(a[1], a[3]) : a[1];
-  v[2] = second ? __fsub_rn(a[0], a[2]) : a[2];
-  v[3] = second ? __fsub_rn(a[1], a[3]) : a[3];
-}
-
-// values = the chunk after the strides below `block`.
-__device__ __forceinline__ void transform_chunk(float* values, int block) {
-#pragma unroll 1
-  for (int log = 2; 1 << log < block; log += 2) {
-    __syncthreads();
-#pragma unroll 2
-    for (int q = 0; q < kQuads; ++q) {
-      const int quad = threadIdx.x + q * kThreads;
-      const int first = (quad >> log << (log + 2)) + (quad & ((1 << log) - 1));
-      float v[4];
+template <typename T>
+class PackRotation {
+ public:
+  __device__ __forceinline__ PackRotation(int block, int lane) : block_(block), norm_(remaining_norm(block)) {
+    crossed_hadamard_fragment(lane, kHalves<T> - kExponents<T>, first_);
+    const uint32_t exponents = (block >= 1024 ? 2 : block >= 256 ? 1 : 0) * kExponents<T>;
+    hadamard_fragment(block == 64 ? 1 : block == 128 ? 2 : block == 256 ? 3 : 4, lane, kHalves<T> - exponents, second_);
+  }
+  // d and x of a chunk with `count` columns: beyond them d is 0 and x anything.
+  __device__ __forceinline__ void load_d(const float* d, int count, int lane) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = padded(values, first + (i << log));
-      two_strides(v, 2 << log < block);
+    for (int i = 0; i < 4; ++i) {
+      float (&to)[8] = d_[i];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) padded(values, first + (i << log)) = v[i];
+      for (float& value : to) value = 0;
+      if (column(i, lane) < count) load_values(d + column(i, lane), to);
     }
   }
-  __syncthreads();
-}
-
-// Where a CTA works: a chunk of columns, the same in all its rows.
-struct ChunkPlace {
-  int first_row;
-  int row_step;
-  int chunk;  // first column
-  int count;  // of columns from there on
-
-  __device__ __forceinline__ explicit ChunkPlace(const PackParams& p) {
-    const int chunks = (p.k + kChunk - 1) / kChunk;
-    first_row = blockIdx.x / chunks;
-    row_step = gridDim.x / chunks;
-    chunk = (blockIdx.x - first_row * chunks) * kChunk;
-    count = p.k - chunk;
+  static __device__ __forceinline__ void load_x(const T* x, int count, int lane, uint4 (&raw)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      raw[i] = load_streaming(reinterpret_cast<const uint4*>(x + min(column(i, lane), count - 8)));
   }
+  // raw times d, the B operand of the first MMAs.
+  __device__ __forceinline__ void multiply(const uint4 (&raw)[4], uint2 (&b)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+      uint32_t products[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float2 x = unpack2<T>(words[w]);
+        products[w] = pack2<T>(x.x * d_[i][2 * w], x.y * d_[i][2 * w + 1]);
+      }
+      b[i / 2 * 4 + i % 2] = {products[0], products[1]};
+      b[i / 2 * 4 + 2 + i % 2] = {products[2], products[3]};
+    }
+  }
+  // out[i] = what the lane stores in row lane / 8 + 4 i.
+  __device__ __forceinline__ void rotate(const uint2 (&b)[8], uint4 (&out)[4]) const {
+    float y[4][2][4];
+    multiply_factors<T>(first_, second_, b, y);
+    across_pairs<1>(y);
+    if (block_ > 512) across_pairs<2>(y);
+    if (norm_ != 1) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) y[i / 8][i / 4 % 2][i % 4] *= norm_;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto& even = y[i / 2 * 2];
+      const auto& odd = y[i / 2 * 2 + 1];
+      const int c = i % 2 * 2;
+      out[i] = {pack2<T>(even[0][c], even[0][c + 1]), pack2<T>(odd[0][c], odd[0][c + 1]),
+                pack2<T>(even[1][c], even[1][c + 1]), pack2<T>(odd[1][c], odd[1][c + 1])};
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int column(int i, int lane) { return 256 * i + 8 * lane; }
+
+  uint32_t first_[4];
+  uint32_t second_[4];
+  float d_[4][8];
+  int block_;
+  float norm_;
 };
 
-// values = the chunk of a row of x, rotated, without the norm; beyond the columns of x anything.
-template <typename T>
-__device__ __forceinline__ void rotate_chunk(const PackParams& p, const ChunkPlace& place, int row, float* values) {
-  // Through shared memory: registers for both loads at once there are not.
-  const auto raw = reinterpret_cast<uint4(*)[kThreads]>(values + kPaddedChunk);  // 8 columns a thread and half
-  const int column = 8 * threadIdx.x;
-  const T* from = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k + place.chunk + column;
-  if (column < place.count) copy_async(shared_address(&raw[0][threadIdx.x]), from);
-  if (column + kChunk / 2 < place.count) copy_async(shared_address(&raw[1][threadIdx.x]), from + kChunk / 2);
-  commit_copies();
-  wait_for_copies<0>();
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int first = column + h * kChunk / 2;
-    float d[8] = {};
-    if (first < place.count) load_values(p.d + place.chunk + first, d);
-    const uint4 words = raw[h][threadIdx.x];
-    const T* x = reinterpret_cast<const T*>(&words);
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      float v[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[j] = __fmul_rn(d[i + j], to_float(x[i + j]));
-      two_strides(v, true);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) padded(values, first + i + j) = v[j];
-    }
-  }
-  transform_chunk(values, p.block);
-}
-
-// The grid is a multiple of the chunks of a row: a CTA keeps its chunk.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
-    pack_ctas_kernel(const __grid_constant__ PackParams p, float norm) {
-  extern __shared__ __align__(16) float values[];
+// A CTA has a chunk of kWarps * rows_of_warp rows; one of one warp has one row.
+template <typename T, int kWarps>
+__global__ void __launch_bounds__(kWarps* kLanes, kWarps == 1 ? kCtas : 2)
+    pack_rows_kernel(const __grid_constant__ PackParams p, int rows_of_warp) {
   launch_dependents();
-  const ChunkPlace place(p);
+  const int lane = threadIdx.x % kLanes;
+  const int chunks = (p.k + kChunk - 1) / kChunk;
+  const int group = blockIdx.x / chunks;
+  const int chunk = (blockIdx.x - group * chunks) * kChunk;
+  const int count = min(p.k - chunk, kChunk);
+  PackRotation<T> rotation(p.block, lane);
+  rotation.load_d(p.d + chunk, count, lane);
+  int row = group * rows_of_warp * kWarps + threadIdx.x / kLanes;
+  const int end = min(p.m, (group + 1) * rows_of_warp * kWarps);
   wait_for_primary();
   clear_flags(p);
+  if (row >= end) return;
+  const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k + chunk;
+  auto* const out = static_cast<uint4*>(p.out) + static_cast<int64_t>(chunk / 64 + lane / 8) * p.padded_m * 8;
+  uint4 raw[4];
+  rotation.load_x(x, count, lane, raw);
 #pragma unroll 1
-  for (int row = place.first_row; row < p.m; row += place.row_step) {
-    rotate_chunk<T>(p, place, row, values);
-    auto* const out = static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(place.chunk / 64) * p.padded_m + row) * 128;
-#pragma unroll 2
-    for (int q = 0; q < kQuads; ++q) {
-      const int quad = threadIdx.x + q * kThreads;
-      // Slots 4 quad .. + 3 hold columns 4 t + 2 h, + 1, and those of the next t (packed_slot).
-      const int first = quad / 4 * 16 + quad % 2 * 8 + quad / 2 % 2 * 2;
-      const auto scaled = [&](int i) { return __fmul_rn(padded(values, first + i), norm); };
-      const int piece = quad / 2;  // of 16 bytes; 8 pieces are a row of 64 columns
-      if (4 * quad >= place.count) break;
-      *reinterpret_cast<uint2*>(out + static_cast<int64_t>(piece / 8) * p.padded_m * 128 + (piece % 8 ^ row % 8) * 16 +
-                                quad % 2 * 8) = {pack2<T>(scaled(0), scaled(1)), pack2<T>(scaled(4), scaled(5))};
+  do {
+    uint2 b[8];
+    rotation.multiply(raw, b);
+    x += kWarps * p.k;
+    if (kWarps > 1 && row + kWarps < end) rotation.load_x(x, count, lane, raw);  // under way while this row is rotated
+    uint4 pieces[4];
+    rotation.rotate(b, pieces);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int block = lane / 8 + 4 * i;  // of 64 columns
+      const int piece = lane % 8 ^ row % 8;
+      if (block * 64 < count) out[(static_cast<int64_t>(4 * i) * p.padded_m + row) * 8 + piece] = pieces[i];
     }
-    __syncthreads();  // `values` has been read
-  }
+    row += kWarps;
+  } while (kWarps > 1 && row < end);
 }
+
+// --- digits for a trellis: a warp per chunk of a row, the rotation of rotate_x.cuh
+
+// Where value i of a chunk is in shared memory.
+__device__ __forceinline__ int padded(int i) { return i + i / 32 * 4; }
 
 // Of B, for the digits of a row of x: the sums of a token's digits fall to the lane that has those of column `row`
 // of 16.
 __device__ __forceinline__ int digit_row(int row) { return row / 8 * 16 + row % 2 * 8 + row % 8 / 2 * 2; }
 
+// unit: of the rotated values, 1 over it.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
-    pack_digits_kernel(const __grid_constant__ PackParams p, float norm) {
-  extern __shared__ __align__(16) float values[];
-  float* most_of_warp = values + kPaddedChunk;  // where x was
+__global__ void __launch_bounds__(kLanes, kCtas) pack_digits_kernel(const __grid_constant__ PackParams p, float unit) {
+  __shared__ __align__(16) float values[kChunk + kChunk / 8];
   launch_dependents();
-  const ChunkPlace place(p);  // of one row
+  const int lane = threadIdx.x;
+  const int chunks = (p.k + kChunk - 1) / kChunk;
+  const int first_row = blockIdx.x / chunks;
+  const int chunk = (blockIdx.x - first_row * chunks) * kChunk;
+  const int count = p.k - chunk;
+  const Rotation<T> rotation(p.block, lane);
+  float4 d[8];
+  rotation.load_d(p.d + chunk, count, lane, d);
   wait_for_primary();
   clear_flags(p);
-  rotate_chunk<T>(p, place, place.first_row, values);
-  float most = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < min(kChunk, place.count); i += kThreads) {
-    most = max_or_nan(most, fabsf(padded(values, i)));
-  }
+  uint2 raw[8];
+  rotation.load_x(static_cast<const T*>(p.x) + static_cast<int64_t>(first_row) * p.k + chunk, count, lane, raw);
+  uint2 b[8];
+  rotation.multiply(raw, d, b);
+  float y[4][2][4];
+  rotation.rotate(b, y);
+  const float inverse = chunk_scale(y, kMostDigits, unit, p.scales + chunk / kChunk * 16 + first_row, lane);
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, step));
-  if (threadIdx.x % kLanes == 0) most_of_warp[threadIdx.x / kLanes] = most;
-  __syncthreads();
-  most = max_or_nan(most_of_warp[0], most_of_warp[1]);
-  if (threadIdx.x == 0)
-    p.scales[place.chunk / kChunk * 16 + place.first_row] = most * (norm * kTrellisStep / kMostDigits);
-  const float inverse = most > 1e-30f ? __fdividef(kMostDigits, most) : 0.0f;
-  const int row = digit_row(place.first_row);
+  for (int j = 0; j < 8; ++j) {
+    const auto& part = y[j / 2];
+    const int c = j % 2 * 2;
+    *reinterpret_cast<float4*>(values + padded(128 * j + rotation.first_column(lane))) = {part[0][c], part[0][c + 1],
+                                                                                          part[1][c], part[1][c + 1]};
+  }
+  __syncwarp();
+  const int row = digit_row(first_row);
 #pragma unroll 1
-  for (int item = threadIdx.x; item < kChunk / 8 && item * 8 < place.count; item += kThreads) {
+  for (int item = lane; item < kChunk / 8 && item * 8 < count; item += kLanes) {
     const int piece = item % 8;  // of 16 bytes; 8 are a row of 64 columns
     const int step = item / 2;   // of 16 columns
     const int odd = item % 2;
@@ -187,20 +207,18 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
       const int first = 16 * step + 4 * t + 2 * odd;
       const int second = p.shift == 2 ? 16 * next + 4 * t + 2 * odd : odd == 0 ? first + 2 : 16 * next + 4 * t;
       const uint2 digits = digits_of(
-          {padded(values, first), padded(values, first + 1), padded(values, second), padded(values, second + 1)},
+          {values[padded(first)], values[padded(first + 1)], values[padded(second)], values[padded(second + 1)]},
           inverse);
       hi[t] = digits.x;
       lo[t] = digits.y;
     }
-    auto* const out = static_cast<uint4*>(p.out) + static_cast<int64_t>(place.chunk / 64 + item / 8) * 32 * 8;
+    auto* const out = static_cast<uint4*>(p.out) + static_cast<int64_t>(chunk / 64 + item / 8) * 32 * 8;
     out[row * 8 + (piece ^ row % 8)] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
     out[(row + 1) * 8 + (piece ^ (row + 1) % 8)] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
   }
 }
 
-// --- many rows, and blocks with an odd factor: a warp per chunk
-
-constexpr int kWarps = 8;
+// --- blocks with an odd factor: a warp per chunk
 
 template <typename T>
 __global__ void __launch_bounds__(kWarps* kLanes)
@@ -237,6 +255,21 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   }
 }
 
+// each: items of a multiprocessor.
+template <typename T>
+void pack_rows(const PackParams& p, int chunks, int each, Stream stream) {
+  if (each <= (p.padded_m == 128 ? 6 : 2)) {
+    const LaunchShape shape{p.m * chunks, kLanes, each <= 2 ? kSpreadBytes[each] : 0};
+    return launch_dependent<pack_rows_kernel<T, 1>>(shape, stream, p, 1);
+  }
+  constexpr int kMostRows = 4;  // of a warp; fewer where all CTAs are resident at once
+  const int octets = (p.m + kWarps - 1) / kWarps;
+  const int groups = std::max(1, 2 * current_device().multiprocessors / chunks);
+  const int rows = std::min(kMostRows, (octets + groups - 1) / groups);
+  const LaunchShape shape{(octets + rows - 1) / rows * chunks, kWarps * kLanes};
+  launch_dependent<pack_rows_kernel<T, kWarps>>(shape, stream, p, rows);
+}
+
 }  // namespace
 
 void pack_x(const PackParams& params, DType dtype, Stream stream) {
@@ -246,18 +279,14 @@ void pack_x(const PackParams& params, DType dtype, Stream stream) {
   const int multiprocessors = current_device().multiprocessors;
   const auto each = static_cast<int>((items + multiprocessors - 1) / multiprocessors);
   if (params.scales != nullptr) {
-    const float norm = hadamard_norm(params.block);
-    const LaunchShape shape{static_cast<int>(items), kThreads, kCtaBytes};
-    return dtype == DType::f16 ? launch_dependent<pack_digits_kernel<__half>>(shape, stream, params, norm)
-                               : launch_dependent<pack_digits_kernel<__nv_bfloat16>>(shape, stream, params, norm);
+    const LaunchShape shape{static_cast<int>(items), kLanes};
+    const float unit = 1 / (remaining_norm(params.block) * kTrellisStep);
+    return dtype == DType::f16 ? launch_dependent<pack_digits_kernel<__half>>(shape, stream, params, unit)
+                               : launch_dependent<pack_digits_kernel<__nv_bfloat16>>(shape, stream, params, unit);
   }
-  if (each <= 2 * kResident && transform.runs == 1) {
-    const std::int64_t rows = each <= kResident ? params.m : (params.m + 1) / 2;
-    const LaunchShape shape{static_cast<int>(rows * chunks), kThreads,
-                            each <= kResident ? kSpreadBytes[each] : kCtaBytes};
-    const float norm = hadamard_norm(params.block);
-    return dtype == DType::f16 ? launch_dependent<pack_ctas_kernel<__half>>(shape, stream, params, norm)
-                               : launch_dependent<pack_ctas_kernel<__nv_bfloat16>>(shape, stream, params, norm);
+  if (transform.runs == 1) {
+    return dtype == DType::f16 ? pack_rows<__half>(params, static_cast<int>(chunks), each, stream)
+                               : pack_rows<__nv_bfloat16>(params, static_cast<int>(chunks), each, stream);
   }
   const int warps = items < 8 * multiprocessors ? 1 : kWarps;  // few items: on as many multiprocessors as possible
   const LaunchShape shape{static_cast<int>((items + warps - 1) / warps), warps * kLanes,

@@ -22,8 +22,9 @@ struct PackParams {
   int shift = 0;  // of the trellis
 };
 
-// out = rotate(x * d) as higgs::rotate, rounded once; each run of 64 columns is a 128-byte row in the k order of
-// decode.cuh, its 16-byte pieces swizzled by the row's number modulo 8.
+// out = rotate(x * d) in two steps, as rotate_x.cuh has it, or as higgs::rotate where the block has an odd factor; each
+// run of 64 columns is a 128-byte row in the k order of decode.cuh, its 16-byte pieces swizzled by the row's number
+// modulo 8.
 //
 // With scales (m <= 16, a block of a power of two): 1024 columns of a row are rounded to integers 256 hi + lo of a
 // scale of their own, hi and lo in rows digit_row(row) and + 1 of 32. In 32 bytes for 16 columns lie, for t = 0..3, the

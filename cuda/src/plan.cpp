@@ -109,7 +109,7 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
   p.row_groups =
       static_cast<int>(std::clamp<std::int64_t>(ceil_div<std::int64_t>(all, clusters), 1, max_warps / p.slices));
   split_clusters(p, blocks, clusters);
-  p.chunks = p.prepared ? 0 : chunks_of(t, f.k, p.slices);
+  p.chunks = p.prepared && !p.field.trellis() ? 0 : chunks_of(t, f.k, p.slices);
   const int budget = p.whole ? device.shared_bytes_per_block : (device.shared_bytes_per_block - kReservedShared) / 2;
   const SharedUse use = shared_use(p, budget - kTableBytes);
   p.batch = use.batch;
@@ -186,9 +186,10 @@ LaunchPlan best_partition(LaunchPlan p, const LinearProblem& problem, const Tile
                           const DeviceProperties& device) {
   for (p.rows = static_cast<int>(problem.m); p.rows > 0; p.rows /= 2) {
     p.token_tiles = (p.rows > 8 ? 2 : 1) * (p.bytes() && p.rows > 4 ? 2 : 1);
-    const bool pairs = p.regular && !p.field.trellis();
-    const bool holds = !pairs || (p.rows <= 8 && holds_x(p.field));
-    const bool prepares = pairs && has_wgmma(device) && prepares_x(p.field, p.rows);
+    const bool trellis = p.field.trellis();
+    const bool pairs = p.regular && !trellis;
+    const bool prepares = p.regular && (trellis || has_wgmma(device)) && prepares_x(p.field, p.rows);
+    const bool holds = trellis ? !prepares : !pairs || (p.rows <= 8 && holds_x(p.field));
     for (int launches = 1; launches <= t.slices * t.units_per_slice; ++launches) {
       LaunchPlan best;
       double least = 0;

@@ -31,7 +31,7 @@ struct alignas(P == 1   ? 8
 
 template <int P, typename Points>
 __device__ __forceinline__ void load_points(const Points& points, int first, ScoredPoint<P>* out) {
-  for (int i = threadIdx.x; i < min(kPointsAtOnce, (1 << points.index_bits) - first); i += kThreads) {
+  for (int i = threadIdx.x; i < min(kPointsAtOnce, (1 << points.value_bits) - first); i += kThreads) {
     ScoredPoint<P> s;
     double norm = 0;
     for (int c = 0; c < P; ++c) {
@@ -43,21 +43,29 @@ __device__ __forceinline__ void load_points(const Points& points, int first, Sco
   }
 }
 
-// Index of the nearest point for runs base, base + kThreads, ..., to indices (uint8 or uint16).
+// Index of the nearest point for runs base, base + kThreads, ..., to indices (uint8 or uint16). In a sign-symmetric
+// grid that is the nearest magnitude to the absolute values, and their signs.
 template <int P, typename Points, typename Index>
 __device__ void find_nearest(const QuantizeLayer& layer, const Points& points, const float* row,
                              const GroupState* groups, ScoredPoint<P>* shared_points, Index* indices) {
   const int runs = layer.k / P;
-  const int n_points = 1 << points.index_bits;
+  const int n_points = 1 << points.value_bits;
+  const bool with_signs = points.index_bits > points.value_bits;
   for (int base = 0; base < runs; base += kThreads * kRuns) {
     float u[kRuns][P];
     float best[kRuns];
     int at[kRuns] = {};
+    int signs[kRuns] = {};
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       const int run = min(base + r * kThreads + static_cast<int>(threadIdx.x), runs - 1);
       const float inverse = groups[run * P / layer.group].inverse;
-      for (int c = 0; c < P; ++c) u[r][c] = -__fmul_rn(row[run * P + c], inverse);
+      for (int c = 0; c < P; ++c) {
+        u[r][c] = -__fmul_rn(row[run * P + c], inverse);
+        if (!with_signs) continue;
+        signs[r] |= (u[r][c] > 0 ? n_points : 0) << c;
+        u[r][c] = -fabsf(u[r][c]);
+      }
       best[r] = __int_as_float(0x7f800000);
     }
     for (int first = 0; first < n_points; first += kPointsAtOnce) {
@@ -84,7 +92,7 @@ __device__ void find_nearest(const QuantizeLayer& layer, const Points& points, c
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       const int run = base + r * kThreads + static_cast<int>(threadIdx.x);
-      if (run < runs) indices[run] = static_cast<Index>(at[r]);
+      if (run < runs) indices[run] = static_cast<Index>(at[r] | signs[r]);
     }
   }
 }
@@ -106,7 +114,7 @@ template <typename T, int P, typename Points>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const __grid_constant__ Points points, const __grid_constant__ BlockTransform transform,
                     const QuantizeLayer layer, const T* w) {
-  using Index = std::conditional_t<(P == 2), uint16_t, uint8_t>;
+  using Index = std::conditional_t<(P > 1), uint16_t, uint8_t>;
   extern __shared__ __align__(32) uint8_t shared[];
   auto* shared_points = reinterpret_cast<ScoredPoint<P>*>(shared);
   auto* groups = reinterpret_cast<GroupState*>(shared_points + kPointsAtOnce);
@@ -123,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
   find_nearest<P>(layer, points, row, groups, shared_points, indices);
   __syncthreads();
   refit_scales(layer, row, groups, layer.scales + n_row * layer.row_groups, [&](int column) -> double {
-    return __half2float(__ushort_as_half(points.values[indices[column / P] * P + column % P]));
+    return point_value(points, points.values, indices[column / P], column % P);
   });
   pack_row(layer.k / P, points.index_bits, indices, layer.indices + n_row * layer.row_bytes);
   store_row_stats(layer, groups, n_row);
@@ -132,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int P, typename Points>
 void launch_quantize(const Points& points, int block, const QuantizeLayer& layer, int64_t n, const void* w,
                      Stream stream) {
-  const int after_row = std::max(kWarps * kChunkScratch * 4, P == 2 ? layer.k : layer.k / P);
+  const int after_row = std::max(kWarps * kChunkScratch * 4, P == 1 ? layer.k : layer.k / P * 2);
   const int shared = kPointsAtOnce * static_cast<int>(sizeof(ScoredPoint<P>)) +
                      layer.row_groups * static_cast<int>(sizeof(GroupState)) + layer.k * 4 + after_row;
   const int limit = current_device().shared_bytes_per_block;
@@ -156,9 +164,6 @@ void quantize(const void* w, DType w_dtype, const LayerFormat& format, const std
   if (format.k > kMaxQuantizeColumns) {
     throw Error(ErrorCode::unsupported, "quantize: k = " + std::to_string(format.k) + "; the GPU takes at most " +
                                             std::to_string(kMaxQuantizeColumns));
-  }
-  if (format.grid->magnitudes > 0) {
-    throw Error(ErrorCode::unsupported, "quantize: grid " + std::string(format.grid->name) + " has no GPU encoder");
   }
   check_pointer("quantize", "w", w);
   check_pointer("quantize", "indices", indices);

@@ -13,6 +13,8 @@
 // A two-way dot product and a minimum per edge are left when the terms that depend on one of the two pieces only are
 // taken out:
 //   cost(lo, hi) = [4 lo^2 - lo X] + [4 hi^2 - hi X] + 8 lo hi
+#include <algorithm>
+
 #include "checks.h"
 #include "higgs/cuda/ops.h"
 #include "launch.h"
@@ -74,9 +76,10 @@ constexpr int kNever = 1 << 25;  // more than any cost of a path
 // --- shift 1: 256 states. Path costs of the steps are kept, and the way back is found by comparing again. ------------
 template <int Bits>
 struct SearchOne {
-  static constexpr int kThreads = 128;
-  static constexpr int kOwn = kPieces / kThreads;  // pieces of a thread
-  static constexpr int kFree = 1 << Bits;          // pieces that may precede one
+  static constexpr int kThreads = Bits < 7 ? 128 : 64;
+  static constexpr int kOwn = kPieces / kThreads;                   // pieces of a thread
+  static constexpr int kFree = 1 << Bits;                           // pieces that may precede one
+  static constexpr int kTogether = std::min(kOwn, kFree / kLanes);  // a thread's with the same predecessors
 
   alignas(16) int entry[2][kPieces];  // least cost of a path to each state, plus the cost of lo of the step
   alignas(16) int slope[kPieces];     // 8 lo
@@ -89,7 +92,7 @@ struct SearchOne {
   }
   // The threads of a warp have pieces with the same predecessors, first_before(c) ..
   static __device__ __forceinline__ int own_piece(int i) {
-    const int j = i * kThreads + threadIdx.x;
+    const int j = (threadIdx.x / kLanes * kOwn + i) * kLanes + threadIdx.x % kLanes;
     return (j % kFree) << (8 - Bits) | j / kFree;
   }
   static __device__ __forceinline__ int first_before(int c) { return (c & ((1 << (8 - Bits)) - 1)) << Bits; }
@@ -125,7 +128,6 @@ struct SearchOne {
     }
   }
   __device__ __forceinline__ void search(const int* from, const char2 (&hi)[kOwn], int (&least)[kOwn]) const {
-    constexpr int kTogether = Bits == 8 ? kOwn : 1;  // pieces of a thread with the same predecessors
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) least[i] = 0x7fffffff;
 #pragma unroll
@@ -138,8 +140,8 @@ struct SearchOne {
 #pragma unroll
         for (int i = first; i < first + kTogether; ++i) {
           const int h = byte_pair(hi[i]);
-          least[i] = min(least[i], min(min(__dp2a_lo(a.x, h, e.x), __dp2a_lo(a.y, h, e.y)),
-                                       min(__dp2a_lo(a.z, h, e.z), __dp2a_lo(a.w, h, e.w))));
+          least[i] = __vimin3_s32(least[i], __dp2a_lo(a.x, h, e.x), __dp2a_lo(a.y, h, e.y));
+          least[i] = __vimin3_s32(least[i], __dp2a_lo(a.z, h, e.z), __dp2a_lo(a.w, h, e.w));
         }
       }
     }
@@ -187,76 +189,96 @@ struct SearchOne {
 
 // --- 4 bits, shift 2: 4096 states of three nibbles n0 n1 n2; a step forgets n0 and adds n3 ---------------------------
 // The nibble that was forgotten is kept in the lowest bits of a cost, so that the least cost also names it. A thread
-// has n2, n3 and a quarter of the n1: shared memory holds one run, whose threads have to hide each other's latencies.
+// has n1, n2 and half of the n3: a cost that it loads meets eight pieces, and its lo stay in registers. Otherwise
+// shared memory, not arithmetic, would limit the search.
 struct SearchTwo {
-  static constexpr int kParts = 4;  // of the n1
+  static constexpr int kParts = 2;  // of the n3: n3 % kParts
   static constexpr int kThreads = kParts * kPieces;
   static constexpr int kOwn = 16 / kParts;
-  static constexpr int kRow = 260;  // of 256 costs with the same n2; a row ahead is four banks ahead
+  // Costs with the same n1 and n2, and with the same n2: 20 and 16 banks ahead, for loads of 16 bytes and stores of 4.
+  static constexpr int kLine = 20;
+  static constexpr int kRow = 16 * kLine + 16;
 
   alignas(16) int entry[2][16 * kRow];  // [n2][n1][n0]: 16 (least cost of a path to the state + of lo of the step) + n0
-  alignas(16) int slope[kPieces];       // 128 lo of piece n0 | n1 << 4
-  uint16_t back[kMaxSteps][kParts][kPieces];  // [step][n1 / 4][n2 | n3 << 4]: nibble n1 % 4 is n0 of the best path to
-                                              // state n1 n2 n3
+  alignas(16) int slope[kPieces];       // 128 lo of piece n0 | n1 << 4, by n0 + 16 n1
+  uint32_t back[kMaxSteps][kThreads];   // nibble n3 / kParts of a thread: n0 of the best path to state n1 n2 n3
   int start;
   uint8_t nibble[kMaxSteps];  // n0 of the state before each step
 
   __device__ __forceinline__ void set_up(const Tables& t) {
     if (threadIdx.x < kPieces) slope[threadIdx.x] = scaled_pair(128, t.lo[threadIdx.x]);
   }
+  static __device__ __forceinline__ int place(unsigned state) {
+    return state / kPieces * kRow + state % kPieces / 16 * kLine + state % 16;
+  }
 
   // As in SearchOne.
   __device__ void sweep(const Tables& t, const RunInput& run, int from, int steps, int kept, int from_state) {
-    const int part = threadIdx.x / kPieces;
-    const int n2 = threadIdx.x % kPieces / 16;
-    const int n3 = threadIdx.x % 16;
-    const char2 hi = t.hi[n2 | n3 << 4];
-    const int h = byte_pair(hi);
-    for (int i = part * kOwn; i < (part + 1) * kOwn; ++i) {  // states i n2 n3
-      const int number = i | n2 << 4 | n3 << 8;
-      const int cost = from_state < 0 || from_state == number ? 0 : kNever;
-      entry[0][n3 * kRow + n2 * 16 + i] = 16 * (cost + own_cost(t.lo[i | n2 << 4], run.x[from])) + i;
+    const int part = threadIdx.x % kParts;
+    const int n1 = threadIdx.x / kParts % 16;
+    const int n2 = threadIdx.x / kParts / 16;
+    for (int i = 0; i < kOwn; ++i) {
+      const int state = threadIdx.x + i * kThreads;
+      const int cost = from_state < 0 || from_state == state ? 0 : kNever;
+      entry[0][place(state)] =
+          16 * (cost + own_cost(t.lo[threadIdx.x % kPieces], run.x[from])) + static_cast<int>(threadIdx.x % 16);
     }
+    int4 a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = reinterpret_cast<const int4*>(slope + n1 * 16)[i];
+    const char2 lo = t.lo[n1 | n2 << 4];  // of the step after
+    char2 hi[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) hi[i] = t.hi[n2 | (part + kParts * i) << 4];
     __syncthreads();
     int at = from;
     for (int s = 0; s < steps; ++s) {
       const int next = run.cyclic(at + 1);
-      const int* from_states = entry[s % 2] + n2 * kRow;
-      int* to = entry[(s + 1) % 2] + n3 * kRow + n2 * 16;
-      const int of_hi = own_cost(hi, run.x[at]);
-      const bool last = s + 1 == steps;
+      int least[kOwn];
+      search(entry[s % 2] + n2 * kRow + n1 * kLine, a, hi, least);
+      int* to = entry[(s + 1) % 2] + part * kRow + n2 * kLine + n1;
+      const int2 x = run.x[at];
+      const int of_lo = s + 1 < steps ? own_cost(lo, run.x[next]) : 0;
       uint32_t nibbles = 0;
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        const int n1 = part * kOwn + i;
-        int least = 0x7fffffff;
-#pragma unroll
-        for (int n0 = 0; n0 < 16; n0 += 4) {
-          const int4 e = *reinterpret_cast<const int4*>(from_states + n1 * 16 + n0);
-          const int4 a = *reinterpret_cast<const int4*>(slope + n1 * 16 + n0);
-          least = min(least, min(min(__dp2a_lo(a.x, h, e.x), __dp2a_lo(a.y, h, e.y)),
-                                 min(__dp2a_lo(a.z, h, e.z), __dp2a_lo(a.w, h, e.w))));
-        }
-        nibbles |= static_cast<uint32_t>(least & 15) << (4 * i);
-        const int cost = (least >> 4) + of_hi;
-        to[n1] = last ? cost : 16 * (cost + own_cost(t.lo[n1 | n2 << 4], run.x[next])) + n1;
+        nibbles |= static_cast<uint32_t>(least[i] & 15) << (4 * i);
+        to[kParts * i * kRow] = 16 * ((least[i] >> 4) + own_cost(hi[i], x) + of_lo) + n1;
       }
-      if (s >= kept) back[s - kept][part][n2 | n3 << 4] = static_cast<uint16_t>(nibbles);
+      if (s >= kept) back[s - kept][threadIdx.x] = nibbles;
       at = next;
       __syncthreads();
+    }
+  }
+  static __device__ __forceinline__ void search(const int* from, const int4 (&a)[4], const char2 (&hi)[kOwn],
+                                                int (&least)[kOwn]) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) least[i] = 0x7fffffff;
+#pragma unroll
+    for (int n0 = 0; n0 < 16; n0 += 4) {
+      const int4 e = *reinterpret_cast<const int4*>(from + n0);
+      const int4 v = a[n0 / 4];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int h = byte_pair(hi[i]);
+        least[i] = __vimin3_s32(least[i], __dp2a_lo(v.x, h, e.x), __dp2a_lo(v.y, h, e.y));
+        least[i] = __vimin3_s32(least[i], __dp2a_lo(v.z, h, e.z), __dp2a_lo(v.w, h, e.w));
+      }
     }
   }
   // First warp: the lowest of the best states after `steps` steps.
   __device__ __forceinline__ int best_state(int steps) const {
     Least best;
-    for (int i = threadIdx.x; i < 4096; i += 32) best.take(entry[steps % 2][i / 256 * kRow + i % 256], i);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < 16 * kPieces; i += 32) best.take(entry[steps % 2][place(i)] >> 4, i);
     return best.of_warp();
   }
   // One thread: the best path into `state`, back to step `kept`.
   __device__ int trace(const RunInput& run, int from, int steps, int kept, int state) {
     for (int s = steps - 1; s >= kept; --s) {
-      const int n1 = state & 15;
-      state = (state << 4 & 0xfff) | (back[s - kept][n1 / kOwn][state >> 4] >> (n1 % kOwn * 4) & 15);
+      const int n3 = state / kPieces;
+      const uint32_t nibbles = back[s - kept][state % kPieces * kParts + n3 % kParts];
+      state = (state << 4 & 0xfff) | (nibbles >> (n3 / kParts * 4) & 15);
       nibble[run.cyclic(run.cyclic(from + s))] = static_cast<uint8_t>(state & 15);
     }
     return state;

@@ -1,6 +1,7 @@
-// Rotation of x inside the decode kernel, on the tensor cores: 1024 columns of a row by one warp, no shared memory, no
-// shuffles. The Hadamard matrix of a block is a Kronecker product over column bits; a 16 x 16 factor is the A operand
-// of an MMA, and the result of one MMA is, packed to 16 bits, the B operand of the next:
+// Rotation of x on the tensor cores, inside the decode kernel and, with other column bits in the places of these, in
+// pack_x: 1024 columns of a row by one warp, no shared memory, no shuffles. The Hadamard matrix of a block is a
+// Kronecker product over column bits; a 16 x 16 factor is the A operand of an MMA, and the result of one MMA is, packed
+// to 16 bits, the B operand of the next:
 //
 //   load       lane 4 g + t holds, for j = 0..7, columns 128 j + 16 g + 4 t .. + 3: times d, rounded to T
 //   MMA 1      column bits 0-3 (k: t and the register), for every j; columns bits 4-6 are n
@@ -50,9 +51,9 @@ __device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t v) {
 // lanes) cover all banks.
 __host__ __device__ constexpr int xs_stride(int chunks) { return chunks * kChunk + 32; }
 
-// The A operand: Hadamard over the lowest `bits` (2 to 4) of four bits, identity over the others, times `one` (T
-// twice). Rows g, g + 8; columns 2 t, 2 t + 1, + 8: for both MMAs the four bits of a row and of a column mean the same
-// column bits of x.
+// The A operand: Hadamard over the lowest `bits` (1 to 4) of four bits, identity over the others, times `one` (T
+// twice). Rows g, g + 8; columns 2 t, 2 t + 1, + 8: the four bits of a row and of a column mean the same column bits of
+// x.
 __device__ __forceinline__ void hadamard_fragment(int bits, int lane, uint32_t one, uint32_t (&a)[4]) {
   const int g = lane / 4;
   const int column = lane % 4 * 2;
@@ -60,7 +61,7 @@ __device__ __forceinline__ void hadamard_fragment(int bits, int lane, uint32_t o
   const uint32_t odd = (common ^ (common >> 1) ^ (common >> 2)) & 1u;  // sign of (g, column)
   const uint32_t odd_next = odd ^ (g & 1u);                            // of (g, column + 1)
   uint32_t low = one | odd << 15 | odd_next << 31;
-  if (bits == 2 && ((g ^ column) & 4) != 0) low = 0;
+  if (bits <= 2 && ((g ^ column) & (bits == 1 ? 6 : 4)) != 0) low = 0;
   a[0] = low;
   // A register each, although some are equal: the compiler must not know, or it copies them before every MMA.
   uint32_t zero;
@@ -71,8 +72,56 @@ __device__ __forceinline__ void hadamard_fragment(int bits, int lane, uint32_t o
   a[3] = bits == 4 ? low ^ 0x80008000u : low;
 }
 
+// The same over all four bits, of which 1 and 3 have changed places in the rows.
+__device__ __forceinline__ void crossed_hadamard_fragment(int lane, uint32_t one, uint32_t (&a)[4]) {
+  const uint32_t odd = lane >> 4 & lane >> 1 & 1;  // bit 2 of row and column
+  const uint32_t row_flips = (lane & 1) * 0x80008000u;
+  const uint32_t column_flips = (lane >> 3 & 1) * 0x80008000u;
+  a[0] = one | odd << 15 | (odd ^ (lane >> 2 & 1)) << 31;
+  a[1] = a[0] ^ row_flips;
+  a[2] = a[0] ^ column_flips;
+  a[3] = a[0] ^ row_flips ^ column_flips;
+}
+
+// y[pair] = both factors times b[2 pair], b[2 pair + 1], the second's upper column bit.
+template <typename T>
+__device__ __forceinline__ void multiply_factors(const uint32_t (&first)[4], const uint32_t (&second)[4],
+                                                 const uint2 (&b)[8], float (&y)[4][2][4]) {
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    float mid[2][4] = {};
+    mma_m16n8k16<T>(mid[0], first, b[2 * pair]);
+    mma_m16n8k16<T>(mid[1], first, b[2 * pair + 1]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (float& value : y[pair][h]) value = 0;
+      mma_m16n8k16<T>(y[pair][h], second,
+                      {pack2<T>(mid[0][2 * h], mid[0][2 * h + 1]), pack2<T>(mid[1][2 * h], mid[1][2 * h + 1])});
+    }
+  }
+}
+
+// A butterfly over a bit of `pair`.
+template <int kStride>
+__device__ __forceinline__ void across_pairs(float (&y)[4][2][4]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const int pair = i / 8;
+    if ((pair & kStride) != 0) continue;
+    const float a = y[pair][i / 4 % 2][i % 4];
+    const float b = y[pair | kStride][i / 4 % 2][i % 4];
+    y[pair][i / 4 % 2][i % 4] = a + b;
+    y[pair | kStride][i / 4 % 2][i % 4] = a - b;
+  }
+}
+
 // The norm 1 / sqrt(block) is split: 1/4 in the first factor, a power of two in the second, and for blocks of 128 and
 // 512 sqrt(1/2) in remaining_norm() (gemv_params.h), which goes into the weights' scales.
+template <typename T>
+inline constexpr uint32_t kHalves = std::is_same_v<T, __half> ? 0x38003800u : 0x3f003f00u;
+template <typename T>
+inline constexpr uint32_t kExponents = std::is_same_v<T, __half> ? 0x04000400u : 0x00800080u;  // a factor of two
 
 template <typename T>
 struct Rotation {
@@ -81,12 +130,10 @@ struct Rotation {
   int block;
 
   __device__ __forceinline__ Rotation(int block, int lane) : block(block) {
-    constexpr bool kHalf = std::is_same_v<T, __half>;
-    const uint32_t step = kHalf ? 0x04000400u : 0x00800080u;  // a factor of two
-    uint32_t one = kHalf ? 0x38003800u : 0x3f003f00u;         // 1/2
-    hadamard_fragment(4, lane, one - step, first);
-    if (block >= 256) one -= step;
-    if (block >= 1024) one -= step;
+    uint32_t one = kHalves<T>;
+    hadamard_fragment(4, lane, one - kExponents<T>, first);
+    if (block >= 256) one -= kExponents<T>;
+    if (block >= 1024) one -= kExponents<T>;
     hadamard_fragment(block == 64 ? 2 : block == 128 ? 3 : 4, lane, one, second);
   }
 
@@ -140,38 +187,12 @@ struct Rotation {
   }
   // To y[pair][h][2 c + e]: columns 256 pair + 128 c + first_column + 2 h + e.
   __device__ __forceinline__ void rotate(const uint2 (&b)[8], float (&y)[4][2][4]) const {
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      float mid[2][4] = {};
-      mma_m16n8k16<T>(mid[0], first, b[2 * pair]);
-      mma_m16n8k16<T>(mid[1], first, b[2 * pair + 1]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (float& value : y[pair][h]) value = 0;
-        mma_m16n8k16<T>(y[pair][h], second,
-                        {pack2<T>(mid[0][2 * h], mid[0][2 * h + 1]), pack2<T>(mid[1][2 * h], mid[1][2 * h + 1])});
-      }
-    }
+    multiply_factors<T>(first, second, b, y);
     if (block > 512) {  // not one after the other, which would take moves of what the second one changes
       across_pairs<1>(y);
       across_pairs<2>(y);
     } else if (block > 256) {
       across_pairs<1>(y);
-    }
-  }
-
- private:
-  template <int kStride>
-  static __device__ __forceinline__ void across_pairs(float (&y)[4][2][4]) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const int pair = i / 8;
-      if ((pair & kStride) != 0) continue;
-      const float a = y[pair][i / 4 % 2][i % 4];
-      const float b = y[pair | kStride][i / 4 % 2][i % 4];
-      y[pair][i / 4 % 2][i % 4] = a + b;
-      y[pair | kStride][i / 4 % 2][i % 4] = a - b;
     }
   }
 };

@@ -215,27 +215,39 @@ __device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4]
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
 }
 
-// x of a lane for the steps of a unit: byte c of word s is a digit of column 16 s + 4 t + c. B operand of step s: the
-// pieces of x that even and odd window of the step meet. Here: volatile, as moved out of a loop the results would take
-// more registers than there are.
-template <uint32_t Selector>
-__device__ __forceinline__ uint32_t permute_here(uint32_t a, uint32_t b) {
+// x of a lane for the steps of a unit: byte c of word s is a digit of column 16 s + 4 t + c. A window meets two pieces
+// of x, of two columns each; those of half of all windows make a word as they come (Shift 1) or when two words have
+// exchanged halves (Shift 2). So two steps are multiplied together: product 0 has the windows that meet words as they
+// are, product 1 those that meet halves of two words.
+template <int Shift>
+__host__ __device__ constexpr int window_of_product(int step, int product, int second) {  // step: even
+  return 2 * step + (product == 0 ? second * (3 - Shift) : second == 0 ? Shift : 3);
+}
+template <int Shift>
+__device__ __forceinline__ void order_pieces(uint32_t (&x)[kRunSteps]) {
+  static_assert(Shift == 1 || Shift == 2);
+  if constexpr (Shift == 2) {
+#pragma unroll
+    for (int s = 0; s < kRunSteps; s += 2) {
+      const uint32_t even = __byte_perm(x[s], x[s + 1], 0x5410);
+      x[s + 1] = __byte_perm(x[s], x[s + 1], 0x7632);
+      x[s] = even;
+    }
+  }
+}
+// Here: volatile, as moved out of a loop the results would take more registers than there are.
+template <bool Here>
+__device__ __forceinline__ uint32_t halves_of(uint32_t a, uint32_t b) {
+  if constexpr (!Here) return __byte_perm(a, b, 0x5432);
   uint32_t v;
-  asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "n"(Selector));
+  asm volatile("prmt.b32 %0, %1, %2, 0x5432;" : "=r"(v) : "r"(a), "r"(b));
   return v;
 }
+// The B operand of a product of steps s and s + 1.
 template <int Shift, bool Here>
-__device__ __forceinline__ uint2 x_operand(const uint32_t (&x)[kRunSteps], int s) {
-  static_assert(Shift == 1 || Shift == 2);
-  const uint32_t next = x[(s + 1) % kRunSteps];
-  if constexpr (Shift == 1) {
-    static_assert(Here);
-    return {permute_here<0x3210>(x[s], next), permute_here<0x5432>(x[s], next)};
-  } else if constexpr (Here) {
-    return {permute_here<0x5410>(x[s], next), permute_here<0x7632>(x[s], next)};
-  } else {
-    return {__byte_perm(x[s], next, 0x5410), __byte_perm(x[s], next, 0x7632)};
-  }
+__device__ __forceinline__ uint2 x_operand(const uint32_t (&x)[kRunSteps], int s, int product) {
+  if (product == 0) return {x[s], x[s + 1]};
+  return {halves_of<Here>(x[s], x[(s + Shift) % kRunSteps]), halves_of<Here>(x[s + 1], x[(s + 1 + Shift) % kRunSteps])};
 }
 
 // --- rotated x in shared memory -------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ TEST(GroupedLinear, IsLinearWithTheExpertOfTheRow) {
   HIGGS_NEEDS_GPU();
   const Experts shape{3, 48, 1152};
   const std::vector<std::int32_t> offsets{2, 2, 25};
-  for (const char* grid : {"p4_n64", "p2_n32", "p2_n256", "p2_n2048", "ch8"}) {
+  for (const char* grid : {"p4_n64", "p4_n4096", "p2_n32", "p2_n256", "p2_n2048", "ch8"}) {
     const Layer layer(find_grid(grid), shape.experts * shape.n, shape.k, 128, 384);
     const LayerFormat& f = layer.format;
     Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(f).bytes));

@@ -183,7 +183,7 @@ TEST(CudaLinear, GemmSchedules) {
 TEST(CudaLinear, ManyRowsAreAsFew) {
   HIGGS_NEEDS_GPU();
   const DeviceProperties& device = current_device();
-  for (const char* grid : {"p2_n256", "p2_n64", "p4_n256", "a2_b8", "p2_n1024"}) {
+  for (const char* grid : {"p2_n256", "p2_n64", "p4_n256", "p4_n4096", "a2_b8", "p2_n1024"}) {
     for (const auto& [n, k, m] : {std::array{8448, 2560, 1100}, {4096, 2048, 1024}, {17000, 3072, 500}}) {
       const Layer layer(find_grid(grid), n, k, 512, 512);
       SCOPED_TRACE(layer.name() + " m=" + std::to_string(m));
@@ -253,6 +253,9 @@ TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
   }
 }
 INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes, testing::Values("p2_n256", "p2_n64", "p4_n256", "p4_n4096"));
+
+INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes, testing::Values("p2_n256", "p2_n64", "p4_n256", "a2_b8", "a2_b4"),
+                         [](const auto& grid) { return std::string(grid.param); });
 
 TEST(CudaLinear, MatricesThatShareX) {
   HIGGS_NEEDS_GPU();

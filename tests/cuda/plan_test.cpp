@@ -32,7 +32,8 @@ void expect_valid(const LaunchPlan& p, std::span<const LayerFormat> matrices, st
   EXPECT_LE(p.threads(), p.max_threads());
   EXPECT_TRUE(p.regular || !p.paired);
   if (p.prepared) {
-    EXPECT_TRUE(p.regular && !p.paired && has_wgmma(d) && prepares_x(p.field, p.rows));
+    EXPECT_TRUE(p.regular && !p.paired && prepares_x(p.field, p.rows));
+    EXPECT_TRUE(p.field.trellis() || has_wgmma(d));
     EXPECT_EQ(p.units, prepared_units(p.field, p.rows));
   } else {
     EXPECT_TRUE(p.paired || !p.regular || p.field.trellis() || (p.rows <= 8 && holds_x(p.field)));
@@ -218,6 +219,18 @@ TEST(Plan, GemmSplitsKWithinClustersThatFit) {
   EXPECT_EQ(split(4096), 1);
   d.resident_clusters[4] = 21;
   EXPECT_EQ(split(64), 1) << "by 2, CTAs would have twice the slices that even shares give them";
+}
+
+TEST(Plan, XOfMoreThanFourRowsIsPreparedForATrellis) {
+  const LayerFormat f = format(find_grid("a2_b8"), 28672, 4096);
+  for (const DeviceProperties& d : kDevices) {
+    for (const std::int64_t m : {1, 4, 5, 8, 9, 16}) {
+      const LaunchPlan p = plan({m, DType::bf16, {&f, 1}}, d);
+      EXPECT_EQ(p.prepared, p.rows > 4) << d.name << " " << m;
+      EXPECT_GE(p.chunks, 1) << "scales of x";
+    }
+  }
+  EXPECT_EQ(plan({16, DType::bf16, {&f, 1}}, kDevices[3]).rows, 16);
 }
 
 TEST(Plan, UpToSixteenRowsMeetATrellisInProductsOfIntegers) {

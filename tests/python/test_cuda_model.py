@@ -13,9 +13,11 @@ from higgs import _core, evaluate
 from higgs.checkpoint.measure import MeasureOptions, measure_checkpoint
 from higgs.cli.app import app
 from higgs.integrations.attention import grouped_sdpa
+from higgs.integrations.inductor import overlap_kernels
 from higgs.linear import HiggsLinear
 from higgs.sensitivity import Sensitivities
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from typer.testing import CliRunner
@@ -221,3 +223,25 @@ def test_attention_of_one_token(dtype: torch.dtype, keys: int) -> None:
         for attention in (grouped_sdpa, sdpa_attention_forward)
     ]
     assert errors[0] <= 2 * errors[1] and errors[1] < 0.02 * expected.norm()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="sm_90 and later")
+def test_compiled_kernels_let_the_next_one_start_early(model: LlamaForCausalLM) -> None:
+    """The same bits, many times: whatever starts early waits for what it reads."""
+    higgs.quantize_(model, bits=4, scales="none")
+    model.to("cuda", torch.bfloat16)
+    logits, codes = [], []
+    try:
+        for enabled in (True, False):
+            overlap_kernels(enabled)
+            torch._dynamo.reset()
+            step = torch.compile(model, fullgraph=True, dynamic=False)
+            with torch.inference_mode():
+                output, sources = run_and_get_code(step, IDS[:, :1].cuda())
+                logits += [step(IDS[:, :1].cuda()).logits for _ in range(50)] if enabled else [output.logits]
+            codes.append("".join(sources))
+    finally:
+        overlap_kernels(False)
+    assert codes[0].count("gdc_launch_dependents()") == codes[0].count("def triton_") > 5
+    assert "gdc" not in codes[1] and not any("'launch_pdl': True" in code for code in codes)
+    assert all(torch.equal(found, logits[-1]) for found in logits)

@@ -73,8 +73,9 @@ def products(x: torch.Tensor, weights: torch.Tensor, counts: list[int]) -> torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 7], [1, 0, 0, 0], [0, 0, 0, 0], [40, 3, 0, 2]])
-def test_rows_meet_their_expert(counts: list[int], dtype: torch.dtype) -> None:
-    module, weights = packed()
+@pytest.mark.parametrize("grid", ["p2_n64", "p4_n4096"])
+def test_rows_meet_their_expert(grid: str, counts: list[int], dtype: torch.dtype) -> None:
+    module, weights = packed(grid=grid)
     x = torch.randn(sum(counts), 192).to(dtype)
     y = module(x, offsets_of(counts))
     assert y.dtype == dtype and y.shape == (sum(counts), 48)

@@ -22,7 +22,7 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "
 @pytest.fixture
 def model(stories260k: Path) -> PreTrainedModel:
     """Its down_proj are too narrow and stay Linear: adapters on both kinds."""
-    return AutoModelForCausalLM.from_pretrained(stories260k, quantization_config=HiggsQuantConfig(bits=2))
+    return AutoModelForCausalLM.from_pretrained(stories260k, quantization_config=HiggsQuantConfig(bits=3))
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_loss_falls_and_the_adapter_loads_again(
     tuned.eval()
     tuned.save_pretrained(tmp_path)
     assert {f.name for f in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    base = AutoModelForCausalLM.from_pretrained(stories260k, quantization_config=HiggsQuantConfig(bits=2)).to(dtype)
+    base = AutoModelForCausalLM.from_pretrained(stories260k, quantization_config=HiggsQuantConfig(bits=3)).to(dtype)
     untuned = base(ids).logits
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(loaded(ids).logits, tuned(ids).logits)

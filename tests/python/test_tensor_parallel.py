@@ -29,7 +29,7 @@ SHARDS = {  # by family and whether experts stay whole, of gate_up and down: [ro
 }
 
 
-def quantized(path: Path, family: str, num_local_experts: int = 4, **options: Any) -> Path:
+def quantized(path: Path, family: str, num_local_experts: int = 4, grid: str = "p2_n256", **options: Any) -> Path:
     experts = {
         "Mixtral": {"num_local_experts": num_local_experts},
         "Qwen3Moe": {"num_experts": 6, "moe_intermediate_size": 256, "num_experts_per_tok": 3},
@@ -38,7 +38,7 @@ def quantized(path: Path, family: str, num_local_experts: int = 4, **options: An
     model = AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**SIZES, **experts))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else 0.05)
-    higgs.quantize_(model, grid="p2_n256", lm_head_grid="p2_n256", **options)
+    higgs.quantize_(model, grid=grid, lm_head_grid="p2_n256", **options)
     model.save_pretrained(path)
     return path
 
@@ -65,9 +65,9 @@ def check_ranks(path: Path, out: Path, *options: str) -> list[dict]:
     return formats
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_two_ranks_say_what_one_does(family: str, tmp_path: Path) -> None:
-    path = quantized(tmp_path / "q", family, scales="random", block=64, group=64)
+@pytest.mark.parametrize(("family", "grid"), [("Llama", "p2_n256"), ("Qwen2", "p4_n4096")])
+def test_two_ranks_say_what_one_does(family: str, grid: str, tmp_path: Path) -> None:
+    path = quantized(tmp_path / "q", family, grid=grid, scales="random", block=64, group=64)
     for formats in check_ranks(path, tmp_path):
         q, o = (formats[f"model.layers.1.self_attn.{name}"] for name in ("q_proj", "o_proj"))
         assert (q["n"], q["k"], o["n"], o["k"]) == (128, 256, 256, 128)
@@ -75,7 +75,8 @@ def test_two_ranks_say_what_one_does(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("family", "whole"), SHARDS)
 def test_experts(family: str, whole: bool, tmp_path: Path) -> None:
-    path = quantized(tmp_path / "q", family, scales="random", block=64, group=64)
+    grid = "p4_n4096" if whole else "p2_n256"
+    path = quantized(tmp_path / "q", family, grid=grid, scales="random", block=64, group=64)
     for formats in check_ranks(path, tmp_path, *(["experts"] if whole else [])):
         gate_up, down = (formats[f"model.layers.1.mlp.experts.{name}"] for name in ("gate_up", "down"))
         assert ((gate_up["n"], gate_up["k"]), (down["n"], down["k"])) == SHARDS[family, whole]

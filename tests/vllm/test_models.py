@@ -22,7 +22,7 @@ from test_moe import make as make_mixture
 from test_transformers import load, make
 from torch import nn
 
-GRIDS = ("p2_n256", "p1_n16", "p2_n1024", "p1_n256")
+GRIDS = ("p2_n256", "p1_n16", "p2_n1024", "p1_n256", "p4_n4096")
 # How many layers of vLLM's model are made of several of the checkpoint or, in Phi 3, of one.
 FAMILIES = {
     "llama": 4, "llama-narrow": 4, "qwen2-biases": 4, "qwen3": 4, "gemma3-tied-odd": 4, "mistral": 4, "phi3-fused": 4,
@@ -107,7 +107,7 @@ def test_parts_of_one_grid_are_one_matrix(family: str, tmp_path: Path) -> None:
         assert set(llm.apply_model(parts)[0].values()) == {1}
 
 
-@pytest.mark.parametrize("grid", ["a2_b6", "t2_b5", "ch8", "p4_n256"])
+@pytest.mark.parametrize("grid", ["a2_b6", "t2_b5", "ch8", "p4_n256", "p4_n4096"])
 def test_every_kind_of_grid(grid: str, tmp_path: Path) -> None:
     path, model = quantized(make("llama", tmp_path), grid=grid)
     with engine(path) as llm:

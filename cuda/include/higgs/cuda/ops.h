@@ -56,16 +56,16 @@ void unrepack(const TiledView& tiled, std::uint8_t* indices, std::uint16_t* scal
 // share x (same k, block, group) go in one call; those with the same decoder go in one launch.
 //
 // Up to kMaxDecodeRows rows (on the largest layers half as many) one kernel does all, or two, the second of which
-// starts while the first rotates x. With bf16 the rotated x and the grid points are rounded to bf16 (about sqrt(2)
-// times the rounding error of a bf16 matmul on dequantized weights); with fp16, x * d is rounded to fp16 and rotated in
-// two steps: |x * d| must stay below about 32000.
+// starts while the first rotates x. More rows, and blocks with an odd factor, take two kernels: one that rotates x,
+// then a GEMM. x * d is rounded to x's type and rotated in two steps with a rounding in between (where the block has an
+// odd factor, in fp32): with fp16, |x * d| must stay below about 32000. With bf16 the error is about 1.5 times that of
+// a bf16 matmul on dequantized weights.
 //
 // Weights and d are read while the kernel launched before may still run, if that one lets its dependents start early:
 // they must not be results of such a kernel.
 //
-// More rows, and blocks with an odd factor, take two kernels: x rotated as by `rotate`, then a GEMM. Beyond
-// linear_max_rows it is faster to rotate x (VectorKind::input), dequantize_rotated into a [n, k] buffer of x's dtype,
-// and multiply by any GEMM. Rounding scale * point to the dtype is what makes that differ.
+// Beyond linear_max_rows it is faster to rotate x (VectorKind::input), dequantize_rotated into a [n, k] buffer of x's
+// dtype, and multiply by any GEMM. Rounding scale * point to the dtype is what makes that differ.
 inline constexpr std::int64_t kMaxLinearRows = 1 << 20;
 struct LinearPart {
   TiledView weights;

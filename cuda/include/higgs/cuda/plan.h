@@ -40,10 +40,12 @@ constexpr int held_window(FieldShape s) noexcept {
 constexpr bool holds_x(FieldShape s) noexcept { return 16 * s.max_units() + 4 * held_window(s) <= 80; }
 
 // Units of a warp that holds prepared x (LaunchPlan) of `rows` rows: of half a slice for more than 8. Whether it can:
-// these units' words are whole 16-byte loads. Few rows are rotated by every CTA in less time than a kernel takes.
+// these units' words are whole 16-byte loads. Few rows are rotated by every CTA in less time than a kernel takes. A
+// trellis has such a loop for more than 4 rows.
 constexpr int prepared_units(FieldShape s, int rows) noexcept { return rows > 8 ? s.max_units() / 2 : s.max_units(); }
 constexpr bool prepares_x(FieldShape s, int rows) noexcept {
-  if (s.trellis() || !holds_x(s) || rows <= (s.quads() ? 4 : 2)) return false;
+  if (s.trellis()) return rows > 4;
+  if (!holds_x(s) || rows <= (s.quads() ? 4 : 2)) return false;
   return rows <= 8 || prepared_units(s, rows) * s.unit_words() % 4 == 0;
 }
 
@@ -91,7 +93,7 @@ struct LaunchPlan {
   int rounds = 0;        // row blocks per warp
   int batch = 0;         // rounds between two reductions
   int rotate_warps = 0;  // warps that rotate x
-  int chunks = 0;        // of 1024 columns: what a CTA rotates of a row of x, at most
+  int chunks = 0;        // of 1024 columns: what a CTA rotates, or needs scales of, of a row of x, at most
   int rows = 0;          // rows of x per launch
   int inbox_floats = 0;  // per CTA, for sums of the other CTAs of the cluster
   int shared_bytes = 0;
