@@ -156,13 +156,13 @@ __device__ __forceinline__ XScales<Config> load_x_scales(const float* scales, in
   XScales<Config> out;
 #pragma unroll
   for (int t = 0; t < Config::kTokenTiles; ++t) {
-    const int entry = min(token_of<Config>(t, 0, lane), m - 1) * step + first;
+    const int row = min(token_of<Config>(t, 0, lane), m - 1) * step;
     if constexpr (Config::kHalves) {
-      const float2 v = load(reinterpret_cast<const float2*>(scales) + entry);
+      const float2 v = load(reinterpret_cast<const float2*>(scales) + (row + first));
       out.of_tile[t] = v.x;
       out.halves[t] = v.y;
     } else {
-      out.of_tile[t] = load(scales + entry);
+      out.of_tile[t] = load(scales + row + first);
     }
   }
   return out;
@@ -225,7 +225,8 @@ struct PreparedX {
   __device__ __forceinline__ XScales<Config> scales_of(int column, int lane) const {
     if constexpr (!Config::kBytes) return {};
     const auto* scales = reinterpret_cast<const float*>(pieces + (m * Config::kDigits + 7) / 8 * tile_pieces * kLanes);
-    return load_x_scales<Config>(scales, column / Config::kScaleColumns * m, 1, m, lane,
+    const int part = column / Config::kScaleColumns;
+    return load_x_scales<Config>(scales, Config::kHalves ? part * m : part, Config::kHalves ? 1 : chunks, m, lane,
                                  [](const auto* at) { return __ldcg(at); });
   }
 };

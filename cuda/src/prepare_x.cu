@@ -20,7 +20,6 @@ template <typename T, bool kDigits, int kHalfParts>
 __global__ void __launch_bounds__(kLanes) prepare_x_kernel(const __grid_constant__ PrepareParams p) {
   constexpr int kChunkPieces = kChunk / (kDigits ? 64 : 32);
   constexpr int kTileRows = kDigits ? 4 : 8;  // of x
-  constexpr int kScales = digit_scale_floats(kHalfParts);
   launch_dependents();
   const int lane = threadIdx.x;
   const int chunks = (p.k + kChunk - 1) / kChunk;
@@ -46,7 +45,8 @@ __global__ void __launch_bounds__(kLanes) prepare_x_kernel(const __grid_constant
       rotation.rotate(b, y);
       uint8_t* const hi = tile + row % kTileRows * 128;
       auto* const scales = reinterpret_cast<float*>(static_cast<uint8_t*>(p.out) + tiles * tile_bytes);
-      store_digits<kPieceBytes, kHalfParts>(y, hi, hi + 64, scales + chunk * kScales * p.m, row, p.m, lane);
+      const int entry = kHalfParts > 0 ? chunk * kHalfParts * p.m + row : row * chunks + chunk;
+      store_digits<kPieceBytes, kHalfParts>(y, hi, hi + 64, scales, entry, p.m, lane);
     } else {
       rotation.template rotate<kPieceBytes / 2>(b, reinterpret_cast<T*>(tile + row % kTileRows * 64), lane);
     }

@@ -23,7 +23,8 @@ struct PrepareParams {
 // one of x, or of the two digits of one (and then a piece has 64 columns):
 //
 //   [tile][piece of 32 columns][row][lane t: columns 4 t .. + 3 and 16 + 4 t .. + 3]
-//   [chunk][m] fp32 scales, if digits; with halves [chunk][part][m] {scale, half the sum of x over the part}
+//   [m][chunk] fp32 scales, if digits; with halves [chunk][part][m] {scale, half the sum of x over the part}: all warps
+//   read these at once, from as few lines of the L2 cache as can be
 //
 // A warp reads a piece as it is: 16 bytes a lane. Rows from m on are not written.
 void prepare_x(const PrepareParams& params, DType dtype, Stream stream);
