@@ -117,26 +117,36 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   return p;
 }
 
-// More than 8 rows of x cost the decode kernel twice the loads of x, or twice the rounds: on large layers the GEMM is
-// faster, of trellises on smaller ones, too; of vector grids not where all of x fits into the registers of a CTA, but
-// from 13 rows on it is there, too.
+// The largest layer, in weights, of which the decode kernel multiplies 9 to 16 rows of x in less time than the GEMM, by
+// bench/results/h200.md: more than 8 rows cost it twice the loads of x, or twice the rounds. Larger ones if all of x
+// fits into the registers of a CTA; from 13 rows on that takes wide loops, and fields whose words leave room.
+std::int64_t most_decoded(int rows, std::span<const LinearPart> parts) {
+  constexpr std::int64_t kLeast = std::int64_t{1} << 25;
+  constexpr std::int64_t kMostHeld = 4096;  // columns of 16 rows: 256 a thread
+  constexpr int kLongUnit = 8;              // words
+  const LayerFormat& f = parts[0].weights.format;
+  if (f.grid->trellis != nullptr) return kLeast;
+  const bool few = rows <= 12;
+  bool held = true;
+  bool wide = true;
+  bool short_units = true;
+  for (const LinearPart& part : parts) {
+    const TiledFormat t = tiled_format(part.weights.format);
+    held = held && t.regular(part.weights.format) && prepares_x(t.field, rows);
+    wide = wide && wide_loop(t.field, rows);
+    short_units = short_units && t.field.unit_words() < kLongUnit;
+  }
+  if (!few && !(held && wide)) return kLeast;
+  return held && f.k <= kMostHeld && (few || short_units) ? 4 * kLeast : 2 * kLeast;
+}
+
 bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts, const DeviceProperties& device) {
-  constexpr std::int64_t kMostHeld = 4096;  // columns of 16 rows: 256 a warp
   const LayerFormat& f = parts[0].weights.format;
   if (m > kMaxDecodeRows || !supports_block(f.block)) return true;
   if (m <= kMaxDecodeRows / 2 || !has_wgmma(device)) return false;
-  const bool trellis = f.grid->trellis != nullptr;
-  const bool many = !trellis && m > 12;
-  const std::int64_t large = std::int64_t{1} << (trellis || many ? 25 : 26);  // weights
   std::int64_t rows = 0;
-  bool holds = !trellis && !many;
-  for (const LinearPart& part : parts) {
-    rows += part.weights.format.n;
-    const TiledFormat t = tiled_format(part.weights.format);
-    holds = holds && t.regular(part.weights.format) && prepares_x(t.field, static_cast<int>(m));
-  }
-  holds = holds && f.k <= kMostHeld && rows * f.k <= 2 * large;
-  return rows * f.k > large && !holds;
+  for (const LinearPart& part : parts) rows += part.weights.format.n;
+  return rows * f.k > most_decoded(static_cast<int>(m), parts);
 }
 
 GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> parts) {
