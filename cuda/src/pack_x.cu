@@ -30,7 +30,7 @@ __device__ __forceinline__ void clear_flags(const PackParams& p) {
 // multiprocessor two, or six beside tiles of 128 tokens. Where one or two are enough, they take so much shared memory
 // that they go where there is most room: multiprocessors without a CTA of that kernel would get up to 32.
 constexpr int kCtas = 32;  // of one warp: 2048 registers each
-constexpr int kSpreadBytes[] = {0, 34 * 1024, 18 * 1024};
+constexpr int spread_bytes(int each) { return (each <= 1 ? 34 : each == 2 ? 18 : 0) * 1024; }
 
 // --- blocks of a power of two: a warp takes a chunk of one row or several, on the tensor cores
 //
@@ -158,6 +158,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, kWarps == 1 ? kCtas : 2)
 
 // Where value i of a chunk is in shared memory.
 __device__ __forceinline__ int padded(int i) { return i + i / 32 * 4; }
+constexpr int kPaddedChunk = kChunk + kChunk / 8;
 
 // Of B, for the digits of a row of x: the sums of a token's digits fall to the lane that has those of column `row`
 // of 16.
@@ -166,7 +167,7 @@ __device__ __forceinline__ int digit_row(int row) { return row / 8 * 16 + row % 
 // unit: of the rotated values, 1 over it.
 template <typename T>
 __global__ void __launch_bounds__(kLanes, kCtas) pack_digits_kernel(const __grid_constant__ PackParams p, float unit) {
-  __shared__ __align__(16) float values[kChunk + kChunk / 8];
+  __shared__ __align__(16) float values[kPaddedChunk];
   launch_dependents();
   const int lane = threadIdx.x;
   const int chunks = (p.k + kChunk - 1) / kChunk;
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
 template <typename T>
 void pack_rows(const PackParams& p, int chunks, int each, Stream stream) {
   if (each <= (p.padded_m == 128 ? 6 : 2)) {
-    const LaunchShape shape{p.m * chunks, kLanes, each <= 2 ? kSpreadBytes[each] : 0};
+    const LaunchShape shape{p.m * chunks, kLanes, spread_bytes(each)};
     return launch_dependent<pack_rows_kernel<T, 1>>(shape, stream, p, 1);
   }
   constexpr int kMostRows = 4;  // of a warp; fewer where all CTAs are resident at once
@@ -279,7 +280,7 @@ void pack_x(const PackParams& params, DType dtype, Stream stream) {
   const int multiprocessors = current_device().multiprocessors;
   const auto each = static_cast<int>((items + multiprocessors - 1) / multiprocessors);
   if (params.scales != nullptr) {
-    const LaunchShape shape{static_cast<int>(items), kLanes};
+    const LaunchShape shape{static_cast<int>(items), kLanes, std::max(0, spread_bytes(each) - kPaddedChunk * 4)};
     const float unit = 1 / (remaining_norm(params.block) * kTrellisStep);
     return dtype == DType::f16 ? launch_dependent<pack_digits_kernel<__half>>(shape, stream, params, unit)
                                : launch_dependent<pack_digits_kernel<__nv_bfloat16>>(shape, stream, params, unit);
