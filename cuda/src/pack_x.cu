@@ -167,7 +167,7 @@ __device__ __forceinline__ int digit_row(int row) { return row / 8 * 16 + row % 
 // unit: of the rotated values, 1 over it.
 template <typename T>
 __global__ void __launch_bounds__(kLanes, kCtas) pack_digits_kernel(const __grid_constant__ PackParams p, float unit) {
-  __shared__ __align__(16) float values[kPaddedChunk];
+  extern __shared__ __align__(16) float values[];  // kPaddedChunk
   launch_dependents();
   const int lane = threadIdx.x;
   const int chunks = (p.k + kChunk - 1) / kChunk;
@@ -280,7 +280,7 @@ void pack_x(const PackParams& params, DType dtype, Stream stream) {
   const int multiprocessors = current_device().multiprocessors;
   const auto each = static_cast<int>((items + multiprocessors - 1) / multiprocessors);
   if (params.scales != nullptr) {
-    const LaunchShape shape{static_cast<int>(items), kLanes, std::max(0, spread_bytes(each) - kPaddedChunk * 4)};
+    const LaunchShape shape{static_cast<int>(items), kLanes, std::max(kPaddedChunk * 4, spread_bytes(each))};
     const float unit = 1 / (remaining_norm(params.block) * kTrellisStep);
     return dtype == DType::f16 ? launch_dependent<pack_digits_kernel<__half>>(shape, stream, params, unit)
                                : launch_dependent<pack_digits_kernel<__nv_bfloat16>>(shape, stream, params, unit);

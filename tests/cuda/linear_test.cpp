@@ -225,7 +225,7 @@ TEST_P(CudaLinearRealShapes, MatchTheOracle) {
 // Several rounds of row blocks, in loops that differ with the number of rows of x: a row alone has MatchTheOracle.
 TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
   HIGGS_NEEDS_GPU();
-  const Layer layer(find_grid(GetParam()), 24000, 1024, 1024, 1024);
+  const Layer layer(find_grid(GetParam()), 33000, 1024, 1024, 1024);  // more than 2^25 weights: 16 rows take the GEMM
   const LayerFormat& f = layer.format;
   Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(f).bytes));
   repack(layer.device(), tiled.data(), nullptr);
@@ -237,7 +237,7 @@ TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
         std::vector<std::uint8_t>(x.begin() + first * f.k * 2, x.begin() + (first + m) * f.k * 2));
     return loaded(run(layer, tiled, part, d, nullptr, {m, DType::f16, false}, current_device()), DType::f16);
   };
-  for (const std::int64_t m : {5, 8, 13, 16}) {
+  for (const std::int64_t m : {5, 8, 12, 16}) {
     const std::vector<float> batch = rows(0, m);
     for (const std::int64_t i : {std::int64_t{0}, m - 1}) {
       const std::vector<float> alone = rows(i, 1);
