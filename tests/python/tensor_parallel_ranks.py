@@ -33,4 +33,5 @@ gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradi
 torch.save((logits, tokens, gradient, formats, refused), out / f"rank{os.environ['RANK']}.pt")
 model.save_pretrained(out / "saved")
 torch.distributed.barrier()
-torch.distributed.destroy_process_group()  # left to the end of the process, its threads now and then abort it
+torch.distributed.destroy_process_group()
+os._exit(0)  # at the end of a process threads of torch.distributed now and then abort it
