@@ -122,7 +122,7 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
 // fits into the registers of a CTA; from 13 rows on that takes wide loops, and fields whose words leave room.
 std::int64_t most_decoded(int rows, std::span<const LinearPart> parts) {
   constexpr std::int64_t kLeast = std::int64_t{1} << 25;
-  constexpr std::int64_t kMostHeld = 4096;  // columns of 16 rows: 256 a thread
+  constexpr std::int64_t kMostHeld = 4096;  // columns of 16 rows: 16 warps of 256, wide 8 of 512
   constexpr int kLongUnit = 8;              // words
   const LayerFormat& f = parts[0].weights.format;
   if (f.grid->trellis != nullptr) return kLeast;
