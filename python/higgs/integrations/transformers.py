@@ -264,10 +264,11 @@ class HiggsHfQuantizer(HfQuantizer):
             tensors[guard] = guard_tensor()
         return tensors, {}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         from ..model import dequantize_
 
-        return dequantize_(model, dtype)
+        # The config of a model that was saved says it in a word.
+        return dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
