@@ -91,6 +91,8 @@ def layer_format(
 def format_of(indices: Tensor, grid: str, block: int, group: int, seed: int) -> LayerFormat:
     """The format of packed ``indices`` [n, row_bytes]."""
     g = _core.find_grid(grid)
+    if indices.dim() != 2:
+        raise ValueError(f"indices has shape {list(indices.shape)}, expected [n, row_bytes]")
     return LayerFormat(grid, indices.shape[0], indices.shape[1] * 8 // g.index_bits * g.p, block, group, seed)
 
 
@@ -120,8 +122,9 @@ def check_column_scale(column_scale: Tensor, k: int, like: Tensor) -> None:
 
 
 def check_x(x: Tensor, k: int, like: Tensor) -> None:
-    if x.shape[-1] != k:
-        raise ValueError(f"x has {x.shape[-1]} features, the layer has in_features = {k}")
+    features = x.shape[-1] if x.dim() else "no"
+    if features != k:
+        raise ValueError(f"x has {features} features, the layer has in_features = {k}")
     check("x", x, x.shape, DTYPE_CODES, like)
 
 

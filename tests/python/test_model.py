@@ -92,6 +92,14 @@ def test_skip_strict_and_bad_arguments(llama: LlamaForCausalLM) -> None:
         higgs.quantize_(llama, allocation={"model.layers.9.x": "p2_n64"})
     with pytest.raises(ValueError, match="scales 'text' is not supported"):
         higgs.quantize_(llama, bits=4, scales="text")
+    with pytest.raises(TypeError, match="skip is 'down_proj'; use a list"):
+        higgs.quantize_(llama, bits=4, skip="down_proj")
+    with pytest.raises(ValueError, match=r"skip '\(' is no regular expression"):
+        higgs.quantize_(llama, bits=4, skip=["("])
+    with pytest.raises(TypeError, match="allocation is of <class 'list'>; use {layer name: grid name}"):
+        higgs.quantize_(llama, allocation=["lm_head"])
+    with pytest.raises(higgs.UnsupportedError, match="is a Linear layer itself"):
+        higgs.quantize_(nn.Linear(64, 64), bits=4, scales="none")
     report = higgs.quantize_(llama, bits=3, skip=["down_proj", r"layers\.0\."])
     assert [r.layer.rpartition(".")[2] for r in report.layers] == [
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",

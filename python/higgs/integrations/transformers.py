@@ -36,6 +36,7 @@ from ..model import (
     unquantized_layers,
 )
 from ..moe import layer_of, place_layers
+from ..patterns import compiled
 from ..shared_inputs import share_inputs_
 from . import tensor_parallel
 from .layers import check_shapes, is_distributed, replace_layer
@@ -86,15 +87,14 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         self.parsed()  # raises FormatError
         if unknown and layers is None:  # a checkpoint may hold keys of later versions
             raise TypeError(f"HiggsQuantConfig does not take {', '.join(unknown)}")
-        if isinstance(skip, str):
-            raise TypeError(f"skip is {skip!r}; use a list of regular expressions")
         if scales not in ("none", "random", "self"):
             raise ValueError(f"scales {scales!r} is not supported; use 'none', 'self' or 'random'")
         self.scales = scales
         self.plan: dict[str, Any] = {
             "bits": bits, "grid": grid, "allocation": None if allocation is None else dict(allocation),
-            "lm_head_grid": lm_head_grid, "embedding_grid": embedding_grid, "skip": list(skip), "block": block,
-            "group": group, "seed": seed, "strict": strict,
+            "lm_head_grid": lm_head_grid, "embedding_grid": embedding_grid,
+            "skip": [p.pattern for p in compiled("skip", skip)], "block": block, "group": group, "seed": seed,
+            "strict": strict,
         }  # fmt: skip
         if layers is None and any(option is not None for option in (bits, grid, allocation)):
             grid_of_all(bits, grid, allocation, lm_head_grid, embedding_grid)
