@@ -180,13 +180,10 @@ void dot_rows(const PackedView& w, const float* x, std::int64_t begin, std::int6
 template <class Isa, class Decoder, class Cut, int B, int P>
 void dot_few_rows(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end, float* y,
                   std::int64_t y_stride) {
-  static_assert(kFewRows == 4);
-  if (m == 4) return dot_rows<Isa, Decoder, Cut, B, P, 4>(w, x, begin, end, y, y_stride);
-  if (m >= 2) dot_rows<Isa, Decoder, Cut, B, P, 2>(w, x, begin, end, y, y_stride);
-  const std::int64_t done = m / 2 * 2;
-  if (m > done) {
-    dot_rows<Isa, Decoder, Cut, B, P, 1>(w, x + done * w.format.k, begin, end, y + done * y_stride, y_stride);
-  }
+  constexpr decltype(&dot_rows<Isa, Decoder, Cut, B, P, 1>) kLoops[kFewRows] = {
+      dot_rows<Isa, Decoder, Cut, B, P, 1>, dot_rows<Isa, Decoder, Cut, B, P, 2>, dot_rows<Isa, Decoder, Cut, B, P, 3>,
+      dot_rows<Isa, Decoder, Cut, B, P, 4>};
+  kLoops[m - 1](w, x, begin, end, y, y_stride);
 }
 
 // R rows of decoded weights times M rows of x over `cols` floats; adds scale * sum to y. Not inlined: among all that

@@ -82,9 +82,6 @@ void finish(const float* sums, std::int64_t stride, std::int64_t begin, std::int
   }
 }
 
-// More rows of x than that are faster where each row of w is decoded once.
-constexpr std::int64_t kMostInDotRows = 4;
-
 }  // namespace
 
 void matmul(ConstMatrixView x, const PackedView& w, const void* bias, MatrixView y) {
@@ -94,14 +91,11 @@ void matmul(ConstMatrixView x, const PackedView& w, const void* bias, MatrixView
   if (m == 0 || n == 0) return;
   const std::vector<float> arranged = rotate_and_arrange(x, w);
   const detail::Kernels& kernels = detail::kernels();
-  if (m <= kMostInDotRows) {
+  if (m <= detail::kFewRows) {
     std::vector<float> sums(static_cast<std::size_t>(m * n));
     const std::int64_t grain = std::max<std::int64_t>(2, std::min<std::int64_t>(64, n / (4 * num_threads()) / 2 * 2));
     parallel_for(n, grain, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t t = 0; t < m; t += detail::kFewRows) {
-        kernels.dot_rows(w, arranged.data() + t * w.format.k, std::min<std::int64_t>(detail::kFewRows, m - t), begin,
-                         end, sums.data() + t * n, n);
-      }
+      kernels.dot_rows(w, arranged.data(), m, begin, end, sums.data(), n);
     });
     finish(sums.data(), n, 0, n, bias, y);
     return;

@@ -73,7 +73,9 @@ def quantize(
     embedding_grid: Annotated[
         MaybeText, typer.Option(help="Quantize the embedding too, on this grid; a tied head needs its own.")
     ] = None,
-    block: Annotated[MaybeInt, typer.Option(help="Hadamard block (default: largest that divides k).")] = None,
+    block: Annotated[
+        MaybeInt, typer.Option(help="Hadamard block (default: a power of two from 256 on, else the largest possible).")
+    ] = None,
     group: Annotated[MaybeInt, typer.Option(help="Columns that share a scale (default: at least 512).")] = None,
     seed: Annotated[int, typer.Option(help="Key of the random signs, and of sampled or random tokens.")] = 0,
     scales: Annotated[
