@@ -177,6 +177,12 @@ def test_broken_checkpoints_are_refused(llama: LlamaForCausalLM, tmp_path: Path)
     with pytest.raises(higgs.FormatError, match=r"q_proj.scales holds NaN"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    layers = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
+    removed = "model.layers.1.mlp.up_proj"
+    for left, message in (({}, "lists no layers"), ({k: v for k, v in layers.items() if k != removed}, removed)):
+        _edit_config(tmp_path, layers=left)
+        with pytest.raises(higgs.FormatError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
     _edit_config(tmp_path, layers={"model.layers.7.nothing": {"grid": "p2_n64", "block": 64, "group": 64, "seed": 0}})
     with pytest.raises(higgs.FormatError, match=r"names layer model.layers.7.nothing, which the model does not have"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

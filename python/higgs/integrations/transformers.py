@@ -39,7 +39,7 @@ from ..moe import layer_of, place_layers
 from ..patterns import compiled
 from ..shared_inputs import share_inputs_
 from . import tensor_parallel
-from .layers import check_shapes, is_distributed, replace_layer
+from .layers import check_listed, check_shapes, is_distributed, replace_layer
 from .moe import name_in_file, place_experts, place_layer
 
 logger = logging.get_logger(__name__)
@@ -202,6 +202,7 @@ class HiggsHfQuantizer(HfQuantizer):
             if is_distributed(model):
                 tensor_parallel.before_loading(name, module)
             replace_layer(model, module_name, original, module)
+        check_listed(config.layers, stored)
 
     def _plan(self, model: nn.Module) -> None:
         if is_distributed(model):
