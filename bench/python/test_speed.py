@@ -43,7 +43,7 @@ def test_cuda_linear(benchmark, shape: str, grid: str, m: int) -> None:
 
 @pytest.mark.parametrize("grid", ("p1_n16", "p4_n4096", "p2_n64", "p2_n256", "p4_n256", "a2_b6"))
 def test_cpu_linear(benchmark, grid: str) -> None:
-    calls = bench_cpu.linear_calls(grid, 4096, 4096)
+    calls = bench_cpu.linear_calls(grid, 4096, 4096, 1)
     cold = iter(range(sys.maxsize))
     benchmark.pedantic(lambda: calls[next(cold) % len(calls)](), rounds=40, warmup_rounds=len(calls))
 

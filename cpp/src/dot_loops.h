@@ -3,8 +3,8 @@
 // An instruction set provides:
 // - Vec, a vector of kLanes floats, with load, store, zero, fma (a * b + c) and sum (lanes added in halves);
 // - f16(bits), fp16 bits -> float;
-// - Decoder<B, P> with chunk(bytes, valid, sink): decodes 64 indices, of which the first `valid` are in the row (the
-//   rest may be anything, x is zero there), and calls sink(offset, Vec) for 64 * P floats in decode order;
+// - Decoder<B, P> with chunk(bytes, count, sink): decodes `count` indices, at most 64 and a multiple of 64 / P, and
+//   calls sink(offset, Vec) for count * P floats in decode order;
 // - TrellisDecoder<B, P> with chunk(bytes, steps, from, to, sink) for steps of a run of a trellis grid, both multiples
 //   of 16 if the run is not taken as a whole; such as WindowDecoder with
 // - look_up<P>(points, halves, windows): kLanes / P points, given both as floats and as fp16 bits.
@@ -24,13 +24,11 @@ namespace higgs::detail {
 namespace {
 
 // How the indices of a scale group are cut into what a decoder takes at once: count(i, left) indices from index i of
-// the row on, where `left` are left in the scale group, which fill cols(count) floats in decode order. Vector grids:
-// chunks, the last one padded.
+// the row on, where `left` are left in the scale group. Vector grids: chunks.
 template <int P>
 struct Chunks {
   explicit Chunks(const LayerFormat&) {}
   [[nodiscard]] static std::int64_t count(std::int64_t, std::int64_t left) { return left < kChunk ? left : kChunk; }
-  [[nodiscard]] static std::int64_t cols(std::int64_t) { return kChunk * P; }
 };
 
 // Decodes runs, in their order, by the table of all windows.
@@ -76,14 +74,14 @@ struct GroupDecoder {
 
   explicit GroupDecoder(const PackedView& w) : decoder(w), trellis(*w.format.grid->trellis), k(w.format.k) {}
 
-  // `valid` indices' worth of columns from those of index `index` on, which lie in one run group.
+  // `count` indices' worth of columns from those of index `index` on, which lie in one run group.
   template <typename Sink>
-  void chunk(const std::uint8_t* row, std::int64_t index, int valid, const Sink& sink) const {
+  void chunk(const std::uint8_t* row, std::int64_t index, int count, const Sink& sink) const {
     const RunGroup group = run_group(trellis, k, index * P);
     const std::uint8_t* run = row + group.first / P * B / 8;
     const int steps = group.run_columns() / P;
     const auto first = static_cast<int>(index - group.first / P);
-    if (group.runs == 1) return decoder.chunk(run, steps, first, first + valid, sink);
+    if (group.runs == 1) return decoder.chunk(run, steps, first, first + count, sink);
     constexpr int kMost = 256;  // columns
     float out[kMost];
     for (int t = 0; t < group.runs; ++t, run += steps * B / 8) {
@@ -91,7 +89,7 @@ struct GroupDecoder {
       decoder.chunk(run, steps, 0, steps, [&](int offset, Vec v) { Isa::store(values + offset, v); });
       for (int i = 0; i < steps * P; i += 4) std::memcpy(out + group.column(t, i), values + i, 4 * sizeof(float));
     }
-    for (int c = 0; c < valid * P; c += Isa::kLanes) sink(c, Isa::load(out + first * P + c));
+    for (int c = 0; c < count * P; c += Isa::kLanes) sink(c, Isa::load(out + first * P + c));
   }
 };
 
@@ -104,7 +102,6 @@ struct Runs {
     const RunGroup group = run_group(*format.grid->trellis, format.k, i * P);
     return std::min(left, (group.first + group.columns) / P - i);
   }
-  [[nodiscard]] static std::int64_t cols(std::int64_t indices) { return indices * P; }
 };
 
 // A decoder of vector grids.
@@ -113,8 +110,8 @@ struct ChunkDecoder {
   Decoder decoder;
   explicit ChunkDecoder(const PackedView& w) : decoder(w) {}
   template <typename Sink>
-  void chunk(const std::uint8_t* row, std::int64_t index, int valid, const Sink& sink) const {
-    decoder.chunk(row + index * B / 8, valid, sink);
+  void chunk(const std::uint8_t* row, std::int64_t index, int count, const Sink& sink) const {
+    decoder.chunk(row + index * B / 8, count, sink);
   }
 };
 
@@ -122,62 +119,78 @@ struct ChunkDecoder {
 template <int B, int P>
 struct GroupBytes {
   const PackedView& w;
-  DecodeGeometry geometry = decode_geometry(w.format);
+  std::int64_t groups = w.format.row_groups();
   std::int64_t row_bytes = w.format.row_bytes();
   std::int64_t full_indices = w.format.group / P;
-  std::int64_t last_indices = (w.format.k - (geometry.groups - 1) * w.format.group) / P;
+  std::int64_t last_indices = (w.format.k - (groups - 1) * w.format.group) / P;
 
   [[nodiscard]] const std::uint8_t* row(std::int64_t i) const { return w.indices + i * row_bytes; }
   [[nodiscard]] std::int64_t first(std::int64_t g) const { return g * full_indices; }
-  [[nodiscard]] std::int64_t indices(std::int64_t g) const {
-    return g + 1 == geometry.groups ? last_indices : full_indices;
-  }
-  [[nodiscard]] std::int64_t x_offset(std::int64_t g) const { return g * geometry.group_chunks * kChunk * P; }
+  [[nodiscard]] std::int64_t indices(std::int64_t g) const { return g + 1 == groups ? last_indices : full_indices; }
 };
 
-template <class Isa, class Decoder, class Cut, int B, int P>
-void dot_rows(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y) {
+template <class Isa, class Decoder, class Cut, int B, int P, int M>
+void dot_rows(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y,
+              std::int64_t y_stride) {
   using Vec = typename Isa::Vec;
   const GroupBytes<B, P> layout{w};
   const Decoder decoder(w);
   const Cut cut(w.format);
-  const std::int64_t groups = layout.geometry.groups;
+  const std::int64_t k = w.format.k;
   for (std::int64_t i = begin; i < end; i += 2) {  // two rows at a time: two independent chains of fma
     const std::int64_t pair[2] = {i, std::min(i + 1, end - 1)};
-    float total[2] = {0, 0};
-    for (std::int64_t g = 0; g < groups; ++g) {
+    float total[2][M] = {};
+    for (std::int64_t g = 0; g < layout.groups; ++g) {
       const std::uint8_t* bytes[2] = {layout.row(pair[0]), layout.row(pair[1])};
       const std::int64_t first = layout.first(g);
       const std::int64_t count = layout.indices(g);
-      const float* xg = x + layout.x_offset(g);
-      Vec acc0 = Isa::zero();
-      Vec acc1 = Isa::zero();
+      const float* xg = x + g * w.format.group;
+      Vec acc0[M];
+      Vec acc1[M];
+      for (int t = 0; t < M; ++t) acc0[t] = acc1[t] = Isa::zero();
       for (std::int64_t c = 0; c < count;) {
-        const int valid = static_cast<int>(cut.count(first + c, count - c));
+        const int taken = static_cast<int>(cut.count(first + c, count - c));
         const std::int64_t ahead = (first + c) * B / 8 + 2 * layout.row_bytes;  // in the next pair of rows
         for (int line = 0; line < kChunk * B / 8; line += 64) {
           __builtin_prefetch(bytes[0] + ahead + line);
           __builtin_prefetch(bytes[1] + ahead + line);
         }
-        decoder.chunk(bytes[0], first + c, valid,
-                      [&](int offset, Vec v) { acc0 = Isa::fma(v, Isa::load(xg + offset), acc0); });
-        decoder.chunk(bytes[1], first + c, valid,
-                      [&](int offset, Vec v) { acc1 = Isa::fma(v, Isa::load(xg + offset), acc1); });
-        c += valid;
-        xg += cut.cols(valid);
+        decoder.chunk(bytes[0], first + c, taken, [&](int offset, Vec v) {
+          for (int t = 0; t < M; ++t) acc0[t] = Isa::fma(v, Isa::load(xg + t * k + offset), acc0[t]);
+        });
+        decoder.chunk(bytes[1], first + c, taken, [&](int offset, Vec v) {
+          for (int t = 0; t < M; ++t) acc1[t] = Isa::fma(v, Isa::load(xg + t * k + offset), acc1[t]);
+        });
+        c += taken;
+        xg += taken * P;
       }
-      total[0] += Isa::f16(w.scales[pair[0] * groups + g]) * Isa::sum(acc0);
-      total[1] += Isa::f16(w.scales[pair[1] * groups + g]) * Isa::sum(acc1);
+      for (int t = 0; t < M; ++t) {
+        total[0][t] += Isa::f16(w.scales[pair[0] * layout.groups + g]) * Isa::sum(acc0[t]);
+        total[1][t] += Isa::f16(w.scales[pair[1] * layout.groups + g]) * Isa::sum(acc1[t]);
+      }
     }
-    y[i] = total[0];
-    if (i + 1 < end) y[i + 1] = total[1];
+    for (int t = 0; t < M; ++t) {
+      y[t * y_stride + i] = total[0][t];
+      if (i + 1 < end) y[t * y_stride + i + 1] = total[1][t];
+    }
   }
 }
 
-// R rows of decoded weights times M rows of x over `cols` floats; adds scale * sum to y.
+// Any m up to kFewRows.
+template <class Isa, class Decoder, class Cut, int B, int P>
+void dot_few_rows(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end, float* y,
+                  std::int64_t y_stride) {
+  constexpr decltype(&dot_rows<Isa, Decoder, Cut, B, P, 1>) kLoops[kFewRows] = {
+      dot_rows<Isa, Decoder, Cut, B, P, 1>, dot_rows<Isa, Decoder, Cut, B, P, 2>, dot_rows<Isa, Decoder, Cut, B, P, 3>,
+      dot_rows<Isa, Decoder, Cut, B, P, 4>};
+  kLoops[m - 1](w, x, begin, end, y, y_stride);
+}
+
+// R rows of decoded weights times M rows of x over `cols` floats; adds scale * sum to y. Not inlined: among all that
+// goes on around it, GCC would run out of registers.
 template <class Isa, int R, int M>
-inline void micro(const float* weights, std::int64_t weights_stride, const float* x, std::int64_t x_stride,
-                  std::int64_t cols, const float* scales, float* y, std::int64_t y_stride) {
+[[gnu::noinline]] void micro(const float* weights, std::int64_t weights_stride, const float* x, std::int64_t x_stride,
+                             std::int64_t cols, const float* scales, float* y, std::int64_t y_stride) {
   using Vec = typename Isa::Vec;
   Vec acc[R][M];
   for (int r = 0; r < R; ++r) {
@@ -205,46 +218,39 @@ void dot_tile(const PackedView& w, const float* x, std::int64_t m, std::int64_t 
   const GroupBytes<B, P> layout{w};
   const Decoder decoder(w);
   const Cut cut(w.format);
-  const std::int64_t groups = layout.geometry.groups;
-  const std::int64_t x_stride = layout.geometry.arranged_cols;
-  const std::int64_t stride = layout.geometry.group_chunks * kChunk * P;
+  const std::int64_t groups = layout.groups;
+  const std::int64_t x_stride = w.format.k;
+  const std::int64_t stride = w.format.group;
   for (std::int64_t i = 0; i < m; ++i) std::fill_n(y + i * y_stride, end - begin, 0.0f);
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t count = layout.indices(g);
-    std::int64_t cols = 0;
+    const std::int64_t cols = count * P;
     float scales[kTileRows];
     for (std::int64_t i = begin; i < end; ++i) {
       float* row = scratch + (i - begin) * stride;
-      cols = 0;
       for (std::int64_t c = 0; c < count;) {
-        const int valid = static_cast<int>(cut.count(layout.first(g) + c, count - c));
-        decoder.chunk(layout.row(i), layout.first(g) + c, valid,
-                      [&](int offset, Vec v) { Isa::store(row + cols + offset, v); });
-        c += valid;
-        cols += cut.cols(valid);
+        const int taken = static_cast<int>(cut.count(layout.first(g) + c, count - c));
+        decoder.chunk(layout.row(i), layout.first(g) + c, taken,
+                      [&](int offset, Vec v) { Isa::store(row + c * P + offset, v); });
+        c += taken;
       }
       scales[i - begin] = Isa::f16(w.scales[i * groups + g]);
     }
-    const float* xg = x + layout.x_offset(g);
+    const float* xg = x + g * w.format.group;
     for (std::int64_t t = 0; t < m;) {
-      const bool full = m - t >= kTokens;
+      const std::int64_t left = m - t;
+      const std::int64_t tokens = left >= kTokens ? kTokens : left >= 2 ? 2 : 1;
       const float* xt = xg + t * x_stride;
       float* yt = y + t * y_stride;
       for (std::int64_t r = 0; r < end - begin;) {
         const bool full_rows = end - begin - r >= kRows;
-        const float* wr = scratch + r * stride;
-        if (full && full_rows) {
-          micro<Isa, kRows, kTokens>(wr, stride, xt, x_stride, cols, scales + r, yt + r, y_stride);
-        } else if (full) {
-          micro<Isa, 1, kTokens>(wr, stride, xt, x_stride, cols, scales + r, yt + r, y_stride);
-        } else if (full_rows) {
-          micro<Isa, kRows, 1>(wr, stride, xt, x_stride, cols, scales + r, yt + r, y_stride);
-        } else {
-          micro<Isa, 1, 1>(wr, stride, xt, x_stride, cols, scales + r, yt + r, y_stride);
-        }
+        const auto multiply = tokens == kTokens ? (full_rows ? micro<Isa, kRows, kTokens> : micro<Isa, 1, kTokens>)
+                              : tokens == 2     ? (full_rows ? micro<Isa, kRows, 2> : micro<Isa, 1, 2>)
+                                                : (full_rows ? micro<Isa, kRows, 1> : micro<Isa, 1, 1>);
+        multiply(scratch + r * stride, stride, xt, x_stride, cols, scales + r, yt + r, y_stride);
         r += full_rows ? kRows : 1;
       }
-      t += full ? kTokens : 1;
+      t += tokens;
     }
   }
 }
@@ -272,15 +278,18 @@ inline constexpr bool kSigned = B == 12 && P == 4;
 inline int decoder_key(const Grid& grid) { return (grid.trellis != nullptr ? 256 : 0) + grid.index_bits * 8 + grid.p; }
 
 template <class Isa>
-void dot_rows_any(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y) {
+void dot_rows_any(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end, float* y,
+                  std::int64_t y_stride) {
   switch (decoder_key(*w.format.grid)) {
-#define HIGGS_CASE(B, P) \
-  case (B) * 8 + (P):    \
-    return dot_rows<Isa, ChunkDecoder<typename Isa::template Decoder<B, P>, B>, Chunks<P>, B, P>(w, x, begin, end, y);
+#define HIGGS_CASE(B, P)                                                                              \
+  case (B) * 8 + (P):                                                                                 \
+    return dot_few_rows<Isa, ChunkDecoder<typename Isa::template Decoder<B, P>, B>, Chunks<P>, B, P>( \
+        w, x, m, begin, end, y, y_stride);
     HIGGS_FOR_EACH_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
-#define HIGGS_CASE(B, P) \
-  case 256 + (B) * 8 + (P): return dot_rows<Isa, GroupDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, begin, end, y);
+#define HIGGS_CASE(B, P)    \
+  case 256 + (B) * 8 + (P): \
+    return dot_few_rows<Isa, GroupDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, m, begin, end, y, y_stride);
     HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);

@@ -11,19 +11,12 @@
 
 namespace higgs::detail {
 
-// Columns are handled in chunks of 64 indices = 64 * p columns, the last chunk of a scale group padded. Inside a chunk
-// x and decoded weights are in "decode order", the one in which look-ups yield them: column order where a look-up
-// fetches a whole point, component-major (index i, component c at c * 64 + i) where one instruction looks up many
-// indices in the table of one component. Trellis grids are handled by runs, in column order.
+// Columns are handled in chunks of 64 indices = 64 * p columns, or what is left of a scale group, a multiple of 64
+// columns. Inside a chunk of n indices x and decoded weights are in "decode order", the one in which look-ups yield
+// them: column order where a look-up fetches a whole point, component-major (index i, component c at c * n + i) where
+// one instruction looks up many indices in the table of one component. Trellis grids are handled by runs, in column
+// order.
 inline constexpr int kChunk = 64;
-
-struct DecodeGeometry {
-  std::int64_t groups = 0;
-  std::int64_t group_chunks = 0;       // chunks of a full group
-  std::int64_t last_group_chunks = 0;  // of the last one
-  std::int64_t arranged_cols = 0;      // floats of one row of x, or of decoded weights, in decode order
-};
-[[nodiscard]] DecodeGeometry decode_geometry(const LayerFormat& format);
 
 struct Kernels {
   // Decode order is component-major for grids of up to 2^this many table_points.
@@ -45,15 +38,17 @@ struct Kernels {
   void (*encode_runs)(const TrellisTable& table, const float* const* values, int columns, float* costs,
                       std::uint16_t* const* indices, float* const* points);
 
-  // y[i] = sum over groups of scale * (sum over the group of x * point), rows [begin, end) of w, one row of x in decode
-  // order.
-  void (*dot_rows)(const PackedView& w, const float* x, std::int64_t begin, std::int64_t end, float* y);
+  // y[t * y_stride + i] = sum over groups of scale * (sum over the group of x * point), rows [begin, end) of w, m rows
+  // t of x in decode order, m <= kFewRows. A row of x has the same bits in any number.
+  void (*dot_rows)(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end, float* y,
+                   std::int64_t y_stride);
 
-  // The same for m rows of x at once: y[r * y_stride + i - begin], end - begin <= kTileRows. scratch holds
-  // kTileRows * max(group_chunks) * 64 * p floats. Bitwise equal to dot_rows on each row of x.
+  // The same for any m, decoding each row once: y[t * y_stride + i - begin], end - begin <= kTileRows. scratch holds
+  // kTileRows * group floats. The same bits as dot_rows.
   void (*dot_tile)(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end,
                    float* scratch, float* y, std::int64_t y_stride);
 };
+inline constexpr int kFewRows = 4;
 inline constexpr int kTileRows = 16;
 
 [[nodiscard]] const Kernels& kernels() noexcept;  // of current_isa()

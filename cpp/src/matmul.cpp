@@ -13,17 +13,6 @@
 namespace higgs {
 namespace detail {
 
-DecodeGeometry decode_geometry(const LayerFormat& format) {
-  const std::int64_t chunk_cols = kChunk * format.grid->p;
-  const auto chunks = [&](std::int64_t cols) { return (cols + chunk_cols - 1) / chunk_cols; };
-  DecodeGeometry g;
-  g.groups = format.row_groups();
-  g.group_chunks = chunks(format.group);
-  g.last_group_chunks = chunks(format.k - (g.groups - 1) * format.group);
-  g.arranged_cols = ((g.groups - 1) * g.group_chunks + g.last_group_chunks) * chunk_cols;
-  return g;
-}
-
 void no_decoder(const Grid& grid) {
   throw Error(ErrorCode::unsupported, "matmul: no decoder for grid " + std::string(grid.name));
 }
@@ -49,35 +38,34 @@ void check(ConstMatrixView x, const PackedView& w, MatrixView y) {
   }
 }
 
-// Rotated x * d of one row, from column order to decode order (see kernels.h); the padding stays zero.
-void arrange(const float* rotated, const LayerFormat& f, const detail::DecodeGeometry& geometry, float* out) {
-  const int p = f.grid->p;
-  for (std::int64_t g = 0; g < geometry.groups; ++g) {
-    float* group_out = out + g * geometry.group_chunks * detail::kChunk * p;
-    const std::int64_t first = g * f.group;
-    if (f.grid->trellis != nullptr || f.grid->table_points() > 1 << detail::kernels().component_major_bits) {
-      std::copy(rotated + first, rotated + f.group_end(g), group_out);
-      continue;
-    }
-    const std::int64_t indices = (f.group_end(g) - first) / p;
-    for (std::int64_t i = 0; i < indices; ++i) {
-      float* chunk_out = group_out + i / detail::kChunk * detail::kChunk * p + i % detail::kChunk;
-      for (int c = 0; c < p; ++c) chunk_out[c * detail::kChunk] = rotated[first + i * p + c];
+// Rotated x * d of one row, from column order to decode order (see kernels.h).
+void arrange(const float* rotated, const LayerFormat& f, float* out) {
+  if (f.grid->trellis != nullptr || f.grid->table_points() > 1 << detail::kernels().component_major_bits) {
+    std::copy_n(rotated, f.k, out);
+    return;
+  }
+  const std::int64_t p = f.grid->p;
+  for (std::int64_t g = 0; g < f.row_groups(); ++g) {
+    for (std::int64_t first = g * f.group; first < f.group_end(g); first += detail::kChunk * p) {
+      const std::int64_t count = std::min(detail::kChunk * p, f.group_end(g) - first) / p;
+      for (std::int64_t i = 0; i < count; ++i) {
+        for (std::int64_t c = 0; c < p; ++c) out[first + c * count + i] = rotated[first + i * p + c];
+      }
     }
   }
 }
 
-std::vector<float> rotate_and_arrange(ConstMatrixView x, const PackedView& w, const detail::DecodeGeometry& geometry) {
+std::vector<float> rotate_and_arrange(ConstMatrixView x, const PackedView& w) {
   const LayerFormat& f = w.format;
   std::vector<float> d(static_cast<std::size_t>(f.k));
   input_vector(f.seed, detail::load_column_scale(w.column_scale, f.k), d);
-  std::vector<float> arranged(static_cast<std::size_t>(x.rows * geometry.arranged_cols));
+  std::vector<float> arranged(static_cast<std::size_t>(x.rows * f.k));
   parallel_for(x.rows, 4, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> row(static_cast<std::size_t>(f.k));
     for (std::int64_t i = begin; i < end; ++i) {
       detail::load_scaled(x.row(i), x.dtype, f.k, d.data(), row.data());
       detail::kernels().fwht(row.data(), f.k / f.block, f.block);
-      arrange(row.data(), f, geometry, arranged.data() + i * geometry.arranged_cols);
+      arrange(row.data(), f, arranged.data() + i * f.k);
     }
   });
   return arranged;
@@ -101,21 +89,19 @@ void matmul(ConstMatrixView x, const PackedView& w, const void* bias, MatrixView
   const std::int64_t m = x.rows;
   const std::int64_t n = w.format.n;
   if (m == 0 || n == 0) return;
-  const detail::DecodeGeometry geometry = detail::decode_geometry(w.format);
-  const std::vector<float> arranged = rotate_and_arrange(x, w, geometry);
+  const std::vector<float> arranged = rotate_and_arrange(x, w);
   const detail::Kernels& kernels = detail::kernels();
-  if (m == 1) {
-    std::vector<float> sums(static_cast<std::size_t>(n));
+  if (m <= detail::kFewRows) {
+    std::vector<float> sums(static_cast<std::size_t>(m * n));
     const std::int64_t grain = std::max<std::int64_t>(2, std::min<std::int64_t>(64, n / (4 * num_threads()) / 2 * 2));
     parallel_for(n, grain, [&](std::int64_t begin, std::int64_t end) {
-      kernels.dot_rows(w, arranged.data(), begin, end, sums.data());
+      kernels.dot_rows(w, arranged.data(), m, begin, end, sums.data(), n);
     });
     finish(sums.data(), n, 0, n, bias, y);
     return;
   }
-  const std::int64_t scratch_cols = geometry.group_chunks * detail::kChunk * w.format.grid->p;
   parallel_for(n, detail::kTileRows, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> scratch(static_cast<std::size_t>(detail::kTileRows * scratch_cols));
+    std::vector<float> scratch(static_cast<std::size_t>(detail::kTileRows * w.format.group));
     std::vector<float> sums(static_cast<std::size_t>(m * (end - begin)));
     kernels.dot_tile(w, arranged.data(), m, begin, end, scratch.data(), sums.data(), end - begin);
     finish(sums.data(), end - begin, begin, end, bias, y);

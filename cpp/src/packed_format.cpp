@@ -20,6 +20,12 @@ void check_k(std::int64_t k) {
   }
 }
 
+void check_block(int block) {
+  if (!is_block(block)) {
+    fail("block " + std::to_string(block) + " is not supported; use a multiple of 64 in 64..1024");
+  }
+}
+
 }  // namespace
 
 int default_block(std::int64_t k) {
@@ -36,6 +42,7 @@ std::int64_t default_group(std::int64_t k, int block) {
   constexpr std::int64_t kShortest = 512;
   constexpr std::int64_t kLongest = 2048;
   check_k(k);
+  check_block(block);
   const std::int64_t shortest = (std::max<std::int64_t>(kShortest, block) + block - 1) / block * block;
   for (std::int64_t group = shortest; group <= std::min(k, kLongest); group += block) {
     if (k % group == 0) return group;
@@ -53,9 +60,7 @@ void validate(const LayerFormat& f) {
   if (f.n > kMaxWeights / f.k) {
     fail("n = " + std::to_string(f.n) + " times k = " + std::to_string(f.k) + " is more than 2^56 weights");
   }
-  if (!is_block(f.block)) {
-    fail("block " + std::to_string(f.block) + " is not supported; use a multiple of 64 in 64..1024");
-  }
+  check_block(f.block);
   if (f.k % f.block != 0) {
     fail("block " + std::to_string(f.block) + " does not divide k = " + std::to_string(f.k) + "; the default is " +
          std::to_string(default_block(f.k)));

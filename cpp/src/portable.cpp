@@ -43,11 +43,11 @@ struct Portable {
     const float* points;
 
     template <typename Sink>
-    void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
-      float values[P * kChunk] = {};
+    void chunk(const std::uint8_t* bytes, int count, const Sink& sink) const {
+      float values[P * kChunk];
       std::uint32_t window = 0;
       int filled = 0;
-      for (int i = 0; i < valid; ++i) {
+      for (int i = 0; i < count; ++i) {
         for (; filled < B; filled += 8) window |= static_cast<std::uint32_t>(*bytes++) << filled;
         const std::uint32_t index = window & ((1u << B) - 1);
         window >>= B;
@@ -58,7 +58,7 @@ struct Portable {
           values[i * P + c] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(point) ^ sign);
         }
       }
-      for (int offset = 0; offset < kChunk * P; offset += kLanes) sink(offset, load(values + offset));
+      for (int offset = 0; offset < count * P; offset += kLanes) sink(offset, load(values + offset));
     }
   };
 };

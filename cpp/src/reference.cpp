@@ -20,6 +20,16 @@ double transform_entry(std::int64_t block, std::int64_t i, std::int64_t j) {
   return hadamard * (std::cos(angle) + std::sin(angle)) / std::sqrt(static_cast<double>(block));
 }
 
+// T[block, block]: once, as an entry takes longer than all else.
+std::vector<double> transform_matrix(std::int64_t block) {
+  std::vector<double> entries;
+  entries.reserve(static_cast<std::size_t>(block * block));
+  for (std::int64_t i = 0; i < block; ++i) {
+    for (std::int64_t j = 0; j < block; ++j) entries.push_back(transform_entry(block, i, j));
+  }
+  return entries;
+}
+
 }  // namespace
 
 std::vector<double> dequantize(const PackedView& packed) {
@@ -29,6 +39,7 @@ std::vector<double> dequantize(const PackedView& packed) {
   const int bits = f.grid->index_bits;
   std::vector<double> out(static_cast<std::size_t>(f.n * f.k));
   std::vector<double> r(static_cast<std::size_t>(f.k));
+  const std::vector<double> transform = transform_matrix(f.block);
   for (std::int64_t i = 0; i < f.n; ++i) {
     const std::uint8_t* bytes = packed.indices + i * f.row_bytes();
     for (std::int64_t j = 0; j < f.k; ++j) {
@@ -43,8 +54,9 @@ std::vector<double> dequantize(const PackedView& packed) {
     }
     for (std::int64_t j = 0; j < f.k; ++j) {
       const std::int64_t first = j / f.block * f.block;
+      const double* row = &transform[static_cast<std::size_t>((j - first) * f.block)];
       double sum = 0;
-      for (std::int64_t t = 0; t < f.block; ++t) sum += transform_entry(f.block, j - first, t) * r[first + t];
+      for (std::int64_t t = 0; t < f.block; ++t) sum += row[t] * r[first + t];
       const double s = packed.column_scale == nullptr ? 1.0 : f16_to_f32(packed.column_scale[j]);
       out[i * f.k + j] = sign_of(f.seed, j) / s * sum;
     }

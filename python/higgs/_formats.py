@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -27,12 +27,12 @@ class LayerFormat:
     group: int
     seed: int
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of indices of one row."""
         return core_format(self).row_bytes
 
-    @property
+    @cached_property
     def row_groups(self) -> int:
         """Scales of one row."""
         return core_format(self).row_groups
@@ -90,8 +90,16 @@ def layer_format(
 
 def format_of(indices: Tensor, grid: str, block: int, group: int, seed: int) -> LayerFormat:
     """The format of packed ``indices`` [n, row_bytes]."""
+    shape = indices.shape
+    if len(shape) != 2:
+        raise ValueError(f"indices has shape {list(shape)}, expected [n, row_bytes]")
+    return _format_of_rows(*shape, grid, block, group, seed)
+
+
+@cache  # the same object every time: what it computes of itself is computed once
+def _format_of_rows(n: int, row_bytes: int, grid: str, block: int, group: int, seed: int) -> LayerFormat:
     g = _core.find_grid(grid)
-    return LayerFormat(grid, indices.shape[0], indices.shape[1] * 8 // g.index_bits * g.p, block, group, seed)
+    return LayerFormat(grid, n, row_bytes * 8 // g.index_bits * g.p, block, group, seed)
 
 
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Collection[torch.dtype], like: Tensor) -> None:
@@ -120,8 +128,9 @@ def check_column_scale(column_scale: Tensor, k: int, like: Tensor) -> None:
 
 
 def check_x(x: Tensor, k: int, like: Tensor) -> None:
-    if x.shape[-1] != k:
-        raise ValueError(f"x has {x.shape[-1]} features, the layer has in_features = {k}")
+    features = x.shape[-1] if x.dim() else "no"
+    if features != k:
+        raise ValueError(f"x has {features} features, the layer has in_features = {k}")
     check("x", x, x.shape, DTYPE_CODES, like)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from re import Pattern
 from typing import Any
 
 from . import _core
 from ._ops import layer_format
 from .errors import FormatError
+from .patterns import compiled
 from .sensitivity import LayerSensitivity, Sensitivities
 
 # Projections of one parent module that runtimes fuse into one matrix and that read the same input.
@@ -116,6 +117,9 @@ class Allocation:
             plan = cls(**{**data, "layers": [PlannedLayer(**layer) for layer in data["layers"]]})
             for layer in plan.layers:
                 _core.find_grid(layer.grid)
+            if not isinstance(plan.notes, list):
+                raise TypeError(f"notes is {plan.notes!r}")
+            plan.gap, plan.predicted_loss = float(plan.gap), float(plan.predicted_loss)
         except (KeyError, TypeError, ValueError) as e:
             raise FormatError(f"{path} is no plan: {e}") from None
         return plan
@@ -207,7 +211,7 @@ def plan_allocation(
     """
     if sum(budget is not None for budget in (bits, size, latency_us)) != 1:
         raise ValueError("give exactly one budget: bits, bytes or latency")
-    layers, skipped = _eligible(sensitivities.layers, [re.compile(p) for p in skip])
+    layers, skipped = _eligible(sensitivities.layers, compiled("skip", skip))
     rule = _SizeRule(index_bits_only, column_scales, block, group)
     weights = sum(x.n * x.k for x in layers)
     groups = list(range(len(layers))) if untie else tied_groups([x.name for x in layers])
@@ -290,7 +294,7 @@ def _usual_menu(fixed: Mapping[str, str]) -> list[MenuGrid]:
 
 
 def _eligible(
-    layers: Iterable[LayerSensitivity], skip: list[re.Pattern]
+    layers: Iterable[LayerSensitivity], skip: list[Pattern[str]]
 ) -> tuple[list[LayerSensitivity], dict[str, str]]:
     kept, skipped = [], {}
     for x in layers:
@@ -331,7 +335,8 @@ def _fixed_choices(layers: Sequence[LayerSensitivity], menu: list[MenuGrid], fix
             raise ValueError(
                 f"layers {pattern!r} are fixed to {grid!r}, which is not in the menu: {', '.join(position)}"
             )
-        matches = [i for i, x in enumerate(layers) if re.search(pattern, x.name)]
+        (expression,) = compiled("fix", [pattern])
+        matches = [i for i, x in enumerate(layers) if expression.search(x.name)]
         if not matches:
             raise ValueError(f"no layer matches {pattern!r}, which is fixed to {grid}")
         for i in matches:

@@ -44,6 +44,8 @@ class LayerConfig:
     def __post_init__(self) -> None:
         if self.experts is not None and (type(self.experts) is not int or self.experts < 1):
             raise ValueError(f"experts is {self.experts!r}, expected a positive integer")
+        if type(self.column_scale) is not bool:
+            raise ValueError(f"column_scale is {self.column_scale!r}, expected true or false")
 
     def format(self, name: str, n: int, k: int) -> LayerFormat:
         try:

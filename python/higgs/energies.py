@@ -70,7 +70,10 @@ class Energies:
         if metadata.get("format") != _FORMAT or metadata.get("version") != "1":
             found = f"{metadata.get('format')!r} version {metadata.get('version')!r}"
             raise FormatError(f"{path} holds {found}, expected {_FORMAT!r} version '1'; make it with `higgs energies`")
-        return cls(energies, json.loads(metadata["shared"]), metadata.get("source", "unknown"))
+        try:
+            return cls(energies, json.loads(metadata["shared"]), metadata.get("source", "unknown"))
+        except (KeyError, ValueError) as e:
+            raise FormatError(f"{path}: bad list of the layers that share an input: {e!r}") from None
 
 
 def random_tokens(vocab_size: int, tokens: int = 8192, context: int = 512, seed: int = 0) -> Tensor:

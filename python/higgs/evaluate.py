@@ -47,7 +47,10 @@ def read_text(path: str | Path) -> str:
     A file in WikiText's layout (a line per row, `` = Title = `` headings) is joined as everyone does: rows, each with
     its newline, separated by two newlines. Any other file is taken as it is.
     """
-    text = Path(path).read_text(encoding="utf8")
+    try:
+        text = Path(path).read_text(encoding="utf8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is no text in UTF-8: {e}") from None
     lines = text.split("\n")[:-1]
     if not any(line.startswith(" = ") and line.rstrip().endswith(" =") for line in lines[:10]):
         return text
@@ -96,6 +99,8 @@ def score(
         nll -= log_probs.gather(1, window[1:, None]).double().sum().item()
         if base is not None:
             reference = base(window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            if reference.shape != log_probs.shape:
+                raise ValueError(f"base has {reference.shape[1]} tokens, the model {log_probs.shape[1]}")
             kl += (reference.exp() * (reference - log_probs)).sum(-1).double().sum().item()
         count += len(window) - 1
         progress.advance()
@@ -144,7 +149,7 @@ def evaluate(
     if bos and tokenizer.bos_token_id is None:
         raise ValueError("bos: the tokenizer has no BOS token")
     ids = (bos_windows if bos else token_windows)(tokenizer, read_text(text_path), context, windows)
-    base_model = load(base, device=chosen)[0] if base is not None else None
+    base_model = load_model(base, device=chosen) if base is not None else None
     result: dict[str, Any] = score(model, ids, base_model, progress)
     return {**result, "bits": effective_bits(model), "windows": len(ids), "context": context}
 

@@ -271,7 +271,9 @@ def digest(tensor: Tensor | None) -> str | None:
 def _autocast(x: Tensor) -> Tensor:
     """Under torch.autocast x gets the dtype that nn.Linear would give it."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which raises for "meta"
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def constant(data: Tensor) -> nn.Parameter:

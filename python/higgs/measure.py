@@ -243,6 +243,11 @@ def _gradients(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None
             p.requires_grad_(flag)
 
 
+def check_levels(levels: Sequence[float]) -> None:
+    if not levels or not all(0 < t2 <= 1 for t2 in levels):
+        raise ValueError(f"levels {list(levels)} are not supported; use at least one t2 in (0, 1]")
+
+
 class Noise:
     """The method *noise*; one job is one layer at one level of t2.
 
@@ -263,8 +268,7 @@ class Noise:
         """Raises ValueError for an unknown objective, no level, or a level not in (0, 1]."""
         if objective not in ("kl", "loss"):
             raise ValueError(f"objective {objective!r} is not supported; use 'kl' or 'loss'")
-        if not levels or not all(0 < t2 <= 1 for t2 in levels):
-            raise ValueError(f"levels {list(levels)} are not supported; use at least one t2 in (0, 1]")
+        check_levels(levels)
         self._model, self._targets, self._seed = model, targets, seed
         self._ids, self._levels, self._objective = _batches(token_ids), list(dict.fromkeys(levels)), objective
         self._base: list[Tensor] | None = None  # of the original model, made when first needed

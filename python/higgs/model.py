@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
@@ -25,6 +24,7 @@ from .energies import (
 from .errors import UnsupportedError
 from .linear import HiggsLinear, as_linear, is_conv1d
 from .moe import HiggsExperts, HiggsGrouped, Projection, other_experts, place_layers, projections, require_pairs
+from .patterns import compiled
 from .progress import NullProgress, Progress
 from .report import LayerReport, Report
 from .seeds import layer_seeds
@@ -116,7 +116,7 @@ def plan_formats(
     formats: dict[str, LayerFormat] = {}
     skipped: dict[str, str] = {}
     uniform = grid_of_all(bits, grid, allocation, lm_head_grid, embedding_grid)
-    grids = _grids_of_layers(model, uniform, allocation, list(skip))
+    grids = _grids_of_layers(model, uniform, allocation, skip)
     if lm_head_grid is not None:
         grids[head_name(model)] = lm_head_grid
     if embedding_grid is not None:
@@ -193,6 +193,8 @@ def grid_of_all(
     """
     if sum(option is not None for option in (bits, grid, allocation)) != 1:
         raise ValueError("give exactly one of bits, grid and allocation")
+    if not isinstance(allocation, Mapping | None):
+        raise TypeError(f"allocation is of {type(allocation)}; use {{layer name: grid name}}, `grids` of an Allocation")
     if lm_head_grid is not None and allocation is not None:
         raise ValueError("lm_head_grid and allocation: name the head in the allocation")
     if embedding_grid is not None and allocation is not None:
@@ -206,8 +208,11 @@ def grid_of_all(
 
 
 def _grids_of_layers(
-    model: nn.Module, grid: str | None, allocation: Mapping[str, str] | None, skip: list[str]
+    model: nn.Module, grid: str | None, allocation: Mapping[str, str] | None, skip: Iterable[str]
 ) -> dict[str, str]:
+    patterns = compiled("skip", skip)
+    if type(model) is nn.Linear:
+        raise UnsupportedError("the model is a Linear layer itself; use HiggsLinear.from_linear")
     if any(isinstance(m, HiggsLinear) for m in model.modules()):
         raise UnsupportedError("the model is quantized already; quantize the original, or call higgs.dequantize_ first")
     if allocation is not None:
@@ -217,7 +222,7 @@ def _grids_of_layers(
                 raise ValueError(f"allocation names {name!r}, which is no Linear layer of the model")
         return dict(allocation)
     layers = [*quantizable_layers(model), *projections(model)]
-    return {name: cast(str, grid) for name in layers if not any(re.search(pattern, name) for pattern in skip)}
+    return {name: cast(str, grid) for name in layers if not any(pattern.search(name) for pattern in patterns)}
 
 
 def unquantized_layers(model: nn.Module) -> dict[str, nn.Module]:

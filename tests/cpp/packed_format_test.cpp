@@ -138,6 +138,13 @@ TEST(PackedFormat, IllegalKIsNamed) {
   }
 }
 
+TEST(PackedFormat, GroupsOfIllegalBlocksAreErrors) {
+  for (const int block : {0, -64, 63, 96, 1088}) {
+    expect_error(ErrorCode::invalid_argument, {"block " + std::to_string(block), "64..1024"},
+                 [&] { (void)default_group(1024, block); });
+  }
+}
+
 TEST(PackedFormat, ValidateNamesTheValueAndTheLegalSet) {
   const LayerFormat good = make_format("p1_n16", 2, 576, 64);
   EXPECT_NO_THROW(validate(good));

@@ -253,7 +253,7 @@ TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
   }
 }
 INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes,
-                         testing::Values("p2_n256", "p2_n64", "p4_n256", "p4_n4096", "a2_b8"),
+                         testing::Values("p2_n256", "p2_n64", "p4_n256", "p4_n4096", "a2_b4", "a2_b8"),
                          [](const auto& grid) { return std::string(grid.param); });
 
 TEST(CudaLinear, MatricesThatShareX) {

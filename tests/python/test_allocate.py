@@ -240,9 +240,10 @@ def test_files_survive_a_round_trip(tmp_path):
     assert plan.predicted_error == 0.25 * plan.layers[0].loss > 0
     plan.save(tmp_path / "p.json")
     assert Allocation.load(tmp_path / "p.json") == plan
-    (tmp_path / "p.json").write_text('{"layers": [{"name": "x"}]}')
-    with pytest.raises(FormatError, match="is no plan"):
-        Allocation.load(tmp_path / "p.json")
+    for wrong in ({"layers": [{"name": "x"}]}, {**plan.to_dict(), "notes": 5}, {**plan.to_dict(), "gap": None}):
+        (tmp_path / "p.json").write_text(json.dumps(wrong))
+        with pytest.raises(FormatError, match="is no plan"):
+            Allocation.load(tmp_path / "p.json")
 
 
 def test_plan_command(tmp_path):

@@ -215,6 +215,12 @@ def test_k_not_divisible_by_64(tmp_path):
         quantize_checkpoint(source, tmp_path / "strict", strict=True)
 
 
+def test_a_source_of_which_nothing_can_be_quantized_says_why(tmp_path):
+    source = make_checkpoint(tmp_path / "source", dtype=torch.float64)
+    with pytest.raises(ValueError, match="none of the 14 Linear layers can be quantized: dtype F64 is not one of"):
+        quantize_checkpoint(source, tmp_path / "out", bits=4)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_nan_or_inf_names_the_tensor(checkpoint, tmp_path, value, scaled):

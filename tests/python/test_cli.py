@@ -177,6 +177,9 @@ def test_strict(tmp_path):
         (["--bits", "0.9"], "0.9 bits a weight are less than the lowest rate of the menu, 1"),
         (["--bits", "4", "--grid", "p2_n256"], "both given"),
         (["--block", "96"], "block"),
+        (["--block", "0"], "block 0 is not supported"),
+        (["--bits", "nan"], "bits nan is not supported"),
+        (["--bits", "3.3", "--fix", "(=p2_n256"], "fix '(' is no regular expression"),
         (["--seed", "-1"], "seed -1"),
         (["--scales", "nothing.txt"], "nothing.txt is not a file"),
         (["--scales", "nothing.safetensors"], "nothing.safetensors"),
@@ -216,6 +219,7 @@ def test_models_are_local_directories(command, tmp_path):
 def test_usage_errors_exit_with_2(checkpoint):
     assert run("quantize", checkpoint).exit_code == 2
     assert run("quantize", checkpoint, "-o", "x", "--device", "tpu").exit_code == 2
+    assert run("quantize", checkpoint, "-o", "x", "--scale-exponent", "0.6").exit_code == 2
     assert run("no-such-command").exit_code == 2
 
 
@@ -239,12 +243,16 @@ def test_doctor():
     assert "instruction sets:" in text and "registered with transformers:" in text and "p2_n256" in text
 
 
-def test_eval_and_generate(stories260k):
+def test_eval_and_generate(stories260k, tmp_path):
     words = ["eval", stories260k, "--text", DATA / "tinystories-sample.txt", "--context", 128, "--windows", 2]
     result = run_json(*words, "--base", stories260k)
     assert set(result) == {"perplexity", "tokens_per_s", "bits", "kl", "windows", "context"}
     assert result["kl"] == 0.0 and result["bits"] == 32.0 and 4 < result["perplexity"] < 12
     assert "KL 0.00000 (2 windows of 128)" in run(*words, "--base", stories260k).stdout
+    binary, other = tmp_path / "binary", make_checkpoint(tmp_path / "other", vocab=600)
+    binary.write_bytes(b"\xff" * 100)
+    assert f"{binary} is no text in UTF-8" in run("eval", stories260k, "--text", binary).stderr
+    assert "base has 600 tokens, the model 512" in run(*words, "--base", other).stderr
     assert run_json(*words, "--bos")["perplexity"] > 1.1 * result["perplexity"]  # after BOS it expects a beginning
     words = ["generate", stories260k, "--prompt", "Once upon a time", "--max-new-tokens", 12]
     assert run_json(*words)["text"] == run(*words).stdout.rstrip("\n")

@@ -432,6 +432,10 @@ def test_options_are_checked(tmp_path):
         MeasureOptions(method="x")
     with pytest.raises(ValueError, match="needs method 'noise' and a text"):
         MeasureOptions(objective="loss")
+    with pytest.raises(ValueError, match="context 1 is not supported"):
+        MeasureOptions(context=1)
+    with pytest.raises(ValueError, match=r"levels \[0.0\] are not supported"):
+        MeasureOptions(levels=(0.0,))
     assert "separated by commas" in run("measure", tmp_path, "-o", tmp_path / "x", "--levels", "a").stderr
 
 

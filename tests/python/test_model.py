@@ -69,6 +69,7 @@ def test_quantized_model_is_near_the_original_and_dequantizes(llama: LlamaForCau
     higgs.quantize_(llama, grid="p1_n256", scales="random")
     quantized = llama(IDS).logits
     assert (quantized - original).norm() < 0.02 * original.norm()
+    llama.save_pretrained(tmp_path / "quantized")  # after which transformers calls the dtype "float32"
     llama.dequantize()
     assert not any(isinstance(m, higgs.HiggsLinear) for m in llama.modules())
     assert torch.allclose(llama(IDS).logits, quantized, atol=1e-4)
@@ -91,6 +92,14 @@ def test_skip_strict_and_bad_arguments(llama: LlamaForCausalLM) -> None:
         higgs.quantize_(llama, allocation={"model.layers.9.x": "p2_n64"})
     with pytest.raises(ValueError, match="scales 'text' is not supported"):
         higgs.quantize_(llama, bits=4, scales="text")
+    with pytest.raises(TypeError, match="skip is 'down_proj'; use a list"):
+        higgs.quantize_(llama, bits=4, skip="down_proj")
+    with pytest.raises(ValueError, match=r"skip '\(' is no regular expression"):
+        higgs.quantize_(llama, bits=4, skip=["("])
+    with pytest.raises(TypeError, match="allocation is of <class 'list'>; use {layer name: grid name}"):
+        higgs.quantize_(llama, allocation=["lm_head"])
+    with pytest.raises(higgs.UnsupportedError, match="is a Linear layer itself"):
+        higgs.quantize_(nn.Linear(64, 64), bits=4, scales="none")
     report = higgs.quantize_(llama, bits=3, skip=["down_proj", r"layers\.0\."])
     assert [r.layer.rpartition(".")[2] for r in report.layers] == [
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
@@ -168,6 +177,12 @@ def test_broken_checkpoints_are_refused(llama: LlamaForCausalLM, tmp_path: Path)
     with pytest.raises(higgs.FormatError, match=r"q_proj.scales holds NaN"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    layers = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
+    removed = "model.layers.1.mlp.up_proj"
+    for left, message in (({}, "lists no layers"), ({k: v for k, v in layers.items() if k != removed}, removed)):
+        _edit_config(tmp_path, layers=left)
+        with pytest.raises(higgs.FormatError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
     _edit_config(tmp_path, layers={"model.layers.7.nothing": {"grid": "p2_n64", "block": 64, "group": 64, "seed": 0}})
     with pytest.raises(higgs.FormatError, match=r"names layer model.layers.7.nothing, which the model does not have"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -163,6 +163,10 @@ def test_errors_name_the_value_and_what_is_allowed() -> None:
         higgs.grid_for_bits(3.7)
     with pytest.raises(ValueError, match="x has 64 features, the layer has in_features = 128"):
         _ops.linear(torch.randn(1, 64), indices, scales, None, None, *call)
+    with pytest.raises(ValueError, match="x has no features"):
+        _ops.linear(torch.tensor(1.0), indices, scales, None, None, *call)
+    with pytest.raises(ValueError, match=r"indices has shape \[256\], expected \[n, row_bytes\]"):
+        _ops.linear(torch.randn(1, 128), indices.flatten(), scales, None, None, *call)
     with pytest.raises(TypeError, match="x is torch.float64"):
         _ops.linear(torch.randn(1, 128).double(), indices, scales, None, None, *call)
     with pytest.raises(TypeError, match="scales is torch.float32; use torch.float16"):

@@ -96,7 +96,7 @@ struct LayerFormat {
 
 // The smallest multiple of block that divides k and has at least 512 columns (so that a scale costs at most 1/32 bit);
 // if that is longer than 2048, the smallest multiple of block with at least 512 columns, the last group being shorter;
-// never longer than k.
+// never longer than k. Throws if k is not a positive multiple of 64, or block none in 64..1024.
 [[nodiscard]] std::int64_t default_group(std::int64_t k, int block);
 
 // Throws Error(invalid_argument) that names the value and the legal set.

@@ -84,8 +84,8 @@ struct Avx2 {
     }
 
     template <typename Sink>
-    void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
-      for (int i = 0; i < valid; i += 8, bytes += B) {
+    void chunk(const std::uint8_t* bytes, int count, const Sink& sink) const {
+      for (int i = 0; i < count; i += 8, bytes += B) {
         const __m256i index = eight_indices(bytes);
         if constexpr (kInRegisters) {
           const __m256 low = _mm256_permutevar8x32_ps(load(reinterpret_cast<const float*>(table)), index);
@@ -99,7 +99,6 @@ struct Avx2 {
             look_up(at + part, (i + part) * P, sink);
         }
       }
-      for (int i = valid * P; i < kChunk * P; i += 8) sink(i, zero());
     }
 
     // One register full of points: eight of one or two weights, four of four.

@@ -22,16 +22,16 @@ inline __m512i load_bytes(const std::uint8_t* bytes, int count, const std::uint8
   return _mm512_maskz_loadu_epi8(count >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1, bytes);
 }
 
-// Calls sink for 64 fp16 values given as their low and high bytes. Interleaving works per 128-bit lane: it takes the
-// indices in the order of kQwordOrder.
-template <typename Sink>
+// Calls sink for the first Count of 64 fp16 values given as their low and high bytes. Interleaving works per 128-bit
+// lane: it takes the indices in the order of kQwordOrder.
+template <int Count, typename Sink>
 inline void convert_bytes(__m512i low, __m512i high, int offset, const Sink& sink) {
   const __m512i first = _mm512_unpacklo_epi8(low, high);
   const __m512i second = _mm512_unpackhi_epi8(low, high);
   sink(offset, _mm512_cvtph_ps(_mm512_castsi512_si256(first)));
-  sink(offset + 16, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(first, 1)));
-  sink(offset + 32, _mm512_cvtph_ps(_mm512_castsi512_si256(second)));
-  sink(offset + 48, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(second, 1)));
+  if constexpr (Count > 16) sink(offset + 16, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(first, 1)));
+  if constexpr (Count > 32) sink(offset + 32, _mm512_cvtph_ps(_mm512_castsi512_si256(second)));
+  if constexpr (Count > 48) sink(offset + 48, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(second, 1)));
 }
 constexpr int kQwordOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
@@ -73,20 +73,23 @@ struct ByteTableDecoder {
     }
   }
 
-  [[nodiscard]] __m512i unpack(const std::uint8_t* bytes, int valid) const {
-    const __m512i raw = load_bytes(bytes, valid * B / 8, end);
+  [[nodiscard]] __m512i unpack(const std::uint8_t* bytes, int count) const {
+    const __m512i raw = load_bytes(bytes, count * B / 8, end);
     const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(spread), raw);
     if constexpr (B == 8) return words;
     const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words);
     return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>(kPoints - 1)));
   }
 
-  template <typename Sink>
-  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
-    const __m512i index = unpack(bytes, valid);
+  template <int Count = kChunk, typename Sink>
+  void chunk(const std::uint8_t* bytes, int count, const Sink& sink) const {
+    if constexpr (Count > 64 / P) {
+      if (count < Count) return chunk<Count - 64 / P>(bytes, count, sink);
+    }
+    const __m512i index = unpack(bytes, Count);
     for (int c = 0; c < P; ++c) {
-      convert_bytes(look_up_byte<kRegisters>(bytes_of[c][0], index), look_up_byte<kRegisters>(bytes_of[c][1], index),
-                    c * kChunk, sink);
+      convert_bytes<Count>(look_up_byte<kRegisters>(bytes_of[c][0], index),
+                           look_up_byte<kRegisters>(bytes_of[c][1], index), c * Count, sink);
     }
   }
 };
@@ -116,24 +119,27 @@ struct SignedDecoder {
     }
   }
 
-  // 32 indices.
-  [[nodiscard]] __m512 half_chunk(const std::uint8_t* bytes, int valid) const {
-    const __m512i raw = valid > 0 ? load_bytes(bytes, valid * 12 / 8, end) : _mm512_setzero_si512();
+  // 32 indices, of which `count` are there.
+  [[nodiscard]] __m512 half_chunk(const std::uint8_t* bytes, int count) const {
+    const __m512i raw = count > 0 ? load_bytes(bytes, count * 12 / 8, end) : _mm512_setzero_si512();
     const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(spread), raw);
     return _mm512_castsi512_ps(_mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words));
   }
 
   // Indices come as quads 0, 4, 8, 12, 1, 5, ...: in order after two interleavings within 128-bit lanes.
-  template <typename Sink>
-  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
-    const __m512 first = half_chunk(bytes, valid);
-    const __m512 second = half_chunk(bytes + 48, valid - 32);
+  template <int Count = kChunk, typename Sink>
+  void chunk(const std::uint8_t* bytes, int count, const Sink& sink) const {
+    if constexpr (Count > 16) {
+      if (count < Count) return chunk<Count - 16>(bytes, count, sink);
+    }
+    const __m512 first = half_chunk(bytes, Count);
+    const __m512 second = half_chunk(bytes + 48, Count - 32);
     const __m512i index = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0x88));
     const __m512i signs = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0xdd));
-    const auto sink_words = [&](__m512i words, int offset) {
+    const auto sink_words = [&](__m512i words, int c, int i) {
       const __m512i zero = _mm512_setzero_si512();
-      sink(offset, _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, words)));
-      sink(offset + 16, _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, words)));
+      if (i < Count) sink(c * Count + i, _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, words)));
+      if (i + 16 < Count) sink(c * Count + i + 16, _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, words)));
     };
     for (int c = 0; c < 4; ++c) {
       const __m512i moved = _mm512_slli_epi16(signs, 7 - c);  // bit c of each byte to its top
@@ -141,8 +147,8 @@ struct SignedDecoder {
       const __m512i low = look_up_byte<4>(bytes_of[c][0], index);
       const __m512i high =
           _mm512_ternarylogic_epi64(look_up_byte<4>(bytes_of[c][1], index), moved, _mm512_set1_epi8(INT8_MIN), kXorAnd);
-      sink_words(_mm512_unpacklo_epi8(low, high), c * kChunk);
-      sink_words(_mm512_unpackhi_epi8(low, high), c * kChunk + 32);
+      sink_words(_mm512_unpacklo_epi8(low, high), c, 0);
+      sink_words(_mm512_unpackhi_epi8(low, high), c, 32);
     }
   }
 };
@@ -170,15 +176,10 @@ struct WordTableDecoder {  // P = 2, 9 to 12 bits
   }
 
   template <typename Sink>
-  void chunk(const std::uint8_t* bytes, int valid, const Sink& sink) const {
+  void chunk(const std::uint8_t* bytes, int count, const Sink& sink) const {
     const __m512i spread_v = _mm512_load_si512(spread);
     const __m512i shift_v = _mm512_load_si512(shift);
-    for (int i = 0; i < kChunk; i += 16, bytes += 2 * B) {
-      if (i >= valid) {
-        sink(2 * i, _mm512_setzero_ps());
-        sink(2 * i + 16, _mm512_setzero_ps());
-        continue;
-      }
+    for (int i = 0; i < count; i += 16, bytes += 2 * B) {
       const __m512i words = _mm512_permutexvar_epi8(spread_v, load_bytes(bytes, 2 * B, end));
       const __m512i index = _mm512_and_si512(_mm512_srlv_epi32(words, shift_v), _mm512_set1_epi32(kPoints - 1));
       alignas(64) std::uint32_t at[16];

@@ -16,7 +16,7 @@ from torch import nn
 from .. import _core, energies, jobs
 from ..devices import rank_device
 from ..energies import Energies, gather_energies, own_tokens, pooled_column_scales, weight_energy
-from ..measure import LEVELS, Fisher, Method, Noise, find_targets
+from ..measure import LEVELS, Fisher, Method, Noise, check_levels, find_targets
 from ..moe import projections
 from ..progress import NullProgress, Progress
 from ..sensitivity import LayerSensitivity, Sensitivities
@@ -49,10 +49,13 @@ class MeasureOptions:
             raise ValueError(f"method {self.method!r} is not supported; use {' or '.join(_TOKENS)}")
         if self.objective == "loss" and (self.method != "noise" or self.text in ("self", "random")):
             raise ValueError("objective 'loss' needs method 'noise' and a text file; use 'kl'")
+        if self.context < 2:
+            raise ValueError(f"context {self.context} is not supported; use at least 2")
+        check_levels(self.levels)
 
     @property
     def token_count(self) -> int:
-        return self.tokens or _TOKENS[self.method]
+        return _TOKENS[self.method] if self.tokens is None else self.tokens
 
 
 def measure_checkpoint(
@@ -167,11 +170,14 @@ def _prepare(
         shutil.rmtree(work, ignore_errors=True)
     if file.exists():
         return
-    work.mkdir(parents=True, exist_ok=True)
+    window_length(model, options)  # errors before the model runs
+    ids = None if options.text == "self" else sample_tokens(model, source, options, progress)
     used, sampled = _energies(model, source, options, progress)
+    if ids is None:
+        ids = sample_tokens(model, source, options, progress, sampled)
+    work.mkdir(parents=True, exist_ok=True)
     if used is not None:
         used.save(work / "energies.safetensors")
-    ids = sample_tokens(model, source, options, progress, sampled)
     save_file({"token_ids": ids.contiguous()}, work / "tokens.safetensors")
     write_file(file, json_bytes(settings))  # last: with it the folder is complete
 
@@ -187,16 +193,22 @@ def _energies(
     return energies.energies_for(source, options.scales, seed=options.seed, progress=progress), None
 
 
+def window_length(model: Any, options: MeasureOptions) -> int:
+    """Tokens of a window. Raises ValueError if all tokens are fewer."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = min(options.context, positions or options.context)
+    if options.token_count < context:
+        raise ValueError(f"tokens {options.token_count} must be at least context {context}")
+    return context
+
+
 def sample_tokens(
     model: Any, source: Path, options: MeasureOptions, progress: Progress, sampled: torch.Tensor | None = None
 ) -> torch.Tensor:
     """int64 [windows, context]. Text of the model's own is sampled in short pieces (or is ``sampled``, if that is
     enough), which are then joined: every token more in a piece is one more pass through the model."""
     count = options.token_count
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    context = min(options.context, positions or options.context)
-    if count < context:
-        raise ValueError(f"tokens {count} must be at least context {context}")
+    context = window_length(model, options)
     if options.text == "self":
         if sampled is None or sampled.numel() < count:
             piece = min(energies.SELF_CONTEXT, context)

@@ -151,7 +151,8 @@ def make_plan(
     planned.update({layer.sources[0]: layer for layer in experts})
     head_grid = options.lm_head_grid or (allocation or {}).get(linear.head or "")
     if not planned and head_grid is None and options.embedding_grid is None:
-        raise ValueError(f"{checkpoint.path}: none of the {len(skipped)} Linear layers can be quantized")
+        why = "; ".join(dict.fromkeys(skipped.values()))
+        raise ValueError(f"{checkpoint.path}: none of the {len(skipped)} Linear layers can be quantized: {why}")
     plan = Plan(_shards(checkpoint, planned), skipped, list(linear.notes))
     if head_grid is not None:
         _plan_head(plan, checkpoint, linear, options, head_grid)
@@ -200,7 +201,9 @@ def _check_allocation(checkpoint: Checkpoint, linear: LinearWeights, allocation:
 def _obstacle(dtype: str, shape: tuple[int, ...]) -> str | None:
     if dtype not in _FLOATS:
         return f"dtype {dtype} is not one of {', '.join(_FLOATS)}"
-    if shape[1] % 64 or not all(shape):
+    if not all(shape):
+        return "it is empty"
+    if shape[1] % 64:
         return f"k = {shape[1]} is not a positive multiple of 64"
     return None
 

@@ -125,7 +125,7 @@ def model_card(checkpoint: Checkpoint, out: Path, options: Options, settings: di
             "```",
             "",
             "```python",
-            "import higgs  # registers the format; without it the weights would be random",
+            "import higgs  # registers the format, which loading needs",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             f'model = AutoModelForCausalLM.from_pretrained("{out.resolve().name}")',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from .options import (
     MaybePath,
     MaybeText,
     Model,
+    ScaleExponent,
     emit,
     local_model,
     quiet_transformers,
@@ -61,7 +63,7 @@ def plan(
     latencies: Annotated[
         MaybePath, typer.Option(metavar="FILE", help="JSON lines with n, k, grid, m, us: measured kernel times.")
     ] = None,
-    m: Annotated[int, typer.Option(help="Tokens a call in --latencies.")] = 1,
+    m: Annotated[int, typer.Option(min=1, help="Tokens a call in --latencies.")] = 1,
     menu: Menu = None,
     untie: Untie = False,
     fix: Fix = None,
@@ -125,9 +127,9 @@ def measure(
     text: Annotated[
         str, typer.Option(metavar="self|random|FILE", help="Tokens: sampled from the model, random, or of a text.")
     ] = "self",
-    tokens: Annotated[MaybeInt, typer.Option(help="Number of tokens (fisher 8192, noise 2048).")] = None,
+    tokens: Annotated[MaybeInt, typer.Option(min=2, help="Number of tokens (fisher 8192, noise 2048).")] = None,
     context: Annotated[
-        int, typer.Option(help="Tokens of a window: with less context, tokens are more sensitive.")
+        int, typer.Option(min=2, help="Tokens of a window: with less context, tokens are more sensitive.")
     ] = 1024,
     objective: Annotated[
         Objective, typer.Option(help="noise: KL from the original, or loss on the text (needs a FILE).")
@@ -138,7 +140,7 @@ def measure(
     scales: Annotated[
         str, typer.Option(metavar="self|random|none|FILE", help="Column scales of the checkpoint to be.")
     ] = "self",
-    scale_exponent: Annotated[float, typer.Option(help="Exponent of the column scales, 0 to 0.5.")] = 0.25,
+    scale_exponent: ScaleExponent = 0.25,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Measure the output head too.")] = False,
     seed: Annotated[int, typer.Option(help="Of tokens, noise and labels.")] = 0,
     device: Annotated[MeasureDevice, typer.Option(help="Where to run the model.")] = MeasureDevice.cpu,
@@ -254,6 +256,7 @@ def allocation_choice(
     ``layout``: scales, scale_exponent, seed, block and group of the checkpoint to be."""
     from .. import _core
     from ..allocate import Allocation, grid_menu, plan_allocation
+    from ..patterns import compiled
     from ..sensitivity import Sensitivities
 
     words = [] if menu is None else ["--menu", ",".join(split_menu(menu) or [])]
@@ -280,8 +283,11 @@ def allocation_choice(
     if sensitivities is not None:
         words += ["--sensitivities", _named(sensitivities)]
     chosen, fixed = None if menu is None else grid_menu(split_menu(menu)), split_fixed(fix)
+    compiled("fix", fixed)  # these checks: before anything is measured
     lowest = float(min(g.rate for g in chosen or grid_menu()))
-    if bits < lowest:  # before anything is measured
+    if not math.isfinite(bits):
+        raise ValueError(f"bits {bits} is not supported; use a positive number of bits a weight")
+    if bits < lowest:
         raise ValueError(
             f"{bits:g} bits a weight are less than the lowest rate of the menu, {lowest:g}, without scales"
         )

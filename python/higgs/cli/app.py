@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from . import allocation
-from .options import Device, Json, MaybeBool, MaybeFloat, MaybeInt, MaybePath, MaybeText, Model
+from .options import Device, Json, MaybeBool, MaybeFloat, MaybeInt, MaybePath, MaybeText, Model, ScaleExponent
 from .options import emit as _emit
 from .options import local_model as _local_model
 from .options import quiet_transformers as _quiet_transformers
@@ -73,7 +73,9 @@ def quantize(
     embedding_grid: Annotated[
         MaybeText, typer.Option(help="Quantize the embedding too, on this grid; a tied head needs its own.")
     ] = None,
-    block: Annotated[MaybeInt, typer.Option(help="Hadamard block (default: largest that divides k).")] = None,
+    block: Annotated[
+        MaybeInt, typer.Option(help="Hadamard block (default: a power of two from 256 on, else the largest possible).")
+    ] = None,
     group: Annotated[MaybeInt, typer.Option(help="Columns that share a scale (default: at least 512).")] = None,
     seed: Annotated[int, typer.Option(help="Key of the random signs, and of sampled or random tokens.")] = 0,
     scales: Annotated[
@@ -83,8 +85,8 @@ def quantize(
             help="Column scales: text the model samples, random tokens, none, a text, or saved energies.",
         ),
     ] = None,
-    scale_exponent: Annotated[float, typer.Option(help="Exponent of the column scales, 0 to 0.5.")] = 0.25,
-    scale_tokens: Annotated[int, typer.Option(help="Tokens to gather input energies over.")] = 8192,
+    scale_exponent: ScaleExponent = 0.25,
+    scale_tokens: Annotated[int, typer.Option(min=2, help="Tokens to gather input energies over.")] = 8192,
     device: Device = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Fail if a layer cannot be quantized.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start over, whatever OUT holds of an earlier run.")] = False,
@@ -154,7 +156,7 @@ def energies(
     text: Annotated[
         str, typer.Option(metavar="self|random|FILE", help="Tokens: sampled from the model, random, or of a text.")
     ] = "self",
-    tokens: Annotated[int, typer.Option(help="Tokens to run.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to run.")] = 8192,
     seed: Annotated[int, typer.Option(help="Seed of sampled or random tokens.")] = 0,
     device: Device = "auto",
     json_output: Json = False,

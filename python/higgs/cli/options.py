@@ -21,6 +21,7 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Local model direct
 Device = Annotated[
     str, typer.Option(callback=_device_name, metavar="auto|cpu|cuda[:N]", help="Where to work (auto: on a GPU if any).")
 ]
+ScaleExponent = Annotated[float, typer.Option(min=0, max=0.5, help="Exponent of the column scales.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 # typer reads these at run time, under Python 3.10 too, hence Optional.
 MaybeBool = Optional[bool]  # noqa: UP045

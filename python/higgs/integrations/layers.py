@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 from torch import nn
@@ -20,6 +21,18 @@ def replace_layer(model: nn.Module, name: str, original: nn.Module, module: Higg
 def is_distributed(model: Any) -> bool:
     """Whether ``model`` is loaded with ``distributed_config`` or ``tp_plan``."""
     return getattr(model.config, "distributed_config", None) is not None
+
+
+def check_listed(layers: Collection[str], stored: dict[str, tuple[int, ...]] | None) -> None:
+    """``layers`` of the quantization_config are all quantized layers of the file: transformers would draw the weights
+    of others at random."""
+    if not layers:
+        raise FormatError("quantization_config lists no layers")
+    tensors = stored or {}
+    for tensor in tensors:
+        name = tensor.removesuffix(".indices")
+        if f"{name}.indices" == tensor and f"{name}.scales" in tensors and name not in layers:
+            raise FormatError(f"the checkpoint has a tensor {tensor}, but its quantization_config no layer {name}")
 
 
 def check_shapes(name: str, module: HiggsLinear, stored: dict[str, tuple[int, ...]] | None) -> None:

@@ -36,9 +36,10 @@ from ..model import (
     unquantized_layers,
 )
 from ..moe import layer_of, place_layers
+from ..patterns import compiled
 from ..shared_inputs import share_inputs_
 from . import tensor_parallel
-from .layers import check_shapes, is_distributed, replace_layer
+from .layers import check_listed, check_shapes, is_distributed, replace_layer
 from .moe import name_in_file, place_experts, place_layer
 
 logger = logging.get_logger(__name__)
@@ -86,15 +87,14 @@ class HiggsQuantConfig(QuantizationConfigMixin):
         self.parsed()  # raises FormatError
         if unknown and layers is None:  # a checkpoint may hold keys of later versions
             raise TypeError(f"HiggsQuantConfig does not take {', '.join(unknown)}")
-        if isinstance(skip, str):
-            raise TypeError(f"skip is {skip!r}; use a list of regular expressions")
         if scales not in ("none", "random", "self"):
             raise ValueError(f"scales {scales!r} is not supported; use 'none', 'self' or 'random'")
         self.scales = scales
         self.plan: dict[str, Any] = {
             "bits": bits, "grid": grid, "allocation": None if allocation is None else dict(allocation),
-            "lm_head_grid": lm_head_grid, "embedding_grid": embedding_grid, "skip": list(skip), "block": block,
-            "group": group, "seed": seed, "strict": strict,
+            "lm_head_grid": lm_head_grid, "embedding_grid": embedding_grid,
+            "skip": [p.pattern for p in compiled("skip", skip)], "block": block, "group": group, "seed": seed,
+            "strict": strict,
         }  # fmt: skip
         if layers is None and any(option is not None for option in (bits, grid, allocation)):
             grid_of_all(bits, grid, allocation, lm_head_grid, embedding_grid)
@@ -202,6 +202,7 @@ class HiggsHfQuantizer(HfQuantizer):
             if is_distributed(model):
                 tensor_parallel.before_loading(name, module)
             replace_layer(model, module_name, original, module)
+        check_listed(config.layers, stored)
 
     def _plan(self, model: nn.Module) -> None:
         if is_distributed(model):
@@ -264,10 +265,11 @@ class HiggsHfQuantizer(HfQuantizer):
             tensors[guard] = guard_tensor()
         return tensors, {}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         from ..model import dequantize_
 
-        return dequantize_(model, dtype)
+        # The config of a model that was saved says it in a word.
+        return dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
