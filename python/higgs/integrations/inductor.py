@@ -4,9 +4,9 @@ Programmatic dependent launch: a kernel that is launched so may start as soon as
 ``griddepcontrol.launch_dependents`` or ended, and its ``griddepcontrol.wait`` returns when that one has ended and all
 that it wrote can be read. Why this gives the results of kernels that run one after the other:
 
-1. Every kernel launched so waits in each of its CTAs before it reads or writes global memory: those of torch.compile
-   first of all (``_wait_first``), those of higgs after they have loaded constants, which are the packed weights,
-   their tables and scales, and the input vector.
+1. Every kernel launched so waits before it reads or writes global memory, in all CTAs that do: those of torch.compile
+   first of all (``_wait_first``), those of higgs after they have loaded constants, which are the packed weights, their
+   tables and scales, and the input vector.
 2. So no such kernel ends before the one before it has, and when its wait returns, then, by induction, all kernels
    before it in the stream have ended, not the last alone.
 3. All others (of cuDNN, cuBLAS, eager PyTorch, templates and kernels that users write) are launched as ever, and start
