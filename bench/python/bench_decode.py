@@ -1,15 +1,17 @@
 """Decode speed of a whole model: tokens/s of a Llama-shaped transformers model with random weights, bf16 against higgs.
 
-    python bench/python/bench_decode.py --weights none bf16 p2_n256 p4_n4096 nf4 int4 --batch 1 16 --compile --overlap \
-        --attention higgs_sdpa
+    python bench/python/bench_decode.py --weights none none:bf16 none:ch8 bf16 p2_n256 p4_n4096 nf4 int4 --batch 1 16 \
+        --compile --overlap --attention higgs_sdpa
 
 All run the same harness: static cache, one decoding step as one CUDA graph (eager code, captured; with ``--compile``
 torch.compile's, mode "reduce-overhead", in which the decoder layer is compiled once for all layers), the next token by
-argmax. bitsandbytes NF4 and torchao int4 (groups of 128) take part where they are installed, with the output head as
-they leave it; that of higgs is on ``--head-grid``. ``none`` is the model without linear layers: in their place an
-operator that launches nothing and returns memory as it is. Prints milliseconds a step, of it those in kernels of linear
-layers (with ``--profile``, of one step; it slows all that comes after), those beyond a step of ``none`` (where that
-comes before) and those on the host, tokens/s, gigabytes of weights and at the peak, seconds to quantize and to compile.
+argmax. ``WEIGHTS:HEAD`` gives the output head weights of its own; ``WEIGHTS`` alone leaves it in bf16 or, where they
+are a grid, quantizes it to ch8. bitsandbytes NF4 and torchao int4 (groups of 128) take part where they are installed.
+``none`` is the model without linear layers, ``none:HEAD`` with the head alone: in their place an operator that launches
+nothing and returns memory as it is. Prints milliseconds a step, of it those in kernels of linear layers (with
+``--profile``, of one step; it slows all that comes after), those beyond a step of ``none``, those beyond a step of
+``none`` with the same head (where these come before) and those on the host, tokens/s, gigabytes of weights and at the
+peak, seconds to quantize and to compile.
 """
 
 import argparse
@@ -97,8 +99,16 @@ class Int4Linear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
-def quantize(model: LlamaForCausalLM, weights: str, head_grid: str, shared: bool) -> None:
-    if weights == "nf4":
+def with_head(weights: str) -> tuple[str, str]:
+    """The weights of the layers and those of the head: none, bf16 or a grid."""
+    body, _, head = weights.partition(":")
+    return body, head or {"none": "none", "bf16": "bf16", **dict.fromkeys(PEERS, "bf16")}.get(body, "ch8")
+
+
+def quantize(model: LlamaForCausalLM, weights: str, shared: bool) -> None:
+    """Puts ``weights`` (of which ``with_head`` tells those of the head) in the place of the model's."""
+    body, head = with_head(weights)
+    if body == "nf4":
         import bitsandbytes as bnb
 
         for name, linear in linears(model.model).items():
@@ -108,17 +118,18 @@ def quantize(model: LlamaForCausalLM, weights: str, head_grid: str, shared: bool
             )  # fmt: skip
             new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
             model.model.set_submodule(name, new.to(linear.weight.device))
-    elif weights == "int4":
+    elif body == "int4":
         from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
         quantize_(model.model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
         for name, linear in linears(model.model).items():
             model.model.set_submodule(name, Int4Linear(linear.weight))
-    elif weights == "none":
-        for name, linear in linears(model).items():
+    kinds = {name: head if name == "lm_head" else body for name in linears(model)}
+    for name, linear in linears(model).items():
+        if kinds[name] == "none":
             model.set_submodule(name, NoLinear(linear))
-    elif weights != "bf16":
-        grids = {name: head_grid if name == "lm_head" else weights for name in linears(model)}
+    grids = {name: kind for name, kind in kinds.items() if kind not in ("none", "bf16", *PEERS)}
+    if grids:
         higgs.quantize_(model, allocation=grids, scales="none")
         higgs.share_inputs_(model, shared)
 
@@ -217,10 +228,12 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def run(weights: str, args: argparse.Namespace, base: dict[int, float], rest: dict[int, float]) -> None:
+def run(weights: str, args: argparse.Namespace, base: dict[int, float], rest: dict[tuple[str, int], float]) -> None:
+    """Prints a line for each batch. ``base``: ms of the first weights but none; ``rest``: of none, by its head."""
     model = make_model(args.shape, args.device, attention=args.attention)
+    body, head = with_head(weights)
     start = time.perf_counter()
-    quantize(model, weights, args.head_grid, not args.separate)
+    quantize(model, weights, not args.separate)
     if args.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
@@ -234,12 +247,13 @@ def run(weights: str, args: argparse.Namespace, base: dict[int, float], rest: di
         ms, host = measure(decoder, args.steps)
         linear = profile_step(decoder, True) if args.profile and args.device == "cuda" else math.nan
         peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan
-        if weights == "none":
-            rest[batch] = ms
+        if body == "none":
+            rest[head, batch] = ms
         else:
             base.setdefault(batch, ms)
+        beyond, layers = (ms - rest.get((kept, batch), math.nan) for kept in ("none", head))
         print(
-            f"{weights:10}{batch:6}{ms:9.3f}{linear:10.3f}{ms - rest.get(batch, math.nan):10.3f}{host:9.3f}"
+            f"{weights:18}{batch:6}{ms:9.3f}{linear:10.3f}{beyond:10.3f}{layers:10.3f}{host:9.3f}"
             f"{batch / ms * 1e3:10.1f}{base.get(batch, math.nan) / ms:8.2f}"
             f"{weight_bytes(model) / 1e9:7.2f}{peak:8.2f}{seconds:11.1f}{decoder.compile_seconds:10.1f}",
             flush=True,
@@ -251,40 +265,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument(
-        "--weights", nargs="+", default=["none", "bf16", "p2_n256", "p4_n4096", *PEERS], help="the first but none: base"
-    )
-    parser.add_argument("--head-grid", default="ch8")
+        "--weights", nargs="+", default=["none", "none:bf16", "none:ch8", "bf16", "p2_n256", "p4_n4096", *PEERS],
+        metavar="WEIGHTS[:HEAD]", help="none, bf16, a grid, nf4 or int4; the first but none is the base",
+    )  # fmt: skip
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--whole", action="store_true", help="compile all layers, as generate() does, not one for all")
     parser.add_argument("--separate", action="store_true", help="q/k/v and gate/up in launches of their own")
-    parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch of torch.compile's kernels")
-    parser.add_argument("--overlap", action="store_true", help="they let ours start early (overlap_kernels)")
+    parser.add_argument("--overlap", action="store_true", help="kernels start early (overlap_kernels)")
     parser.add_argument("--attention", help="attn_implementation of all weights")
     parser.add_argument("--profile", action="store_true", help="kernels of a step; slows all that comes after")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
-    torch._inductor.config.triton.enable_pdl = args.pdl
     overlap_kernels(args.overlap)
     if args.compile and not args.whole:
         LlamaDecoderLayer.forward = torch.compiler.nested_compile_region(LlamaDecoderLayer.forward)
     print(
-        f"{'weights':10}{'batch':>6}{'ms':>9}{'linear ms':>10}{'over none':>10}{'host ms':>9}{'tokens/s':>10}"
-        f"{'speed':>8}{'GB':>7}{'peak GB':>8}{'quantize s':>11}{'compile s':>10}"
+        f"{'weights':18}{'batch':>6}{'ms':>9}{'linear ms':>10}{'over none':>10}{'w/o head':>10}{'host ms':>9}"
+        f"{'tokens/s':>10}{'speed':>8}{'GB':>7}{'peak GB':>8}{'quantize s':>11}{'compile s':>10}"
     )
     base: dict[int, float] = {}
-    rest: dict[int, float] = {}
+    rest: dict[tuple[str, int], float] = {}
     for weights in args.weights:
-        if weights in PEERS and not importlib.util.find_spec(PEERS[weights]):
-            print(f"{weights}: {PEERS[weights]} is not installed")
+        peer = PEERS.get(with_head(weights)[0])
+        if peer and not importlib.util.find_spec(peer):
+            print(f"{weights}: {peer} is not installed")
             continue
         try:
             run(weights, args, base, rest)
         except Exception as e:  # whatever a peer raises where it has no kernel
-            if weights not in PEERS:
+            if not peer:
                 raise
-            print(f"{weights}: {PEERS[weights]} cannot run here: {type(e).__name__}: {str(e).splitlines()[0]}")
+            print(f"{weights}: {peer} cannot run here: {type(e).__name__}: {str(e).splitlines()[0]}")
 
 
 if __name__ == "__main__":

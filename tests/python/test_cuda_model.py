@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import higgs
@@ -225,23 +227,50 @@ def test_attention_of_one_token(dtype: torch.dtype, keys: int) -> None:
     assert errors[0] <= 2 * errors[1] and errors[1] < 0.02 * expected.norm()
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="sm_90 and later")
-def test_compiled_kernels_let_the_next_one_start_early(model: LlamaForCausalLM) -> None:
-    """The same bits, many times: whatever starts early waits for what it reads."""
+@pytest.fixture
+def overlap() -> Iterator[Callable[[bool], None]]:
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("kernels start early from sm_90 on")
+
+    def switch(enabled: bool) -> None:
+        overlap_kernels(enabled)
+        torch._dynamo.reset()
+
+    yield switch
+    switch(False)
+
+
+def test_compiled_kernels_start_early(model: LlamaForCausalLM, overlap: Callable[[bool], None]) -> None:
+    """The same bits as if they did not, of steps that differ from those before them, in one CUDA graph."""
     higgs.quantize_(model, bits=4, scales="none")
     model.to("cuda", torch.bfloat16)
     logits, codes = [], []
-    try:
-        for enabled in (True, False):
-            overlap_kernels(enabled)
-            torch._dynamo.reset()
-            step = torch.compile(model, fullgraph=True, dynamic=False)
-            with torch.inference_mode():
-                output, sources = run_and_get_code(step, IDS[:, :1].cuda())
-                logits += [step(IDS[:, :1].cuda()).logits for _ in range(50)] if enabled else [output.logits]
-            codes.append("".join(sources))
-    finally:
-        overlap_kernels(False)
-    assert codes[0].count("gdc_launch_dependents()") == codes[0].count("def triton_") > 5
-    assert "gdc" not in codes[1] and not any("'launch_pdl': True" in code for code in codes)
-    assert all(torch.equal(found, logits[-1]) for found in logits)
+    for enabled in (False, True):
+        overlap(enabled)
+        step = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        with torch.inference_mode():
+            _, sources = run_and_get_code(step, IDS[:, :1].cuda())
+            logits.append([step(IDS[:, i % 7, None].cuda()).logits.clone() for i in range(70)])
+        codes.append("".join(sources))
+    assert all(map(torch.equal, *logits)) and not torch.equal(logits[0][0], logits[0][1])
+    marks = ("gdc_launch_dependents()", "gdc_wait()", "'launch_pdl': True")
+    assert not any(mark in codes[0] for mark in marks)
+    kernels = codes[1].split("def triton_")[1:]
+    assert kernels and all(codes[1].count(mark) == len(kernels) for mark in marks)
+    assert all("gdc_wait()" in re.split(r"tl\.(?:load|store|atomic)", kernel)[0] for kernel in kernels)
+
+
+def test_kernels_that_start_early_wait_for_all_before(overlap: Callable[[bool], None]) -> None:
+    """Of three kernels the last reads what the first writes slowly, and the second, which is quick, neither."""
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        slow = x
+        for _ in range(8):
+            slow = slow.sin() + x
+        return slow.sum(-1)[:, None] + y.amax() * y
+
+    inputs = [(i + torch.rand(2**14, 1000, device="cuda"), i + torch.rand(99, device="cuda")) for i in range(5)]
+    overlap(True)
+    compiled = torch.compile(f, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    for i in range(50):
+        torch.testing.assert_close(compiled(*inputs[i % 5]), f(*inputs[i % 5]), rtol=1e-4, atol=1e-3)
