@@ -26,10 +26,9 @@ struct GemvConfig {
   static constexpr int kLaneTokens = 2 / kDigits;
   static constexpr int kPieces = kUnitColumns * 2 / kDigits / 64;  // of 64 bytes, of a unit of a row of x
   // Tables in the tiled buffer: fp16, bf16, bytes, then the scales.
-  static constexpr int kTableBytes = (Decoder::kShape.entries() * Decoder::kShape.entry_bytes() + kTiledAlignment - 1) /
-                                     kTiledAlignment * kTiledAlignment;
-  static constexpr int kTableOffset = kBytes ? 2 * kTableBytes : std::is_same_v<T_, __half> ? 0 : kTableBytes;
-  static constexpr int kScalesOffset = 2 * kTableBytes + Decoder::kShape.byte_tables_bytes();
+  static constexpr int kTableIndex = kBytes ? 2 : std::is_same_v<T_, __half> ? 0 : 1;
+  static constexpr int kTableOffset = kTableIndex * Decoder::kShape.value_table_bytes();
+  static constexpr int kScalesOffset = 2 * Decoder::kShape.value_table_bytes() + Decoder::kShape.byte_tables_bytes();
   using TablePlace = std::conditional_t<kLoop == Loop::prepared, SharedStart, const uint8_t*>;
   using Table = std::conditional_t<kBytes, ByteTable<Decoder::kShape.entry_bits()>, Decoder>;
   static constexpr bool kRegular = kLoop != Loop::general;
