@@ -60,14 +60,16 @@ struct GemvConfig {
   static constexpr int kWindow = kWholeWindow ? kLoads : std::min(kLoads, held_window(Decoder::kShape));
   // Loads of which the words are taken out of their registers together, so that the next ones begin together, long
   // before they are needed: the assembler tracks loads by few scoreboards, and to wait for the oldest may be to wait
-  // for the newest, just begun. 0: one by one, where registers would spill.
-  static constexpr bool kTakes = kHeld && (!kBytes || kHalves == (TokenTiles_ == 1));
-  static constexpr int kTaken = kWide ? kLoads : !kTakes ? 0 : kLoads % 2 == 0 ? kLoads / 2 : kLoads;
+  // for the newest, just begun. 0: one by one; bytes where registers would spill or that was faster.
+  static constexpr int kHalfSlice = kLoads % 2 == 0 ? kLoads / 2 : kLoads;
+  static constexpr bool kTakes =
+      kHeld && 4 * kHalfSlice % kUnitWords == 0 && (!kBytes || kHalves == (TokenTiles_ == 1));
+  static constexpr int kTaken = kWide ? kLoads : kTakes ? kHalfSlice : 0;
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
   static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && (kBytes || kLoop != Loop::held)) ||
                 (TokenTiles_ == 4 && kBytes && kLoop != Loop::held));
-  static_assert(kTaken <= kWindow && 4 * kTaken % kUnitWords == 0);
+  static_assert(kTaken <= kWindow);
   static_assert(sizeof(T_) == 2);
   static_assert(Table::kTableBytes == 65536);
 };
