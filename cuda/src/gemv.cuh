@@ -13,9 +13,9 @@
 //   row block 1    warp S    warp S+1  ...              slice and CTA by CTA: a fixed order
 //
 // The main loop has no barrier: weights go from global memory to registers in 16-byte loads, a register being reloaded
-// with the next words as soon as it has been consumed. Partial sums are reduced every `batch` row blocks. There are
-// four loops (gemv_config.cuh). All are bound by the load unit, which spends about a cycle on each 128 bytes of table,
-// x and (twice that) weights:
+// with the next words as soon as it has been consumed or, where x is held, half a slice of them at once. Partial sums
+// are reduced every `batch` row blocks. There are four loops (gemv_config.cuh). All are bound by the load unit, which
+// spends about a cycle on each 128 bytes of table, x and (twice that) weights:
 //
 //   held     x fragments of the slice stay in registers: the fewest loads, but a CTA fills a multiprocessor
 //   prepared the same of x that a kernel of its own has rotated, while the table is filled here; for m > 8 by half
@@ -55,13 +55,15 @@ namespace higgs::cuda {
 // than keep it.
 __device__ __forceinline__ int kept(int v) { return __shfl_sync(~0u, v, threadIdx.x % kLanes); }
 
-// Which part of x a warp rotates: chunks of 1024 columns `chunk`, + chunk_step, ... of rows `row`, + row_step, ...
-template <typename T>
+// Which part of x a warp rotates: pieces of a chunk (or all of it) `piece`, + piece_step, ... of rows `row`,
+// + row_step, ... Pieces are counted from the first chunk of the CTA's columns.
+template <typename T, int kPairs>
 struct RotateRole {
-  Rotation<T> rotation;
-  int chunk0;  // first chunk of the CTA's columns
-  int chunks;
-  int chunk, chunk_step;
+  static constexpr int kColumns = Rotation<T, kPairs>::kColumns;
+  Rotation<T, kPairs> rotation;
+  int chunk0;
+  int pieces;  // that the CTA's columns end with
+  int piece, piece_step;
   int row, row_step;
 
   __device__ __forceinline__ RotateRole(const GemvParams& p, int first_slice, int warp, int lane)
@@ -69,39 +71,42 @@ struct RotateRole {
     const int begin = first_slice * p.units_per_slice * kUnitColumns;
     const int end = min(p.k, begin + p.cta_slices * p.units_per_slice * kUnitColumns);
     chunk0 = begin / kChunk;
-    chunks = max(0, (end + kChunk - 1) / kChunk - chunk0);
-    chunk_step = max(1, min(chunks, static_cast<int>(p.rotate_warps)));
-    row = small_divide(warp, chunk_step);
-    chunk = warp - row * chunk_step;
-    row_step = small_divide(p.rotate_warps, chunk_step);
-    if (row >= row_step || row >= p.m) chunk = chunks;  // nothing to do
+    const int first = (begin - chunk0 * kChunk) / kColumns;
+    pieces = max(first, (end - chunk0 * kChunk + kColumns - 1) / kColumns);
+    piece_step = max(1, min(pieces - first, static_cast<int>(p.rotate_warps)));
+    row = small_divide(warp, piece_step);
+    piece = first + warp - row * piece_step;
+    row_step = small_divide(p.rotate_warps, piece_step);
+    if (row >= row_step || row >= p.m) piece = pieces;  // nothing to do
   }
-  // Waits for x. finish(b, row, chunk) rotates and stores. One copy of the code: a launch starts with cold instruction
+  // Waits for x. finish(b, row, piece) rotates and stores. One copy of the code: a launch starts with cold instruction
   // caches, every instruction before the main loop counts. kRows (1 or 2) rows at a time: their loads overlap.
   template <int kRows, typename Finish>
   __device__ __forceinline__ void run(const GemvParams& p, int lane, const Finish& finish) const {
 #pragma unroll 1
-    for (int c = chunk; c < chunks; c += chunk_step) {
-      const int column = (chunk0 + c) * kChunk;
+    for (int c = piece; c < pieces; c += piece_step) {
+      const int column = chunk0 * kChunk + c * kColumns;
+      const bool upper = c % 2 != 0;
       const T* x = static_cast<const T*>(p.x) + column;
 #pragma unroll 1
       for (int r = row; r < p.m; r += kRows * row_step) {
         float4 d[8];
-        rotation.load_d(p.d + column, p.k - column, lane, d);
+        rotation.load_d(p.d + column, p.k - column, upper, lane, d);
         wait_for_primary();
         uint2 raw[kRows][8];
         const bool two = kRows == 2 && r + row_step < p.m;
-        rotation.load_x(x + static_cast<long long>(r) * p.k, p.k - column, lane, raw[0]);
-        if (two) rotation.load_x(x + static_cast<long long>(r + row_step) * p.k, p.k - column, lane, raw[kRows - 1]);
-        uint2 b[kRows][8];
-        rotation.multiply(raw[0], d, b[0]);
-        if (two) rotation.multiply(raw[kRows - 1], d, b[kRows - 1]);
+        rotation.load_x(x + static_cast<long long>(r) * p.k, p.k - column, upper, lane, raw[0]);
+        if (two)
+          rotation.load_x(x + static_cast<long long>(r + row_step) * p.k, p.k - column, upper, lane, raw[kRows - 1]);
+        uint2 b[kRows][2 * kPairs];
+        rotation.multiply(raw[0], d, upper, b[0]);
+        if (two) rotation.multiply(raw[kRows - 1], d, upper, b[kRows - 1]);
 #pragma unroll 1
         for (int i = 0;; ++i) {
           finish(b[0], r + i * row_step, c);
           if (i == kRows - 1 || !two) break;
 #pragma unroll
-          for (int j = 0; j < 8; ++j) b[0][j] = b[kRows - 1][j];
+          for (int j = 0; j < 2 * kPairs; ++j) b[0][j] = b[kRows - 1][j];
         }
       }
     }
@@ -117,26 +122,29 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
                                          const XFragments<Config>& x, BlockSums<Config>& sums) {
   constexpr int kWords = Config::kUnitWords;
   int segment = 0;
-  uint32_t taken[Config::kTiles][Config::kUnits * kWords];
-  if constexpr (Config::kWide) {
-#pragma unroll
-    for (int r = 0; r < Config::kTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < Config::kUnits * kWords; ++i) taken[r][i] = words.word(r, i);
-#pragma unroll
-      for (int i = 0; i < Config::kLoads; ++i) words.replace(r, i, next, role);
-    }
-    __syncwarp();
-  }
+  constexpr int kTaken = 4 * Config::kTaken;  // words
+  uint32_t taken[Config::kTiles][std::max(1, kTaken)];
 #pragma unroll
   for (int u = 0; u < Config::kUnits; ++u) {
     if (!Config::kRegular && u >= role.units) break;
+    if constexpr (kTaken > 0) {
+      if (u * kWords % kTaken == 0) {
+#pragma unroll
+        for (int r = 0; r < Config::kTiles; ++r) {
+#pragma unroll
+          for (int i = 0; i < kTaken; ++i) taken[r][i] = words.word(r, u * kWords + i);
+#pragma unroll
+          for (int i = 0; i < Config::kTaken; ++i) words.replace(r, u * kWords / 4 + i, next, role);
+        }
+        __syncwarp();
+      }
+    }
     uint32_t w[Config::kTiles][kWords];
 #pragma unroll
     for (int r = 0; r < Config::kTiles; ++r) {
 #pragma unroll
       for (int i = 0; i < kWords; ++i)
-        w[r][i] = Config::kWide ? taken[r][u * kWords + i] : words.word(r, u * kWords + i);
+        w[r][i] = kTaken > 0 ? taken[r][(u * kWords + i) % kTaken] : words.word(r, u * kWords + i);
     }
     using Decoder = typename Config::Decoder;
     const Decoder decoders[2] = {Decoder(w[0]), Decoder(w[Config::kTiles - 1])};
@@ -163,15 +171,16 @@ __device__ __forceinline__ void multiply(WordWindow<Config>& words, const uint8_
           sums.flush(scales, segment++, norm, {}, role.lane);
       }
     }
-    const int consumed = u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4;
+    if constexpr (kTaken == 0) {
+      const int consumed = u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4;
 #pragma unroll
-    for (int i = u * kWords / 4; i < consumed; ++i) {
+      for (int i = u * kWords / 4; i < consumed; ++i) {
 #pragma unroll
-      for (int r = 0; r < Config::kTiles; ++r) {
-        if (!Config::kWide) words.replace(r, i, next, role);
+        for (int r = 0; r < Config::kTiles; ++r) words.replace(r, i, next, role);
       }
     }
-    __syncwarp();  // keeps the loads here: left alone, the assembler gathers them at the end of the iteration
+    // Keeps loads and look-ups here: left alone, the assembler gathers the loads at the end of the iteration.
+    if constexpr (kTaken == 0 || Config::kWide) __syncwarp();
   }
   if constexpr (!Config::kRegular) {  // a shorter slice: the registers of the units it lacks take the next loads too
 #pragma unroll
@@ -225,8 +234,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, Config::kCtas)
   WordWindow<Config> words = {};
   words.left = blocks.count * iterations - 1;
   words.to_second = blocks.second(0) * p.tile_bytes;
-  if constexpr (Config::kPrepared)
-    words.step = kept(static_cast<int>(part.to_next_block / (16 * kLanes)) + Config::kLoads);
+  if constexpr (Config::kHeld) words.step = kept(static_cast<int>(part.to_next_block / (16 * kLanes)) + Config::kLoads);
   words.at = first + lane * 16;
   TileScales<Config> scales[Config::kTiles];
   const auto* scale =
@@ -274,19 +282,12 @@ __global__ void __launch_bounds__(Config::kMaxThreads, Config::kCtas)
   int first_column;
   if constexpr (Config::kPrepared) {
     table.store(shared);
-    wait_for_primary();
     first_column = role.slice * p.units_per_slice * kUnitColumns;
-    const PreparedX<Config> prepared(p);
-    if (role.units > 0) {
-      x.hold(prepared, role.slice, lane);
-      x_scales = prepared.scales_of(first_column, lane);
-    }
-    meet();
   } else {
-    const RotateRole<T> rotate(p, first_slice, warp, lane);
+    const RotateRole<T, 2> rotate(p, first_slice, warp, lane);
     table.store(shared);
     rotate.template run<Config::kRotatedRows>(
-        p, lane, [&](const uint2(&b)[8], int r, int c) { xs.store(rotate.rotation, b, r, c, lane); });
+        p, lane, [&](const uint2(&b)[4], int r, int c) { xs.store(rotate.rotation, b, r, c, lane); });
     meet();
     first_column = role.slice * p.units_per_slice * kUnitColumns - rotate.chunk0 * kChunk;
 #pragma unroll
@@ -303,6 +304,15 @@ __global__ void __launch_bounds__(Config::kMaxThreads, Config::kCtas)
     }
     partials = reinterpret_cast<float*>(xs.end(p.m));
   }
+  const auto take_prepared_x = [&] {
+    wait_for_primary();
+    const PreparedX<Config> prepared(p);
+    if (role.units > 0) {
+      x.hold(prepared, role.slice, lane);
+      x_scales = prepared.scales_of(first_column, lane);
+    }
+    meet();
+  };
   const Reduction reduction{reinterpret_cast<float4*>(partials), inbox, barrier, first_block};
   uint32_t offset = Config::kBytes ? lane * 4 : Config::Decoder::lane_offset(lane);
   if constexpr (Config::kPrepared) offset = kept(shared_address(shared) - kSharedBase + offset);
@@ -310,10 +320,13 @@ __global__ void __launch_bounds__(Config::kMaxThreads, Config::kCtas)
   uint32_t first_sum = 0;
   if constexpr (Config::kPrepared)
     first_sum = kept(shared_address(partials + BlockSums<Config>::place(0, 0, lane)) + warp * step);
-  uint32_t parity = 0;
-  for (int round = 0; round < part.rounds; round += p.batch, parity ^= 1) {
-    const int rounds = min(p.batch, part.rounds - round);
-    for (int slot = 0; slot < rounds; ++slot) {
+  // Prepared: before x is there the first reduction is rehearsed, on anything, which brings its instructions into the
+  // caches.
+  uint32_t parity = Config::kPrepared ? 1 : 0;
+  for (int round = Config::kPrepared ? -p.batch : 0; round < part.rounds; round += p.batch, parity ^= 1) {
+    const bool rehearsal = Config::kPrepared && round < 0;
+    const int rounds = min(p.batch, part.rounds - (rehearsal ? 0 : round));
+    for (int slot = rehearsal ? rounds : 0; slot < rounds; ++slot) {
       BlockSums<Config> sums;
       if (round + slot < blocks.count) {
         TileScales<Config> current[Config::kTiles];
@@ -351,6 +364,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, Config::kCtas)
       }
     }
     reduce_batch<Config>(p, part, reduction, round, rounds, stride, parity);
+    if constexpr (Config::kPrepared) {
+      if (rehearsal) take_prepared_x();
+    }
   }
 }
 

@@ -99,7 +99,7 @@ struct WordWindow {
   int to_second;      // bytes from the first row tile of the next iteration's row block to the second
   int left;           // iterations after this one
   int iteration;      // within the row block
-  int step;           // prepared: from an iteration to the next one, in loads of a warp
+  int step;           // held: from an iteration to the next one, in loads of a warp
 
   // Load i of the iteration at `from`.
   __device__ __forceinline__ void load(int r, int i, const uint8_t* from, const WarpRole& role) {
@@ -118,14 +118,14 @@ struct WordWindow {
     }
   }
   __device__ __forceinline__ const uint8_t* next(const GemvPart& part, int iterations) const {
-    if constexpr (Config::kPrepared) return at + static_cast<long long>(step) * (16 * kLanes);
+    if constexpr (Config::kHeld) return at + static_cast<long long>(step) * (16 * kLanes);
     const uint8_t* end = at + Config::kLoads * 16 * kLanes;
     return iteration + 1 == iterations ? end + part.to_next_block : end;
   }
   __device__ __forceinline__ void advance(const uint8_t* next, const RowBlocks& blocks, int iterations) {
     at = next;
     --left;
-    if (!Config::kPrepared && ++iteration == iterations) iteration = 0;
+    if (!Config::kHeld && ++iteration == iterations) iteration = 0;
     if (blocks.odd && left == iterations) to_second = 0;
   }
   __device__ __forceinline__ uint32_t word(int r, int i) const {
@@ -172,7 +172,7 @@ __device__ __forceinline__ XScales<Config> load_x_scales(const float* scales, in
 // scales per chunk (trellis.cuh), which come first.
 template <typename Config>
 struct SharedX {
-  static constexpr int kScales = digit_scale_floats(Config::kHalfParts);
+  static constexpr int kScales = digit_scale_floats(Config::Decoder::kShape, Config::kHalfParts);
   float* scales;  // [m][chunks][kScales], if digits
   uint8_t* rows;
   int chunks;
@@ -193,16 +193,18 @@ struct SharedX {
                                  lane, [](const auto* at) { return *at; });
   }
 
+  // The half `half` of the chunks of row r.
   template <typename T>
-  __device__ __forceinline__ void store(const Rotation<T>& rotation, const uint2 (&b)[8], int r, int chunk,
+  __device__ __forceinline__ void store(const Rotation<T, 2>& rotation, const uint2 (&b)[4], int r, int half,
                                         int lane) const {
+    const int column = half * rotation.kColumns;
     if constexpr (Config::kBytes) {
-      float y[4][2][4];
+      float y[2][2][4];
       rotation.rotate(b, y);
-      store_digits<64, Config::kHalfParts>(y, row(2 * r) + chunk * kChunk, row(2 * r + 1) + chunk * kChunk,
-                                           scales + (r * chunks + chunk) * kScales, 0, 1, lane);
+      store_digits<64, Config::kHalfParts / 2>(y, row(2 * r) + column, row(2 * r + 1) + column,
+                                               scales + (r * chunks * 2 + half) * (kScales / 2), 0, 1, lane);
     } else {
-      rotation.rotate(b, reinterpret_cast<T*>(row(r)) + chunk * kChunk, lane);
+      rotation.rotate(b, reinterpret_cast<T*>(row(r)) + column, lane);
     }
   }
 };
@@ -226,7 +228,7 @@ struct PreparedX {
     if constexpr (!Config::kBytes) return {};
     const auto* scales = reinterpret_cast<const float*>(pieces + (m * Config::kDigits + 7) / 8 * tile_pieces * kLanes);
     const int part = column / Config::kScaleColumns;
-    return load_x_scales<Config>(scales, Config::kHalves ? part * m : part, Config::kHalves ? 1 : chunks, m, lane,
+    return load_x_scales<Config>(scales, Config::kHalves ? part * m : part, Config::kHalves ? 1 : 2 * chunks, m, lane,
                                  [](const auto* at) { return __ldcg(at); });
   }
 };
@@ -246,17 +248,19 @@ struct XFragments {
     if constexpr (Config::kHeld) {
 #pragma unroll
       for (int t = 0; t < Config::kTokenTiles; ++t) {
+        if (!needed[t]) continue;  // and not for every load, as the assembler would have it
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) held[t][i] = load_shared_if(needed[t], from[t] + i * kPieceBytes);
+        for (int i = 0; i < kCount; ++i) held[t][i] = load_shared(from[t] + i * kPieceBytes);
       }
     }
   }
   __device__ __forceinline__ void hold(const PreparedX<Config>& x, int slice, int lane) {
 #pragma unroll
     for (int t = 0; t < Config::kTokenTiles; ++t) {
+      if (!x.has_row(t, lane)) continue;
       const uint4* piece = x.pieces + (t * x.tile_pieces + slice * kCount) * kLanes + lane;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) held[t][i] = load_global_if(x.has_row(t, lane), piece + i * kLanes);
+      for (int i = 0; i < kCount; ++i) held[t][i] = load_global_if(true, piece + i * kLanes);
     }
   }
   __device__ __forceinline__ uint4 of(int tile, int unit, int piece) const {

@@ -21,6 +21,11 @@ struct GemvPart {
   int rounds = 0;  // row blocks per warp, the same for all CTAs of the part
 };
 
+// quotient(i, inverse_of(d)) == i / d where i * d < 2^20 and i / d < 2^12.
+inline constexpr int kInverseBits = 20;
+constexpr std::uint32_t inverse_of(int d) { return (1u << kInverseBits) / static_cast<std::uint32_t>(d) + 1; }
+constexpr int quotient(std::uint32_t i, std::uint32_t inverse) { return static_cast<int>(i * inverse >> kInverseBits); }
+
 // Few bytes, the most urgent first: a launch starts with cold constant caches.
 struct GemvParams {
   const void* x = nullptr;
@@ -32,6 +37,8 @@ struct GemvParams {
   int tile_bytes = 0;
   int inbox_floats = 0;
   float norm = 1;                          // remaining_norm(block)
+  std::uint32_t inverse_m = 0;             // inverse_of(m)
+  std::uint32_t inverse_row_groups = 0;    // inverse_of(cta_row_groups)
   std::uint16_t row_groups_of_scales = 0;  // scale groups of a row
   std::uint16_t slices = 0;                // of the whole row
   std::uint16_t first_slice = 0;           // of this launch

@@ -428,7 +428,7 @@ __global__ void __launch_bounds__(512, 1) gemv_trellis_kernel(const __grid_const
       if (role.blocks > 0) products.load_prepared(p, role, u);
     }
   } else {
-    const RotateRole<T> rotate(p, first_slice, warp, lane);
+    const RotateRole<T, 4> rotate(p, first_slice, warp, lane);
     table.store(shared);
     rotate.template run<1>(p, lane, [&](const uint2(&b)[8], int r, int c) {
       float y[4][2][4];

@@ -79,6 +79,8 @@ GemvParams make_params(const LaunchPlan& plan, const void* x, const float* d, st
   p.slice_bytes = static_cast<int>(t.slice_bytes);
   p.tile_bytes = static_cast<int>(t.tile_bytes);
   p.inbox_floats = plan.inbox_floats;
+  p.inverse_m = inverse_of(rows);
+  p.inverse_row_groups = inverse_of(plan.row_groups);
   p.row_groups_of_scales = static_cast<std::uint16_t>(t.row_groups);
   p.norm = remaining_norm(f.block) * (t.field.trellis() ? kTrellisStep : plan.bytes() ? kQuadStep : 1.0f);
   p.layout_units = static_cast<std::uint8_t>(tiled_format(f).units_per_slice / 2);
@@ -239,7 +241,8 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
 // Workspace: prepared x | partial sums.
 bool prepares_digits(const LaunchPlan& p) { return p.bytes() || p.field.trellis(); }
 std::int64_t x_bytes(const LaunchPlan& p, std::int64_t k) {
-  return p.prepared ? prepared_x_bytes(p.rows, k, prepares_digits(p), p.half_parts()) : 0;
+  if (!p.prepared) return 0;
+  return prepared_x_bytes(p.rows, k, prepares_digits(p), digit_scale_floats(p.field, p.half_parts()));
 }
 
 void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std::span<const LinearPart> parts,
@@ -262,6 +265,7 @@ void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std:
                    .k = static_cast<int>(f.k),
                    .block = f.block,
                    .digits = prepares_digits(part_plan),
+                   .chunks = part_plan.field.trellis(),
                    .half_parts = part_plan.half_parts()},
                   dtype, stream);
         params.x = workspace;

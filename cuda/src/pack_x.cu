@@ -176,13 +176,13 @@ __global__ void __launch_bounds__(kLanes, kCtas) pack_digits_kernel(const __grid
   const int count = p.k - chunk;
   const Rotation<T> rotation(p.block, lane);
   float4 d[8];
-  rotation.load_d(p.d + chunk, count, lane, d);
+  rotation.load_d(p.d + chunk, count, false, lane, d);
   wait_for_primary();
   clear_flags(p);
   uint2 raw[8];
-  rotation.load_x(static_cast<const T*>(p.x) + static_cast<int64_t>(first_row) * p.k + chunk, count, lane, raw);
+  rotation.load_x(static_cast<const T*>(p.x) + static_cast<int64_t>(first_row) * p.k + chunk, count, false, lane, raw);
   uint2 b[8];
-  rotation.multiply(raw, d, b);
+  rotation.multiply(raw, d, false, b);
   float y[4][2][4];
   rotation.rotate(b, y);
   const float inverse = chunk_scale(y, kMostDigits, unit, p.scales + chunk / kChunk * 16 + first_row, lane);

@@ -46,7 +46,7 @@ int x_bytes(const LaunchPlan& p) {
   return p.rows * 2 * (p.field.trellis() || p.bytes() ? columns + 64 : columns + 32);
 }
 int x_scales_bytes(const LaunchPlan& p) {
-  const int floats = p.rows * p.chunks * digit_scale_floats(p.half_parts());
+  const int floats = p.rows * p.chunks * digit_scale_floats(p.field, p.half_parts());
   return p.field.trellis() || p.bytes() ? ceil_div(floats, 4) * 16 : 0;
 }
 
@@ -113,7 +113,7 @@ bool partition(LaunchPlan& p, const LayerFormat& f, const TiledFormat& stored, c
   const int budget = p.whole ? device.shared_bytes_per_block : (device.shared_bytes_per_block - kReservedShared) / 2;
   const SharedUse use = shared_use(p, budget - kTableBytes);
   p.batch = use.batch;
-  p.rotate_warps = std::min(p.slices * p.row_groups, p.rows * p.chunks);
+  p.rotate_warps = std::min(p.slices * p.row_groups, p.rows * p.chunks * (kChunk / rotated_columns(p.field)));
   p.inbox_floats = use.inbox_floats;
   p.shared_bytes = kTableBytes + use.bytes;
   return use.bytes > 0;

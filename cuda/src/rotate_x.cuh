@@ -6,11 +6,11 @@
 //   load       lane 4 g + t holds, for j = 0..7, columns 128 j + 16 g + 4 t .. + 3: times d, rounded to T
 //   MMA 1      column bits 0-3 (k: t and the register), for every j; columns bits 4-6 are n
 //   MMA 2      column bits 4-7 (k: t, register and j bit 0), for every j / 2; column bits 0-3 are n and the register
-//   butterfly  column bits 8-9 across registers, fp32
+//   butterfly  column bits 8-9 across registers, fp32 (of half a chunk bit 9 before MMA 1, see Rotation)
 //   store      lane 4 g + t holds columns 256 j' + 128 c + 16 g + 4 t .. + 3: 8 bytes, 256 consecutive per warp
 //
 // Bits beyond the Hadamard block get an identity factor. Against a rotation in fp32 this adds two roundings to T: that
-// of x * d (exact without column scales) and that between the MMAs.
+// of x * d (exact without column scales and sums of halves) and that between the MMAs.
 #pragma once
 
 #include <type_traits>
@@ -84,11 +84,11 @@ __device__ __forceinline__ void crossed_hadamard_fragment(int lane, uint32_t one
 }
 
 // y[pair] = both factors times b[2 pair], b[2 pair + 1], the second's upper column bit.
-template <typename T>
+template <typename T, int kPairs>
 __device__ __forceinline__ void multiply_factors(const uint32_t (&first)[4], const uint32_t (&second)[4],
-                                                 const uint2 (&b)[8], float (&y)[4][2][4]) {
+                                                 const uint2 (&b)[2 * kPairs], float (&y)[kPairs][2][4]) {
 #pragma unroll
-  for (int pair = 0; pair < 4; ++pair) {
+  for (int pair = 0; pair < kPairs; ++pair) {
     float mid[2][4] = {};
     mma_m16n8k16<T>(mid[0], first, b[2 * pair]);
     mma_m16n8k16<T>(mid[1], first, b[2 * pair + 1]);
@@ -103,10 +103,10 @@ __device__ __forceinline__ void multiply_factors(const uint32_t (&first)[4], con
 }
 
 // A butterfly over a bit of `pair`.
-template <int kStride>
-__device__ __forceinline__ void across_pairs(float (&y)[4][2][4]) {
+template <int kStride, int kPairs>
+__device__ __forceinline__ void across_pairs(float (&y)[kPairs][2][4]) {
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
+  for (int i = 0; i < 8 * kPairs; ++i) {
     const int pair = i / 8;
     if ((pair & kStride) != 0) continue;
     const float a = y[pair][i / 4 % 2][i % 4];
@@ -123,8 +123,14 @@ inline constexpr uint32_t kHalves = std::is_same_v<T, __half> ? 0x38003800u : 0x
 template <typename T>
 inline constexpr uint32_t kExponents = std::is_same_v<T, __half> ? 0x04000400u : 0x00800080u;  // a factor of two
 
-template <typename T>
+// Of a whole chunk (four pairs of 128 columns) or, in fewer instructions, of half of one: in blocks of 1024 a half of
+// the result comes from the sum or the difference of both halves of x.
+template <typename T, int kPairs = 4>
 struct Rotation {
+  static constexpr int kColumns = 256 * kPairs;
+  static constexpr bool kHalf = kPairs == 2;
+  static constexpr bool kHalvesSums = kHalf && std::is_same_v<T, __half>;  // they might be too large for fp16
+
   uint32_t first[4];   // column bits 0-3
   uint32_t second[4];  // column bits 4-7
   int block;
@@ -133,7 +139,7 @@ struct Rotation {
     uint32_t one = kHalves<T>;
     hadamard_fragment(4, lane, one - kExponents<T>, first);
     if (block >= 256) one -= kExponents<T>;
-    if (block >= 1024) one -= kExponents<T>;
+    if (block >= 1024 && !kHalvesSums) one -= kExponents<T>;
     hadamard_fragment(block == 64 ? 2 : block == 128 ? 3 : 4, lane, one, second);
   }
 
@@ -144,41 +150,66 @@ struct Rotation {
     return lane / 8 * kPiece + lane % 4 * 8 + lane / 4 % 2 * 4;
   }
 
-  // d[j] = p[128 j + first_column + 0..3]; p is a chunk with `count` columns.
-  static __device__ __forceinline__ void load_d(const float* p, int count, int lane, float4 (&d)[8]) {
-    load_all(reinterpret_cast<const float4*>(p + first_column(lane)), count, lane, d,
-             std::make_integer_sequence<int, 8>());
+  // d[j] = p[128 j + first_column + 0..3] of the columns to be rotated, `count` from p on. Of half a chunk, the upper
+  // one if `upper`, those of the other half follow.
+  static constexpr int kLoads = 8;
+  __device__ __forceinline__ void load_d(const float* p, int count, bool upper, int lane, float4 (&d)[kLoads]) const {
+    load_all(reinterpret_cast<const float4*>(p + first_column(lane)), count, upper, lane, d,
+             std::make_integer_sequence<int, 2 * kPairs>());
   }
-  static __device__ __forceinline__ void load_x(const T* x, int count, int lane, uint2 (&raw)[8]) {
-    load_all(reinterpret_cast<const uint2*>(x + first_column(lane)), count, lane, raw,
-             std::make_integer_sequence<int, 8>());
+  __device__ __forceinline__ void load_x(const T* x, int count, bool upper, int lane, uint2 (&raw)[kLoads]) const {
+    load_all(reinterpret_cast<const uint2*>(x + first_column(lane)), count, upper, lane, raw,
+             std::make_integer_sequence<int, 2 * kPairs>());
   }
   template <typename V, int... kJ>
-  static __device__ __forceinline__ void load_all(const V* p, int count, int lane, V (&out)[8],
-                                                  std::integer_sequence<int, kJ...> /*j*/) {
-    if (count >= kChunk) {  // apart, as it takes half the instructions
+  __device__ __forceinline__ void load_all(const V* p, int count, bool upper, int lane, V (&out)[kLoads],
+                                           std::integer_sequence<int, kJ...> /*j*/) const {
+    if (count >= kColumns) {  // apart, as it takes half the instructions
       (load_if<kJ * 32>(true, p, out[kJ]), ...);
     } else {
       (load_if<kJ * 32>(kJ * 128 < count - first_column(lane), p, out[kJ]), ...);
     }
-  }
-
-  // x times d, the B operand of the first MMAs.
-  static __device__ __forceinline__ void multiply(const uint2 (&raw)[8], const float4 (&d)[8], uint2 (&b)[8]) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 lo = unpack2<T>(raw[j].x);
-      const float2 hi = unpack2<T>(raw[j].y);
-      b[j] = {pack2<T>(lo.x * d[j].x, lo.y * d[j].y), pack2<T>(hi.x * d[j].z, hi.y * d[j].w)};
+    if constexpr (kHalf) {
+      if (block == kChunk) {
+        const V* other = p + (upper ? -kColumns : kColumns) / 4;
+        (load_if<kJ * 32>(true, other, out[2 * kPairs + kJ]), ...);
+      } else {
+        ((out[2 * kPairs + kJ] = {}), ...);
+      }
     }
   }
 
-  template <int kPiece = 32>
-  __device__ __forceinline__ void rotate(const uint2 (&b)[8], T* out, int lane) const {
-    float y[4][2][4];
-    rotate(b, y);
+  // x times d, the B operand of the first MMAs.
+  __device__ __forceinline__ void multiply(const uint2 (&raw)[kLoads], const float4 (&d)[kLoads], bool upper,
+                                           uint2 (&b)[2 * kPairs]) const {
+    const uint32_t flips = kHalf && upper && block == kChunk ? 0x80008000u : 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < 2 * kPairs; ++j) {
+      float4 v = times({}, raw[j], flips, d[j]);
+      if constexpr (kHalf) v = times(v, raw[2 * kPairs + j], 0, d[2 * kPairs + j]);
+      if constexpr (kHalvesSums) {
+        const float half = block == kChunk ? 0.5f : 1.0f;
+        v = {v.x * half, v.y * half, v.z * half, v.w * half};
+      }
+      b[j] = {pack2<T>(v.x, v.y), pack2<T>(v.z, v.w)};
+    }
+  }
+  // sum + x d, with signs of x flipped.
+  static __device__ __forceinline__ float4 times(float4 sum, uint2 x, uint32_t flips, float4 d) {
+    const float2 lo = unpack2<T>(x.x ^ flips);
+    const float2 hi = unpack2<T>(x.y ^ flips);
+    return {fmaf(lo.x, d.x, sum.x), fmaf(lo.y, d.y, sum.y), fmaf(hi.x, d.z, sum.z), fmaf(hi.y, d.w, sum.w)};
+  }
+
+  __device__ __forceinline__ void rotate(const uint2 (&b)[2 * kPairs], T* out, int lane) const {
+    float y[kPairs][2][4];
+    rotate(b, y);
+    store<32>(y, out, lane);
+  }
+  template <int kPiece>
+  static __device__ __forceinline__ void store(const float (&y)[kPairs][2][4], T* out, int lane) {
+#pragma unroll
+    for (int i = 0; i < 2 * kPairs; ++i) {
       const auto& part = y[i / 2];
       const int c = i % 2 * 2;
       *reinterpret_cast<uint2*>(out + 4 * i * kPiece + first_place<kPiece>(lane)) = {
@@ -186,11 +217,11 @@ struct Rotation {
     }
   }
   // To y[pair][h][2 c + e]: columns 256 pair + 128 c + first_column + 2 h + e.
-  __device__ __forceinline__ void rotate(const uint2 (&b)[8], float (&y)[4][2][4]) const {
+  __device__ __forceinline__ void rotate(const uint2 (&b)[2 * kPairs], float (&y)[kPairs][2][4]) const {
     multiply_factors<T>(first, second, b, y);
-    if (block > 512) {  // not one after the other, which would take moves of what the second one changes
+    if (!kHalf && block > 512) {  // not one after the other, which would take moves of what the second one changes
       across_pairs<1>(y);
-      across_pairs<2>(y);
+      across_pairs<kPairs / 2>(y);
     } else if (block > 256) {
       across_pairs<1>(y);
     }

@@ -252,8 +252,8 @@ __device__ __forceinline__ uint2 x_operand(const uint32_t (&x)[kRunSteps], int s
 
 // --- rotated x in shared memory -------------------------------------------------------------------------------------
 //
-// A chunk (1024 columns) is rounded to multiples of a scale of its own: to integers of 16 bits, or to fp16. Both take
-// 2 plane_bytes(chunks) per row of x.
+// A chunk (1024 columns, in the decode kernel half of them) is rounded to multiples of a scale of its own: to integers
+// of 16 bits, or to fp16. Both take 2 plane_bytes(chunks) per row of x.
 __host__ __device__ constexpr int plane_bytes(int chunks) { return chunks * kChunk + 64; }
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -263,13 +263,16 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 }
 
 // y as Rotation::rotate leaves it: columns 128 j + first_column(lane) + i in y[j / 2][i / 2][j % 2 * 2 + i % 2]. Stores
-// the chunk's scale for a greatest value `most_value`, over `unit`, and returns its inverse.
-__device__ __forceinline__ float chunk_scale(const float (&y)[4][2][4], float most_value, float unit, float* scale,
+// the columns' scale for a greatest value `most_value`, over `unit`, and returns its inverse.
+template <int kPairs>
+__device__ __forceinline__ float chunk_scale(const float (&y)[kPairs][2][4], float most_value, float unit, float* scale,
                                              int lane) {
-  float of_lane[4] = {};  // four short chains instead of a long one
+  float of_lane[kPairs] = {};  // short chains instead of a long one
 #pragma unroll
-  for (int i = 0; i < 32; ++i) of_lane[i / 8] = max_or_nan(of_lane[i / 8], fabsf(y[i / 8][i / 4 % 2][i % 4]));
-  const float greatest = max_or_nan(max_or_nan(of_lane[0], of_lane[1]), max_or_nan(of_lane[2], of_lane[3]));
+  for (int i = 0; i < 8 * kPairs; ++i) of_lane[i / 8] = max_or_nan(of_lane[i / 8], fabsf(y[i / 8][i / 4 % 2][i % 4]));
+  float greatest = of_lane[0];
+#pragma unroll
+  for (int i = 1; i < kPairs; ++i) greatest = max_or_nan(greatest, of_lane[i]);
   // Floats that are not negative are in the order of their bits, NaN last.
   const float most = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(greatest)));
   if (lane == 0) *scale = most * (1 / (most_value * unit));
@@ -293,16 +296,16 @@ inline constexpr float kMostDigits = 127 * 256.0f;
 // meet different banks.
 //
 // With halves, an entry of `scales` is {scale, half the sum of x as the products see it} and there is one for each of
-// kHalfParts parts of a chunk, `step` entries apart.
-template <int kPieceBytes = 64, int kHalfParts = 0>
-__device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t* hi, uint8_t* lo, float* scales,
+// kHalfParts parts of these columns, `step` entries apart.
+template <int kPieceBytes = 64, int kHalfParts = 0, int kPairs>
+__device__ __forceinline__ void store_digits(const float (&y)[kPairs][2][4], uint8_t* hi, uint8_t* lo, float* scales,
                                              int entry, int step, int lane) {
   float unit = 0;  // of lane 0
   const float inverse = chunk_scale(y, kMostDigits, 1, kHalfParts > 0 ? &unit : scales + entry, lane);
   const int place = lane / 16 * kPieceBytes + lane % 4 * 16 + lane / 4 % 4 * 4;
   int sums[2][kHalfParts > 0 ? kHalfParts : 1] = {};  // of either digit
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < 2 * kPairs; ++j) {
     const auto& part = y[j / 2];
     const int c = j % 2 * 2;
     const uint2 digits = digits_of({part[0][c], part[0][c + 1], part[1][c], part[1][c + 1]}, inverse);
@@ -310,7 +313,7 @@ __device__ __forceinline__ void store_digits(const float (&y)[4][2][4], uint8_t*
     *reinterpret_cast<uint32_t*>(hi + 2 * j * kPieceBytes + place) = digits.x;
     if constexpr (kHalfParts > 0) {
       constexpr int kOnes = 0x01010101;
-      const int p = j * kHalfParts / 8;
+      const int p = j * kHalfParts / (2 * kPairs);
       sums[0][p] = __dp4a(static_cast<int>(digits.x), kOnes, sums[0][p]);
       sums[1][p] = __dp4a(static_cast<int>(digits.y), kOnes, sums[1][p]);
     }

@@ -63,10 +63,14 @@ constexpr bool uses_bytes(FieldShape s, bool regular) noexcept { return regular 
 
 // Whether those bytes lack half a step of every weight (kQuadStep), so that half the sum of x is added.
 constexpr bool adds_halves(FieldShape s, bool regular) noexcept { return uses_bytes(s, regular) && s.sign_bits() > 0; }
+// Columns of x that a warp rotates at a time; digits of theirs share a scale.
+constexpr int rotated_columns(FieldShape s) noexcept { return s.trellis() ? kChunk : kChunk / 2; }
 // Parts of a chunk, of an iteration's columns each, with a half sum of their own; 0: no halves.
 constexpr int half_parts(bool halves, int units) noexcept { return halves ? kChunk / (units * kUnitColumns) : 0; }
-// Floats beside the digits of a chunk of a row of x: its scale or, with halves, that and the half sum for each part.
-constexpr int digit_scale_floats(int half_parts) noexcept { return half_parts > 0 ? 2 * half_parts : 1; }
+// Floats beside the digits of a chunk of a row of x: its scales or, with halves, that and the half sum for each part.
+constexpr int digit_scale_floats(FieldShape s, int half_parts) noexcept {
+  return half_parts > 0 ? 2 * half_parts : kChunk / rotated_columns(s);
+}
 
 struct LinearProblem {
   std::int64_t m = 0;                     // rows of x
