@@ -40,85 +40,6 @@
 
 namespace higgs::cuda {
 
-// The words of a warp's slices: load i of a slice is in q_[i % kWindow], and is replaced when it has been consumed.
-template <typename Config>
-class WeightStream {
- public:
-  __device__ __forceinline__ WeightStream(const GemmParams& p, const CtaPlace& cta, int warp, int lane)
-      : schedule_(p, cta), cta_(cta), warp_(warp), lane_(lane) {
-    step(p);
-#pragma unroll
-    for (int i = 0; i < Config::kWindow; ++i) load(i, next_, next_loads_);
-  }
-  // Fetches the first slice of the segment into the L2: memory has nothing else to do while x is packed.
-  __device__ __forceinline__ void prefetch(const GemmParams& p) const {
-    if (lane_ == 0) prefetch_bulk(next_, p.slice_bytes);
-  }
-  // That of the slice which begins next; at the end of all, a tile beyond the last.
-  [[nodiscard]] __device__ __forceinline__ Segment segment() const { return segment_; }
-  __device__ __forceinline__ void begin_slice(const GemmParams& p) {
-    current_ = next_;
-    current_loads_ = next_loads_;
-    step(p);
-  }
-  // Word i of unit u.
-  __device__ __forceinline__ uint32_t word(int u, int word_of_unit) const {
-    const int i = slice_word(Config::kShape, u, word_of_unit);
-    const uint4& v = q_[i / 4 % Config::kWindow];
-    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
-  }
-  // Loads [First, Last) of the slice have been consumed: their registers take the loads kWindow later, of this slice or
-  // of the next.
-  template <int First, int Last>
-  __device__ __forceinline__ void advance() {
-#pragma unroll
-    for (int i = First; i < Last; ++i) {
-      const int ahead = i + Config::kWindow;
-      if (ahead < Config::kLoads) {
-        load(ahead, current_, Config::kRegular ? Config::kLoads : current_loads_);
-      } else {
-        load(ahead - Config::kLoads, next_, next_loads_);
-      }
-    }
-  }
-
- private:
-  __device__ __forceinline__ void load(int i, const uint8_t* slice, int loads) {
-    if (Config::kRegular ? loads != 0 : i < loads) {
-      q_[i % Config::kWindow] = load_streaming(reinterpret_cast<const uint4*>(slice) + i * kLanes);
-    }
-  }
-  // next_ = the slice after it.
-  __device__ __forceinline__ void step(const GemmParams& p) {
-    next_loads_ = 0;
-    if (++slice_ >= segment_.end) {
-      if (!schedule_.next(p, segment_)) return;
-      slice_ = segment_.begin;
-      const TilePlace place = place_of<Config>(p, cta_, segment_.tile);
-      const GemmPart& part = p.parts[place.part];
-      const int row_tile = min(place.row_tile + warp_, part.row_tiles - 1);
-      next_ = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
-              static_cast<long long>(row_tile) * p.tile_bytes + slice_ * p.slice_bytes + lane_ * 16;
-    } else {
-      next_ += p.slice_bytes;
-    }
-    const int units = slice_ == p.slices - 1 ? p.last_units : p.units_per_slice;
-    next_loads_ = (units * Config::kShape.unit_words() + 3) / 4;
-  }
-
-  uint4 q_[Config::kWindow];
-  Schedule<Config::kWholeFirst> schedule_;
-  Segment segment_;
-  CtaPlace cta_;
-  int slice_ = 0;
-  int warp_;
-  int lane_;
-  const uint8_t* current_ = nullptr;
-  const uint8_t* next_ = nullptr;
-  int current_loads_ = 0;
-  int next_loads_ = 0;
-};
-
 // The stages of x in shared memory.
 template <typename Config>
 struct Stages {
@@ -136,7 +57,7 @@ struct Stages {
     return shared + index * Config::kStageBytes + (index < Config::kStagesBefore ? 0 : Config::kStagesGap);
   }
   __device__ __forceinline__ uint8_t* staging(int warp) const {
-    return shared + Config::kScratchStart + warp * Config::kStagingTokens * Config::kStagingStride;
+    return shared + Config::kStagingStart + warp * Config::kStagingTokens * Config::kStagingStride;
   }
   __device__ __forceinline__ void advance() {
     if (++index == Config::kStages) index = 0, phase ^= 1;
@@ -146,6 +67,111 @@ struct Stages {
     uint64_t* barrier = empty + (index == 0 ? Config::kStages : index) - 1;
     if (lane < Config::kClusterSize) barrier_arrive<Config::kClusterSize>(barrier, lane);
   }
+};
+
+// The slots of words in shared memory: each a piece of a slice of every row tile of the CTA.
+template <typename Config>
+struct Slots {
+  uint32_t address;  // of slot 0
+  uint64_t* full;
+  uint64_t* empty;
+  int index = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ explicit Slots(uint8_t* shared)
+      : address(shared_address(shared) + Config::kSlotsStart),
+        full(reinterpret_cast<uint64_t*>(shared + Config::kBarriersStart) + 2 * Config::kStages),
+        empty(full + Config::kSlots) {}
+  __device__ __forceinline__ uint32_t slot() const {
+    return address + index * Config::kSlotBytes + (index < Config::kSlotsBefore ? 0 : Config::kSlotsGap);
+  }
+  __device__ __forceinline__ void advance() {
+    if (++index == Config::kSlots) index = 0, phase ^= 1;
+  }
+};
+
+__device__ __forceinline__ int units_of_slice(const GemmParams& p, int slice) {
+  return slice == p.slices - 1 ? p.last_units : p.units_per_slice;
+}
+template <typename Config>
+__device__ __forceinline__ int loads_of_slice(const GemmParams& p, int slice) {
+  return Config::kRegular ? Config::kLoads : (units_of_slice(p, slice) * Config::kShape.unit_words() + 3) / 4;
+}
+
+// One warp: lane i copies the words of row tile i.
+template <typename Config>
+__device__ __forceinline__ void produce_words(const GemmParams& p, const CtaPlace& cta, Slots<Config> slots) {
+  const auto lane = static_cast<int>(threadIdx.x % kLanes);
+  Schedule<Config::kWholeFirst> schedule(p, cta);
+  Segment s;
+  while (schedule.next(p, s)) {
+    const TilePlace place = place_of<Config>(p, cta, s.tile);
+    const GemmPart& part = p.parts[place.part];
+    const int row_tile = min(place.row_tile + lane, part.row_tiles - 1);
+    const uint8_t* from = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
+                          static_cast<long long>(row_tile) * p.tile_bytes + s.begin * p.slice_bytes;
+#pragma unroll 1
+    for (int slice = s.begin; slice < s.end; ++slice, from += p.slice_bytes) {
+      const int loads = loads_of_slice<Config>(p, slice);
+#pragma unroll 1
+      for (int first = 0; first < loads; first += Config::kPieceLoads) {
+        const int bytes = min(Config::kPieceLoads, loads - first) * kLanes * 16;
+        uint64_t* full = slots.full + slots.index;
+        barrier_wait(slots.empty + slots.index, slots.phase ^ 1);
+        if (lane == 0) mbarrier_expect(full, Config::kRowTiles * bytes);
+        __syncwarp();
+        if (lane < Config::kRowTiles) {
+          copy_bulk_once(slots.slot() + lane * Config::kPieceBytes, from + first * kLanes * 16, bytes, full);
+        }
+        slots.advance();
+      }
+    }
+  }
+}
+
+// The words of a warp's row tile.
+template <typename Config>
+class WordReader {
+ public:
+  __device__ __forceinline__ WordReader(uint8_t* shared, int warp, int lane)
+      : slots_(shared), to_lane_(warp * Config::kPieceBytes + lane * 16) {}
+  // Loads what unit U of a slice of `loads` loads needs and the units before it did not.
+  template <int U>
+  __device__ __forceinline__ void load_unit(int loads) {
+#pragma unroll
+    for (int i = U == 0 ? 0 : loads_until(U - 1); i < loads_until(U); ++i) {
+      if (i % Config::kPieceLoads == 0) barrier_wait(slots_.full + slots_.index, slots_.phase);
+      load_shared(slots_.slot() + to_lane_ + i % Config::kPieceLoads * kLanes * 16, q_[i]);
+      if ((i + 1) % Config::kPieceLoads == 0 || i + 1 == (Config::kRegular ? Config::kLoads : loads)) release();
+    }
+  }
+  // After load_unit<0>. Tells the compiler where in shared memory it is, where that is the same for all slices.
+  __device__ __forceinline__ void begin_slice() {
+    constexpr bool kSame = Config::kRegular && Config::kPieces % Config::kSlots == 0;
+    if (kSame) slots_.index = loads_until(0) / Config::kPieceLoads % Config::kSlots;
+  }
+  // Word i of unit u.
+  __device__ __forceinline__ uint32_t word(int u, int word_of_unit) const {
+    const int i = slice_word(Config::kShape, u, word_of_unit);
+    const uint4& v = q_[i / 4];
+    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
+  }
+
+ private:
+  static constexpr int loads_until(int u) {
+    int last = 0;
+    for (int i = 0; i < Config::kUnitWords; ++i) last = std::max(last, slice_word(Config::kShape, u, i));
+    return last / 4 + 1;
+  }
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    if (threadIdx.x % kLanes == 0) barrier_arrive<1>(slots_.empty + slots_.index, 0);
+    slots_.advance();
+  }
+
+  Slots<Config> slots_;
+  uint32_t to_lane_;
+  uint4 q_[Config::kLoads];
 };
 
 // One thread. Every CTA of a cluster copies an equal part of the tokens, to all of them.
@@ -206,32 +232,30 @@ struct NoDigits {
 template <typename Config>
 using Digits = std::conditional_t<Config::kIntegers, DigitSums, NoDigits>;
 
-// One slice: `units` units from k block `block` on, of a segment that ends with k block `end`.
+// A slice of a segment. The words of its first unit have been loaded, at the end those of the next slice's have.
 template <typename Config>
-__device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream<Config>& weights, RowScales<1>& scales,
-                                               Stages<Config>& stages, uint32_t offset, int block, int end, int units,
-                                               bool& holding, Digits<Config>& digits,
+__device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segment& segment, int slice,
+                                               WordReader<Config>& words, RowScales<1>& scales, Stages<Config>& stages,
+                                               uint32_t offset, bool& holding, Digits<Config>& digits,
                                                float (&acc)[Config::kRegisters]) {
   constexpr int kWords = Config::kUnitWords;
   constexpr int kGroup = Config::kGroupSteps;
+  const int units = units_of_slice(p, slice) / Config::kJoined;
+  int block = slice * p.units_per_slice * 2;
   uint32_t a[2][kGroup][4];  // of a group of steps and the one before
   const auto new_group = [&] {
     wgmma_wait<0>();
     scales.next_group(p, acc);
   };
-  weights.begin_slice(p);
+  words.begin_slice();
   if (Config::kRegular && block == scales.boundary) new_group();
   unrolled<Config::kUnits>([&](auto unit) {
     constexpr int u = decltype(unit)::value;
-    if (!Config::kRegular && u >= units) {
-      weights.template advance<u * kWords / 4, Config::kLoads>();
-      return false;
-    }
+    if (!Config::kRegular && u >= units) return false;
     uint32_t w[kWords];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) w[i] = weights.word(u, i);
+    for (int i = 0; i < kWords; ++i) w[i] = words.word(u, i);
     typename Config::Decoder decoder(w);
-    weights.template advance<u * kWords / 4, u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4>();
     unrolled<Config::kUnitBlocks>([&](auto block_of_unit) {
       constexpr int b_of_u = decltype(block_of_unit)::value;
       if (!Config::kRegular && b_of_u > 0 && block >= p.k_blocks) return false;
@@ -256,6 +280,13 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
           }
         }
         wgmma_commit();
+        if (b_of_u == Config::kUnitBlocks - 1 && first == kBlockSteps - kGroup) {
+          if (u + 1 == (Config::kRegular ? Config::kUnits : units)) {
+            if (slice + 1 < segment.end) words.template load_unit<0>(loads_of_slice<Config>(p, slice + 1));
+          } else {
+            words.template load_unit<(u + 1) % Config::kUnits>(loads_of_slice<Config>(p, slice));
+          }
+        }
         // The group before: a[1 - h] is free, and the stage of the block before.
         wgmma_wait<Config::kRegular ? 1 : 0>();
         if (first == 0 && holding) stages.release_previous(threadIdx.x % kLanes);
@@ -267,7 +298,9 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     });
     return true;
   });
-  if (block % (kChunk / kBlockColumns) == 0 || block == scales.boundary || block == end) digits.move_to(acc);
+  if (block % (kChunk / kBlockColumns) == 0 || block == scales.boundary || slice + 1 == segment.end) {
+    digits.move_to(acc);
+  }
 }
 
 template <typename Config>
@@ -275,21 +308,21 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
                                         uint8_t* shared, int warpgroup) {
   const int lane = threadIdx.x % kLanes;
   const int warp = threadIdx.x / kLanes;
-  WeightStream<Config> weights(p, cta, warp, lane);
+  WordReader<Config> words(shared, warp, lane);
+  Schedule<Config::kWholeFirst> schedule(p, cta);
   uint8_t* staging = stages.staging(warp);
   // The upper byte of a shared address is the CTA's rank in its cluster.
   const uint32_t offset = shared_address(shared) + Config::kTableStart + Config::Decoder::lane_offset(lane);
   int table_of = -1;
   bool waited = false;
   Segment s;
-  while ((s = weights.segment()).tile < p.tiles) {
+  while (schedule.next(p, s)) {
     const TilePlace place = place_of<Config>(p, cta, s.tile);
     const GemmPart& part = p.parts[place.part];
     if (place.part != table_of) {
       change_table<Config, Config::kConsumers>(part, shared + Config::kTableStart, 1 + Config::kWarpgroups);
       table_of = place.part;
     }
-    if (p.k_split_log > 0) weights.prefetch(p);
     RowScales<1> scales(p, part.data + Config::kScalesOffset, place.row_tile + warp, part.row_tiles,
                         s.begin * p.units_per_slice * 2, lane);
     if (!waited) wait_for_primary();
@@ -297,17 +330,18 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     float acc[Config::kRegisters] = {};
     Digits<Config> digits;
     bool holding = false;  // a stage whose wgmmas may still run
+    words.template load_unit<0>(loads_of_slice<Config>(p, s.begin));
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {
-      multiply_slice<Config>(
-          p, weights, scales, stages, offset, slice * p.units_per_slice * 2, s.end * p.units_per_slice * 2,
-          (slice == p.slices - 1 ? p.last_units : p.units_per_slice) / Config::kJoined, holding, digits, acc);
+      multiply_slice<Config>(p, s, slice, words, scales, stages, offset, holding, digits, acc);
     }
     wgmma_wait<0>();
     stages.release_previous(lane);
     scales.finish(acc, Config::kUnit);
     if constexpr (Config::kSplitsK) {
       if (p.k_split_log > 0) {
+        cluster_arrive();  // the inbox takes the place of stages and slots
+        cluster_wait();
         const ClusterSums<Config> sums(p, shared, cta.k_rank);
         sums.send_all(acc, warpgroup);
         cluster_arrive_release();
@@ -341,6 +375,11 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
       barrier_init(stages.full + i, 1);
       barrier_init(stages.empty + i, Config::kConsumers / kLanes * Config::kClusterSize);
     }
+    const Slots<Config> slots(shared);
+    for (int i = 0; i < Config::kSlots; ++i) {
+      barrier_init(slots.full + i, 1);
+      barrier_init(slots.empty + i, Config::kConsumers / kLanes);
+    }
     barrier_init_done();
   }
   __syncthreads();
@@ -352,10 +391,13 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   if (warpgroup == Config::kWarpgroups) {
     give_registers<Config::kProducerRegisters>();
     if (threadIdx.x == Config::kConsumers) produce<Config>(p, cta, stages);
-    if (Config::kSplitsK && p.k_split_log > 0) {  // the barrier between ClusterSums' sending and adding
+    if (threadIdx.x / kLanes == Config::kConsumers / kLanes + 1) produce_words<Config>(p, cta, Slots<Config>(shared));
+    if (Config::kSplitsK && p.k_split_log > 0) {  // the barriers before and after ClusterSums' sending
       __syncwarp();
-      cluster_arrive();
-      cluster_wait();
+      for (int i = 0; i < 2; ++i) {
+        cluster_arrive();
+        cluster_wait();
+      }
     }
   } else {
     take_registers<Config::kConsumerRegisters>();
