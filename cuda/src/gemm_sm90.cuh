@@ -98,16 +98,19 @@ __device__ __forceinline__ int loads_of_slice(const GemmParams& p, int slice) {
   return Config::kRegular ? Config::kLoads : (units_of_slice(p, slice) * Config::kShape.unit_words() + 3) / 4;
 }
 
-// One warp: lane i copies the words of row tile i.
+// Warp `warp` of kWordProducers, each with an equal share of the row tiles (or one less): a lane copies the words of one.
+// The lanes' copies are issued in turn, and one warp's would not keep up with the consumers of narrow tiles.
 template <typename Config>
-__device__ __forceinline__ void produce_words(const GemmParams& p, const CtaPlace& cta, Slots<Config> slots) {
+__device__ __forceinline__ void produce_words(const GemmParams& p, const CtaPlace& cta, Slots<Config> slots, int warp) {
   const auto lane = static_cast<int>(threadIdx.x % kLanes);
+  const int tile = warp + lane * Config::kWordProducers;
+  const int tiles = (Config::kRowTiles - warp + Config::kWordProducers - 1) / Config::kWordProducers;
   Schedule<Config::kWholeFirst> schedule(p, cta);
   Segment s;
   while (schedule.next(p, s)) {
     const TilePlace place = place_of<Config>(p, cta, s.tile);
     const GemmPart& part = p.parts[place.part];
-    const int row_tile = min(place.row_tile + lane, part.row_tiles - 1);
+    const int row_tile = min(place.row_tile + tile, part.row_tiles - 1);
     const uint8_t* from = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
                           static_cast<long long>(row_tile) * p.tile_bytes + s.begin * p.slice_bytes;
 #pragma unroll 1
@@ -118,10 +121,10 @@ __device__ __forceinline__ void produce_words(const GemmParams& p, const CtaPlac
         const int bytes = min(Config::kPieceLoads, loads - first) * kLanes * 16;
         uint64_t* full = slots.full + slots.index;
         barrier_wait(slots.empty + slots.index, slots.phase ^ 1);
-        if (lane == 0) mbarrier_expect(full, Config::kRowTiles * bytes);
+        if (lane == 0) mbarrier_expect(full, tiles * bytes);
         __syncwarp();
-        if (lane < Config::kRowTiles) {
-          copy_bulk_once(slots.slot() + lane * Config::kPieceBytes, from + first * kLanes * 16, bytes, full);
+        if (lane < tiles) {
+          copy_bulk_once(slots.slot() + tile * Config::kPieceBytes, from + first * kLanes * 16, bytes, full);
         }
         slots.advance();
       }
@@ -150,11 +153,17 @@ class WordReader {
     constexpr bool kSame = Config::kRegular && Config::kPieces % Config::kSlots == 0;
     if (kSame) slots_.index = loads_until(0) / Config::kPieceLoads % Config::kSlots;
   }
-  // Word i of unit u.
-  __device__ __forceinline__ uint32_t word(int u, int word_of_unit) const {
-    const int i = slice_word(Config::kShape, u, word_of_unit);
-    const uint4& v = q_[i / 4];
-    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
+  // The words of unit U.
+  template <int U>
+  __device__ __forceinline__ typename Config::Decoder unit() const {
+    uint32_t w[Config::kUnitWords];
+#pragma unroll
+    for (int i = 0; i < Config::kUnitWords; ++i) {
+      const int at = slice_word(Config::kShape, U, i);
+      const uint4& v = q_[at / 4];
+      w[i] = at % 4 == 0 ? v.x : at % 4 == 1 ? v.y : at % 4 == 2 ? v.z : v.w;
+    }
+    return typename Config::Decoder(w);
   }
 
  private:
@@ -232,68 +241,79 @@ struct NoDigits {
 template <typename Config>
 using Digits = std::conditional_t<Config::kIntegers, DigitSums, NoDigits>;
 
-// A slice of a segment. The words of its first unit have been loaded, at the end those of the next slice's have.
+// What a warp multiplies: the operands of a group of steps and of the one before, and the words they come from.
+template <typename Config>
+struct Operands {
+  static constexpr int kGroup = Config::kGroupSteps;
+  typename Config::Decoder decoder;
+  uint32_t a[2][kGroup][4];
+
+  __device__ __forceinline__ Operands(const WordReader<Config>& words, uint32_t offset) : decoder(words.template unit<0>()) {
+    decode<0>(offset);
+  }
+  // Group of a unit.
+  template <int Group>
+  __device__ __forceinline__ void decode(uint32_t offset) {
+#pragma unroll
+    for (int s = 0; s < kGroup; ++s) {
+      decoder.fragment(Group * kGroup + s, SharedWindow<typename Config::T>{}, offset, a[Group % 2][s]);
+    }
+  }
+};
+
+// A slice of a segment. The first group of operands has been decoded; at the end that of the next slice has, if there
+// is one.
 template <typename Config>
 __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segment& segment, int slice,
-                                               WordReader<Config>& words, RowScales<1>& scales, Stages<Config>& stages,
-                                               uint32_t offset, bool& holding, Digits<Config>& digits,
-                                               float (&acc)[Config::kRegisters]) {
-  constexpr int kWords = Config::kUnitWords;
+                                               WordReader<Config>& words, Operands<Config>& operands,
+                                               RowScales<1>& scales, Stages<Config>& stages, uint32_t offset,
+                                               bool& holding, Digits<Config>& digits, float (&acc)[Config::kRegisters]) {
   constexpr int kGroup = Config::kGroupSteps;
+  constexpr int kBlockGroups = kBlockSteps / kGroup;
+  constexpr int kUnitGroups = Config::kUnitBlocks * kBlockGroups;
   const int units = units_of_slice(p, slice) / Config::kJoined;
   int block = slice * p.units_per_slice * 2;
-  uint32_t a[2][kGroup][4];  // of a group of steps and the one before
-  const auto new_group = [&] {
-    wgmma_wait<0>();
-    scales.next_group(p, acc);
-  };
   words.begin_slice();
-  if (Config::kRegular && block == scales.boundary) new_group();
   unrolled<Config::kUnits>([&](auto unit) {
     constexpr int u = decltype(unit)::value;
+    constexpr int kNext = (u + 1) % Config::kUnits;
     if (!Config::kRegular && u >= units) return false;
-    uint32_t w[kWords];
+    const bool last = u + 1 == (Config::kRegular ? Config::kUnits : units);
+    unrolled<kUnitGroups>([&](auto group) {
+      constexpr int g = decltype(group)::value;
+      constexpr int kStep = g % kBlockGroups * kGroup;  // of the block
+      if (!Config::kRegular && kStep == 0 && g > 0 && block >= p.k_blocks) return false;
+      if (u == Config::kUnits - 1 && g == kUnitGroups - kBlockGroups) digits.load_scales(p, block);
+      // Before the look-ups: a branch waits for them.
+      if (kStep == 0) barrier_wait(stages.full + stages.index, stages.phase);
+      wgmma_wait<0>();  // so that its operands can be replaced
+      if (kStep == 0 && (u == 0 && g == 0 || !Config::kRegular) && block == scales.boundary) scales.next_group(p, acc);
+      if (g == kUnitGroups - 1) operands.decoder = last ? words.template unit<0>() : words.template unit<kNext>();
+      operands.template decode<(g + 1) % kUnitGroups>(offset);
+      if (kStep == 0 && holding) stages.release_previous(threadIdx.x % kLanes);
+      const uint64_t b = tile_descriptor(shared_address(stages.stage())) + kStep * kDescriptorStep;
+      wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) w[i] = words.word(u, i);
-    typename Config::Decoder decoder(w);
-    unrolled<Config::kUnitBlocks>([&](auto block_of_unit) {
-      constexpr int b_of_u = decltype(block_of_unit)::value;
-      if (!Config::kRegular && b_of_u > 0 && block >= p.k_blocks) return false;
-      if (u == Config::kUnits - 1 && b_of_u == Config::kUnitBlocks - 1) digits.load_scales(p, block);
-#pragma unroll
-      for (int first = 0; first < kBlockSteps; first += kGroup) {
-        const int h = (b_of_u * kBlockSteps + first) / kGroup % 2;
-#pragma unroll
-        for (int s = 0; s < kGroup; ++s) {
-          decoder.fragment(b_of_u * kBlockSteps + first + s, SharedWindow<typename Config::T>{}, offset, a[h][s]);
+      for (int s = 0; s < kGroup; ++s) {
+        if constexpr (Config::kIntegers) {
+          wgmma_bytes(digits.sums, operands.a[g % 2][s], b + s * kDescriptorStep);
+        } else {
+          wgmma<typename Config::T>(acc, operands.a[g % 2][s], b + s * kDescriptorStep);
         }
-        if (first == 0) barrier_wait(stages.full + stages.index, stages.phase);
-        if (!Config::kRegular && block == scales.boundary) new_group();
-        const uint64_t b = tile_descriptor(shared_address(stages.stage())) + first * kDescriptorStep;
-        wgmma_fence();
-#pragma unroll
-        for (int s = 0; s < kGroup; ++s) {
-          if constexpr (Config::kIntegers) {
-            wgmma_bytes(digits.sums, a[h][s], b + s * kDescriptorStep);
-          } else {
-            wgmma<typename Config::T>(acc, a[h][s], b + s * kDescriptorStep);
-          }
-        }
-        wgmma_commit();
-        if (b_of_u == Config::kUnitBlocks - 1 && first == kBlockSteps - kGroup) {
-          if (u + 1 == (Config::kRegular ? Config::kUnits : units)) {
-            if (slice + 1 < segment.end) words.template load_unit<0>(loads_of_slice<Config>(p, slice + 1));
-          } else {
-            words.template load_unit<(u + 1) % Config::kUnits>(loads_of_slice<Config>(p, slice));
-          }
-        }
-        // The group before: a[1 - h] is free, and the stage of the block before.
-        wgmma_wait<Config::kRegular ? 1 : 0>();
-        if (first == 0 && holding) stages.release_previous(threadIdx.x % kLanes);
       }
-      holding = true;
-      stages.advance();
-      ++block;
+      wgmma_commit();
+      if (g == kUnitGroups - 2) {
+        if (!last) {
+          words.template load_unit<kNext>(loads_of_slice<Config>(p, slice));
+        } else if (slice + 1 < segment.end) {
+          words.template load_unit<0>(loads_of_slice<Config>(p, slice + 1));
+        }
+      }
+      if (kStep == kBlockSteps - kGroup) {
+        holding = true;
+        stages.advance();
+        ++block;
+      }
       return true;
     });
     return true;
@@ -331,9 +351,10 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     Digits<Config> digits;
     bool holding = false;  // a stage whose wgmmas may still run
     words.template load_unit<0>(loads_of_slice<Config>(p, s.begin));
+    Operands<Config> operands(words, offset);
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {
-      multiply_slice<Config>(p, s, slice, words, scales, stages, offset, holding, digits, acc);
+      multiply_slice<Config>(p, s, slice, words, operands, scales, stages, offset, holding, digits, acc);
     }
     wgmma_wait<0>();
     stages.release_previous(lane);
@@ -377,7 +398,7 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
     }
     const Slots<Config> slots(shared);
     for (int i = 0; i < Config::kSlots; ++i) {
-      barrier_init(slots.full + i, 1);
+      barrier_init(slots.full + i, Config::kWordProducers);
       barrier_init(slots.empty + i, Config::kConsumers / kLanes);
     }
     barrier_init_done();
@@ -391,7 +412,8 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   if (warpgroup == Config::kWarpgroups) {
     give_registers<Config::kProducerRegisters>();
     if (threadIdx.x == Config::kConsumers) produce<Config>(p, cta, stages);
-    if (threadIdx.x / kLanes == Config::kConsumers / kLanes + 1) produce_words<Config>(p, cta, Slots<Config>(shared));
+    const int helper = static_cast<int>(threadIdx.x - Config::kConsumers) / kLanes - 1;
+    if (helper >= 0) produce_words<Config>(p, cta, Slots<Config>(shared), helper);
     if (Config::kSplitsK && p.k_split_log > 0) {  // the barriers before and after ClusterSums' sending
       __syncwarp();
       for (int i = 0; i < 2; ++i) {
