@@ -61,7 +61,8 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kTileFragments = N_ / 8;      // of the accumulators
   static constexpr int kRegisters = N_ / 2;          // of the accumulators, per thread
 
-  // A slot of shared memory holds a piece of a slice, kPieceLoads loads of 16 bytes a lane, of all row tiles of the CTA.
+  // A slot of shared memory holds a piece of a slice, kPieceLoads loads of 16 bytes a lane, of all row tiles of the
+  // CTA.
   static constexpr int kPieceLoads = 2;
   static constexpr int kPieceBytes = kPieceLoads * kLanes * 16;
   static constexpr int kSlotBytes = kRowTiles * kPieceBytes;
@@ -95,7 +96,8 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kSlotsEnd = kStagesEnd + (kSlots - kSlotsBefore) * kSlotBytes;
   static constexpr int kStagingStart = kStagingBefore ? kStagesBefore * kStageBytes : kSlotsEnd;
   static constexpr int kScratchStart = kTableEnd;
-  static constexpr int kSharedBytes = std::max(kSlotsEnd + (kStagingBefore ? 0 : kStagingBytes), kScratchStart + kInboxBytes);
+  static constexpr int kSharedBytes =
+      std::max(kSlotsEnd + (kStagingBefore ? 0 : kStagingBytes), kScratchStart + kInboxBytes);
   static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 };
 

@@ -3,12 +3,12 @@
 //
 //   x'       [k / 64][padded m][64 columns] fp16 or bf16: B tiles as the tensor core wants them (rows of 128 bytes,
 //            swizzled; columns in the k order of decode.cuh), so that a tile is one contiguous bulk copy
-//   weights  tiled layout (tiled_format.h), straight from global memory to the registers of the warp that decodes them
+//   weights  tiled layout (tiled_format.h), piece by piece through slots of shared memory: a bulk copy a row tile
 //   y        [m, n] in x's type, accumulated in fp32
 //
-// Roles. A CTA computes tiles of 64 * kWarpgroups rows (a cluster: as many times that) by N tokens. One producer thread
-// copies x. Each warp of a consumer warpgroup decodes its 16 rows x 64 columns (one k block) into A fragments while the
-// wgmmas of the block before run:
+// Roles. A CTA computes tiles of 64 * kWarpgroups rows (a cluster: as many times that) by N tokens. One warp copies x,
+// the other three of its warpgroup the weights. Each warp of a consumer warpgroup decodes its 16 rows x 64 columns (one
+// k block) into A fragments while the wgmmas of the block before run:
 //
 //   decode block i + 1   LDS -> registers  |  wgmma block i (asynchronous)
 //
@@ -98,8 +98,8 @@ __device__ __forceinline__ int loads_of_slice(const GemmParams& p, int slice) {
   return Config::kRegular ? Config::kLoads : (units_of_slice(p, slice) * Config::kShape.unit_words() + 3) / 4;
 }
 
-// Warp `warp` of kWordProducers, each with an equal share of the row tiles (or one less): a lane copies the words of one.
-// The lanes' copies are issued in turn, and one warp's would not keep up with the consumers of narrow tiles.
+// Warp `warp` of kWordProducers, each with an equal share of the row tiles (or one less): a lane copies the words of
+// one. The lanes' copies are issued in turn, and one warp's would not keep up with the consumers of narrow tiles.
 template <typename Config>
 __device__ __forceinline__ void produce_words(const GemmParams& p, const CtaPlace& cta, Slots<Config> slots, int warp) {
   const auto lane = static_cast<int>(threadIdx.x % kLanes);
@@ -241,79 +241,64 @@ struct NoDigits {
 template <typename Config>
 using Digits = std::conditional_t<Config::kIntegers, DigitSums, NoDigits>;
 
-// What a warp multiplies: the operands of a group of steps and of the one before, and the words they come from.
-template <typename Config>
-struct Operands {
-  static constexpr int kGroup = Config::kGroupSteps;
-  typename Config::Decoder decoder;
-  uint32_t a[2][kGroup][4];
-
-  __device__ __forceinline__ Operands(const WordReader<Config>& words, uint32_t offset) : decoder(words.template unit<0>()) {
-    decode<0>(offset);
-  }
-  // Group of a unit.
-  template <int Group>
-  __device__ __forceinline__ void decode(uint32_t offset) {
-#pragma unroll
-    for (int s = 0; s < kGroup; ++s) {
-      decoder.fragment(Group * kGroup + s, SharedWindow<typename Config::T>{}, offset, a[Group % 2][s]);
-    }
-  }
-};
-
-// A slice of a segment. The first group of operands has been decoded; at the end that of the next slice has, if there
-// is one.
+// A slice of a segment. The words of its first unit have been loaded, at the end those of the next slice's have.
 template <typename Config>
 __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segment& segment, int slice,
-                                               WordReader<Config>& words, Operands<Config>& operands,
-                                               RowScales<1>& scales, Stages<Config>& stages, uint32_t offset,
-                                               bool& holding, Digits<Config>& digits, float (&acc)[Config::kRegisters]) {
+                                               WordReader<Config>& words, RowScales<1>& scales, Stages<Config>& stages,
+                                               uint32_t offset, bool& holding, Digits<Config>& digits,
+                                               float (&acc)[Config::kRegisters]) {
   constexpr int kGroup = Config::kGroupSteps;
-  constexpr int kBlockGroups = kBlockSteps / kGroup;
-  constexpr int kUnitGroups = Config::kUnitBlocks * kBlockGroups;
   const int units = units_of_slice(p, slice) / Config::kJoined;
   int block = slice * p.units_per_slice * 2;
+  uint32_t a[2][kGroup][4];  // of a group of steps and the one before
+  const auto new_group = [&] {
+    wgmma_wait<0>();
+    scales.next_group(p, acc);
+  };
   words.begin_slice();
+  if (Config::kRegular && block == scales.boundary) new_group();
   unrolled<Config::kUnits>([&](auto unit) {
     constexpr int u = decltype(unit)::value;
-    constexpr int kNext = (u + 1) % Config::kUnits;
     if (!Config::kRegular && u >= units) return false;
-    const bool last = u + 1 == (Config::kRegular ? Config::kUnits : units);
-    unrolled<kUnitGroups>([&](auto group) {
-      constexpr int g = decltype(group)::value;
-      constexpr int kStep = g % kBlockGroups * kGroup;  // of the block
-      if (!Config::kRegular && kStep == 0 && g > 0 && block >= p.k_blocks) return false;
-      if (u == Config::kUnits - 1 && g == kUnitGroups - kBlockGroups) digits.load_scales(p, block);
-      // Before the look-ups: a branch waits for them.
-      if (kStep == 0) barrier_wait(stages.full + stages.index, stages.phase);
-      wgmma_wait<0>();  // so that its operands can be replaced
-      if (kStep == 0 && (u == 0 && g == 0 || !Config::kRegular) && block == scales.boundary) scales.next_group(p, acc);
-      if (g == kUnitGroups - 1) operands.decoder = last ? words.template unit<0>() : words.template unit<kNext>();
-      operands.template decode<(g + 1) % kUnitGroups>(offset);
-      if (kStep == 0 && holding) stages.release_previous(threadIdx.x % kLanes);
-      const uint64_t b = tile_descriptor(shared_address(stages.stage())) + kStep * kDescriptorStep;
-      wgmma_fence();
+    typename Config::Decoder decoder = words.template unit<u>();
+    unrolled<Config::kUnitBlocks>([&](auto block_of_unit) {
+      constexpr int b_of_u = decltype(block_of_unit)::value;
+      if (!Config::kRegular && b_of_u > 0 && block >= p.k_blocks) return false;
+      if (u == Config::kUnits - 1 && b_of_u == Config::kUnitBlocks - 1) digits.load_scales(p, block);
 #pragma unroll
-      for (int s = 0; s < kGroup; ++s) {
-        if constexpr (Config::kIntegers) {
-          wgmma_bytes(digits.sums, operands.a[g % 2][s], b + s * kDescriptorStep);
-        } else {
-          wgmma<typename Config::T>(acc, operands.a[g % 2][s], b + s * kDescriptorStep);
+      for (int first = 0; first < kBlockSteps; first += kGroup) {
+        const int h = (b_of_u * kBlockSteps + first) / kGroup % 2;
+#pragma unroll
+        for (int s = 0; s < kGroup; ++s) {
+          decoder.fragment(b_of_u * kBlockSteps + first + s, SharedWindow<typename Config::T>{}, offset, a[h][s]);
         }
-      }
-      wgmma_commit();
-      if (g == kUnitGroups - 2) {
-        if (!last) {
-          words.template load_unit<kNext>(loads_of_slice<Config>(p, slice));
-        } else if (slice + 1 < segment.end) {
-          words.template load_unit<0>(loads_of_slice<Config>(p, slice + 1));
+        if (first == 0) barrier_wait(stages.full + stages.index, stages.phase);
+        if (!Config::kRegular && block == scales.boundary) new_group();
+        const uint64_t b = tile_descriptor(shared_address(stages.stage())) + first * kDescriptorStep;
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < kGroup; ++s) {
+          if constexpr (Config::kIntegers) {
+            wgmma_bytes(digits.sums, a[h][s], b + s * kDescriptorStep);
+          } else {
+            wgmma<typename Config::T>(acc, a[h][s], b + s * kDescriptorStep);
+          }
         }
+        wgmma_commit();
+        if (b_of_u == Config::kUnitBlocks - 1 && first == kBlockSteps - kGroup) {
+          if (u + 1 == (Config::kRegular ? Config::kUnits : units)) {
+            if (slice + 1 < segment.end) words.template load_unit<0>(loads_of_slice<Config>(p, slice + 1));
+          } else {
+            words.template load_unit<(u + 1) % Config::kUnits>(loads_of_slice<Config>(p, slice));
+          }
+        }
+        // The group before: a[1 - h] is free, and the stage of the block before.
+        wgmma_wait<Config::kRegular ? 1 : 0>();
+        if (first == 0 && holding) stages.release_previous(threadIdx.x % kLanes);
       }
-      if (kStep == kBlockSteps - kGroup) {
-        holding = true;
-        stages.advance();
-        ++block;
-      }
+      holding = true;
+      stages.advance();
+      ++block;
       return true;
     });
     return true;
@@ -351,10 +336,9 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     Digits<Config> digits;
     bool holding = false;  // a stage whose wgmmas may still run
     words.template load_unit<0>(loads_of_slice<Config>(p, s.begin));
-    Operands<Config> operands(words, offset);
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {
-      multiply_slice<Config>(p, s, slice, words, operands, scales, stages, offset, holding, digits, acc);
+      multiply_slice<Config>(p, s, slice, words, scales, stages, offset, holding, digits, acc);
     }
     wgmma_wait<0>();
     stages.release_previous(lane);
@@ -388,7 +372,7 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   Stages<Config> stages(shared);
   static_assert(!Config::kSplitsK || Config::kClusterSize == 1);
   const auto rank = static_cast<int>(cluster_rank());
-  const CtaPlace cta{static_cast<int>(blockIdx.x) / (Config::kClusterSize << p.k_split_log),
+  const CtaPlace cta{static_cast<int>(blockIdx.x) >> (Config::kClusterSize / 2 + p.k_split_log),
                      Config::kClusterSize > 1 ? rank : 0, Config::kClusterSize > 1 ? 0 : rank};
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
   if (threadIdx.x == 0) {
