@@ -134,16 +134,12 @@ __device__ __forceinline__ void copy_bulk_once(uint32_t to, const void* from, in
       "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(kEvictFirst)
       : "memory");
 }
+// From an address in shared memory.
 __device__ __forceinline__ void load_shared(uint32_t from, uint4& v) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(from)
                : "memory");
-}
-
-// `bytes` (a multiple of 16) from memory to the L2.
-__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 template <int Registers>
