@@ -55,7 +55,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kProducerRegisters = N_ == 256 ? 56 : 32;
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
-  static constexpr int kWordProducers = 3;           // warps
+  static constexpr int kWordProducers = 3;           // warps beside the one that copies x
   static constexpr int kRowTiles = 4 * kWarpgroups;  // of 16 rows
   static constexpr int kWarpTiles = 1;               // of a warp
   static constexpr int kTileFragments = N_ / 8;      // of the accumulators

@@ -283,8 +283,8 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   if (warpgroup == Config::kWarpgroups) {
     give_registers<Config::kProducerRegisters>();
     if (threadIdx.x == Config::kConsumers) produce<Config>(p, cta, stages);
-    const int helper = static_cast<int>(threadIdx.x - Config::kConsumers) / kLanes - 1;
-    if (helper >= 0) produce_words<Config>(p, cta, Slots<Config>(shared), helper);
+    const int warp = static_cast<int>(threadIdx.x - Config::kConsumers) / kLanes;
+    if (warp > 0) produce_words<Config>(p, cta, Slots<Config>(shared), warp - 1);
     if (Config::kSplitsK && p.k_split_log > 0) {  // the barriers before and after ClusterSums' sending
       __syncwarp();
       for (int i = 0; i < 2; ++i) {

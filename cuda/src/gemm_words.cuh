@@ -12,6 +12,7 @@
 
 namespace higgs::cuda {
 
+// Where a warp that fills or reads them is.
 template <typename Config>
 struct Slots {
   uint32_t address;  // of slot 0
