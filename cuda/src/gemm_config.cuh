@@ -67,14 +67,14 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kPieceBytes = kPieceLoads * kLanes * 16;
   static constexpr int kSlotBytes = kRowTiles * kPieceBytes;
   static constexpr int kPieces = (Weights::kLoads + kPieceLoads - 1) / kPieceLoads;  // of a slice
-  static constexpr int kSlots = N_ == 256 ? 3 : kPieces >= 3 && kPieces <= 5 ? kPieces : 4;
+  static constexpr int kSlots = N_ == 256 ? 2 : 4;
 
   // Steps of 16 columns whose products are one group of wgmmas: the operands of two groups are in registers.
   static constexpr int kGroupSteps =
       kIntegers && kWarpgroups == 4 && Weights::kLoads > 5 ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
-  static constexpr int kStagingTokens = N_ == 16 || N_ == 256 ? 16 : 32;
+  static constexpr int kStagingTokens = N_ == 16 ? 16 : 32;
   static constexpr int kStagingStride = 48;  // bytes per token: 16 rows, spread over the banks
   static constexpr int kStagingBytes = kRowTiles * kStagingTokens * kStagingStride;
   // Where k is split within a cluster, the inbox of sums (gemm_cluster.cuh) takes the place of what follows the table.
