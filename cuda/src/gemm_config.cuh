@@ -42,7 +42,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kClusterSize = gemm_cluster_size(N_);
   static constexpr bool kWholeFirst = true;
   static constexpr bool kSplitsK = gemm_splits_k(N_, Regular_);
-  static constexpr int kStages = N_ == 256 || (N_ == 128 && kSplitsK) ? 4 : N_ == 128 ? 6 : 8;
+  static constexpr int kStages = N_ <= 32 ? 8 : 4;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   // Narrow tiles leave 4096 registers or more to a block of pack_x: the next layer's x is packed, and the CTAs of this
@@ -52,44 +52,52 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
                                                        : 65536 - 4096) /
                                           kThreads / 8 * 8;
   // 224 for the consumers of 256 tokens, and 32 tokens a staging: where it was timed, 240 and 64 were slower.
-  static constexpr int kProducerRegisters = N_ == 256 ? 56 : 24;
+  static constexpr int kProducerRegisters = N_ == 256 ? 56 : 32;
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
+  static constexpr int kWordProducers = 3;           // warps beside the one that copies x
   static constexpr int kRowTiles = 4 * kWarpgroups;  // of 16 rows
   static constexpr int kWarpTiles = 1;               // of a warp
   static constexpr int kTileFragments = N_ / 8;      // of the accumulators
   static constexpr int kRegisters = N_ / 2;          // of the accumulators, per thread
 
-  // 16-byte loads a warp keeps in flight: all of a slice, or half where accumulators or warps take most registers
-  static constexpr bool kHalf =
-      (N_ == 256 || kWarpgroups == 4 || (N_ <= 64 && Weights::kShape.trellis() && Weights::kLoads == 8)) &&
-      Weights::kLoads % 2 == 0;
-  static constexpr int kWindow = Weights::kLoads / (kHalf ? 2 : 1);
+  // A slot of shared memory holds a piece of a slice, kPieceLoads loads of 16 bytes a lane, of all row tiles of the
+  // CTA.
+  static constexpr int kPieceLoads = 2;
+  static constexpr int kPieceBytes = kPieceLoads * kLanes * 16;
+  static constexpr int kSlotBytes = kRowTiles * kPieceBytes;
+  static constexpr int kPieces = (Weights::kLoads + kPieceLoads - 1) / kPieceLoads;  // of a slice
+  static constexpr int kSlots = N_ == 256 ? 2 : 4;
 
   // Steps of 16 columns whose products are one group of wgmmas: the operands of two groups are in registers.
   static constexpr int kGroupSteps =
       kIntegers && kWarpgroups == 4 && Weights::kLoads > 5 ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
-  static constexpr int kStagingTokens = N_ < 64 ? N_ : N_ == 256 ? 32 : 64;
+  static constexpr int kStagingTokens = N_ == 16 ? 16 : 32;
   static constexpr int kStagingStride = 48;  // bytes per token: 16 rows, spread over the banks
   static constexpr int kStagingBytes = kRowTiles * kStagingTokens * kStagingStride;
-  // Scratch: staging of y or, where k is split within a cluster, the inbox of sums (gemm_cluster.cuh).
+  // Where k is split within a cluster, the inbox of sums (gemm_cluster.cuh) takes the place of what follows the table.
   static constexpr int kInboxBytes = kSplitsK ? std::max(kTileFragments, 1 << kMaxSplitLog) * kConsumers * 16 : 0;
-  static constexpr int kScratchBytes = std::max(kStagingBytes, kInboxBytes);
-  // Shared memory: stages | scratch | barriers | ... | table at address kTableAddress | the other stages
-  // where k may be split: stages | barriers | ... | table | the other stages | scratch
+  // Shared memory: stages of x | staging of y, if it fits | slots of words | barriers | ... | table at address
+  // kTableAddress | the other stages | the other slots | staging of y
   static constexpr int kTableStart = kTableAddress - kSharedBase;
   static constexpr int kTableEnd = kTableStart + Table::kTableBytes;
-  static constexpr int kBarrierBytes = 2 * kStages * static_cast<int>(sizeof(uint64_t));
-  static constexpr int kScratchBefore = kSplitsK ? 0 : kScratchBytes;
-  static constexpr int kStagesThatFit = (kTableStart - kScratchBefore - kBarrierBytes) / kStageBytes;
-  static constexpr int kStagesBefore = kStages < kStagesThatFit ? kStages : kStagesThatFit;
+  static constexpr int kBarrierBytes = 2 * (kStages + kSlots) * static_cast<int>(sizeof(uint64_t));
+  static constexpr int kRoomBefore = kTableStart - kBarrierBytes;
+  static constexpr int kStagesBefore = std::min(kStages, kRoomBefore / kStageBytes);
   static constexpr int kStagesGap = kTableEnd - kStagesBefore * kStageBytes;
   static constexpr int kStagesEnd = kTableEnd + (kStages - kStagesBefore) * kStageBytes;
-  static constexpr int kScratchStart = kSplitsK ? kStagesEnd : kStagesBefore * kStageBytes;
-  static constexpr int kBarriersStart = kStagesBefore * kStageBytes + kScratchBefore;
-  static constexpr int kSharedBytes = kStagesEnd + kScratchBytes - kScratchBefore;
+  static constexpr bool kStagingBefore = kStagesBefore * kStageBytes + kStagingBytes <= kRoomBefore;
+  static constexpr int kSlotsStart = kStagesBefore * kStageBytes + (kStagingBefore ? kStagingBytes : 0);
+  static constexpr int kSlotsBefore = std::min(kSlots, (kRoomBefore - kSlotsStart) / kSlotBytes);
+  static constexpr int kSlotsGap = kStagesEnd - kSlotsStart - kSlotsBefore * kSlotBytes;
+  static constexpr int kBarriersStart = kSlotsStart + kSlotsBefore * kSlotBytes;
+  static constexpr int kSlotsEnd = kStagesEnd + (kSlots - kSlotsBefore) * kSlotBytes;
+  static constexpr int kStagingStart = kStagingBefore ? kStagesBefore * kStageBytes : kSlotsEnd;
+  static constexpr int kScratchStart = kTableEnd;
+  static constexpr int kSharedBytes =
+      std::max(kSlotsEnd + (kStagingBefore ? 0 : kStagingBytes), kScratchStart + kInboxBytes);
   static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 };
 

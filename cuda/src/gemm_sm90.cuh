@@ -3,12 +3,12 @@
 //
 //   x'       [k / 64][padded m][64 columns] fp16 or bf16: B tiles as the tensor core wants them (rows of 128 bytes,
 //            swizzled; columns in the k order of decode.cuh), so that a tile is one contiguous bulk copy
-//   weights  tiled layout (tiled_format.h), straight from global memory to the registers of the warp that decodes them
+//   weights  tiled layout (tiled_format.h), piece by piece through slots of shared memory: a bulk copy a row tile
 //   y        [m, n] in x's type, accumulated in fp32
 //
-// Roles. A CTA computes tiles of 64 * kWarpgroups rows (a cluster: as many times that) by N tokens. One producer thread
-// copies x. Each warp of a consumer warpgroup decodes its 16 rows x 64 columns (one k block) into A fragments while the
-// wgmmas of the block before run:
+// Roles. A CTA computes tiles of 64 * kWarpgroups rows (a cluster: as many times that) by N tokens. One warp copies x,
+// the other three of its warpgroup the weights. Each warp of a consumer warpgroup decodes its 16 rows x 64 columns (one
+// k block) into A fragments while the wgmmas of the block before run:
 //
 //   decode block i + 1   LDS -> registers  |  wgmma block i (asynchronous)
 //
@@ -35,89 +35,11 @@
 #include "gemm_epilogue.cuh"
 #include "gemm_schedule.cuh"
 #include "gemm_weights.cuh"
+#include "gemm_words.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
 
 namespace higgs::cuda {
-
-// The words of a warp's slices: load i of a slice is in q_[i % kWindow], and is replaced when it has been consumed.
-template <typename Config>
-class WeightStream {
- public:
-  __device__ __forceinline__ WeightStream(const GemmParams& p, const CtaPlace& cta, int warp, int lane)
-      : schedule_(p, cta), cta_(cta), warp_(warp), lane_(lane) {
-    step(p);
-#pragma unroll
-    for (int i = 0; i < Config::kWindow; ++i) load(i, next_, next_loads_);
-  }
-  // Fetches the first slice of the segment into the L2: memory has nothing else to do while x is packed.
-  __device__ __forceinline__ void prefetch(const GemmParams& p) const {
-    if (lane_ == 0) prefetch_bulk(next_, p.slice_bytes);
-  }
-  // That of the slice which begins next; at the end of all, a tile beyond the last.
-  [[nodiscard]] __device__ __forceinline__ Segment segment() const { return segment_; }
-  __device__ __forceinline__ void begin_slice(const GemmParams& p) {
-    current_ = next_;
-    current_loads_ = next_loads_;
-    step(p);
-  }
-  // Word i of unit u.
-  __device__ __forceinline__ uint32_t word(int u, int word_of_unit) const {
-    const int i = slice_word(Config::kShape, u, word_of_unit);
-    const uint4& v = q_[i / 4 % Config::kWindow];
-    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
-  }
-  // Loads [First, Last) of the slice have been consumed: their registers take the loads kWindow later, of this slice or
-  // of the next.
-  template <int First, int Last>
-  __device__ __forceinline__ void advance() {
-#pragma unroll
-    for (int i = First; i < Last; ++i) {
-      const int ahead = i + Config::kWindow;
-      if (ahead < Config::kLoads) {
-        load(ahead, current_, Config::kRegular ? Config::kLoads : current_loads_);
-      } else {
-        load(ahead - Config::kLoads, next_, next_loads_);
-      }
-    }
-  }
-
- private:
-  __device__ __forceinline__ void load(int i, const uint8_t* slice, int loads) {
-    if (Config::kRegular ? loads != 0 : i < loads) {
-      q_[i % Config::kWindow] = load_streaming(reinterpret_cast<const uint4*>(slice) + i * kLanes);
-    }
-  }
-  // next_ = the slice after it.
-  __device__ __forceinline__ void step(const GemmParams& p) {
-    next_loads_ = 0;
-    if (++slice_ >= segment_.end) {
-      if (!schedule_.next(p, segment_)) return;
-      slice_ = segment_.begin;
-      const TilePlace place = place_of<Config>(p, cta_, segment_.tile);
-      const GemmPart& part = p.parts[place.part];
-      const int row_tile = min(place.row_tile + warp_, part.row_tiles - 1);
-      next_ = part.data + static_cast<long long>(part.weights_offset) * kTiledAlignment +
-              static_cast<long long>(row_tile) * p.tile_bytes + slice_ * p.slice_bytes + lane_ * 16;
-    } else {
-      next_ += p.slice_bytes;
-    }
-    const int units = slice_ == p.slices - 1 ? p.last_units : p.units_per_slice;
-    next_loads_ = (units * Config::kShape.unit_words() + 3) / 4;
-  }
-
-  uint4 q_[Config::kWindow];
-  Schedule<Config::kWholeFirst> schedule_;
-  Segment segment_;
-  CtaPlace cta_;
-  int slice_ = 0;
-  int warp_;
-  int lane_;
-  const uint8_t* current_ = nullptr;
-  const uint8_t* next_ = nullptr;
-  int current_loads_ = 0;
-  int next_loads_ = 0;
-};
 
 // The stages of x in shared memory.
 template <typename Config>
@@ -136,7 +58,7 @@ struct Stages {
     return shared + index * Config::kStageBytes + (index < Config::kStagesBefore ? 0 : Config::kStagesGap);
   }
   __device__ __forceinline__ uint8_t* staging(int warp) const {
-    return shared + Config::kScratchStart + warp * Config::kStagingTokens * Config::kStagingStride;
+    return shared + Config::kStagingStart + warp * Config::kStagingTokens * Config::kStagingStride;
   }
   __device__ __forceinline__ void advance() {
     if (++index == Config::kStages) index = 0, phase ^= 1;
@@ -206,32 +128,26 @@ struct NoDigits {
 template <typename Config>
 using Digits = std::conditional_t<Config::kIntegers, DigitSums, NoDigits>;
 
-// One slice: `units` units from k block `block` on, of a segment that ends with k block `end`.
+// A slice of a segment. The words of its first unit have been loaded, at the end those of the next slice's have.
 template <typename Config>
-__device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream<Config>& weights, RowScales<1>& scales,
-                                               Stages<Config>& stages, uint32_t offset, int block, int end, int units,
-                                               bool& holding, Digits<Config>& digits,
+__device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segment& segment, int slice,
+                                               WordReader<Config>& words, RowScales<1>& scales, Stages<Config>& stages,
+                                               uint32_t offset, bool& holding, Digits<Config>& digits,
                                                float (&acc)[Config::kRegisters]) {
-  constexpr int kWords = Config::kUnitWords;
   constexpr int kGroup = Config::kGroupSteps;
+  const int units = units_of_slice(p, slice) / Config::kJoined;
+  int block = slice * p.units_per_slice * 2;
   uint32_t a[2][kGroup][4];  // of a group of steps and the one before
   const auto new_group = [&] {
     wgmma_wait<0>();
     scales.next_group(p, acc);
   };
-  weights.begin_slice(p);
+  words.begin_slice();
   if (Config::kRegular && block == scales.boundary) new_group();
   unrolled<Config::kUnits>([&](auto unit) {
     constexpr int u = decltype(unit)::value;
-    if (!Config::kRegular && u >= units) {
-      weights.template advance<u * kWords / 4, Config::kLoads>();
-      return false;
-    }
-    uint32_t w[kWords];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) w[i] = weights.word(u, i);
-    typename Config::Decoder decoder(w);
-    weights.template advance<u * kWords / 4, u == Config::kUnits - 1 ? Config::kLoads : (u + 1) * kWords / 4>();
+    if (!Config::kRegular && u >= units) return false;
+    typename Config::Decoder decoder = words.template unit<u>();
     unrolled<Config::kUnitBlocks>([&](auto block_of_unit) {
       constexpr int b_of_u = decltype(block_of_unit)::value;
       if (!Config::kRegular && b_of_u > 0 && block >= p.k_blocks) return false;
@@ -256,6 +172,13 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
           }
         }
         wgmma_commit();
+        if (b_of_u == Config::kUnitBlocks - 1 && first == kBlockSteps - kGroup) {
+          if (u + 1 == (Config::kRegular ? Config::kUnits : units)) {
+            if (slice + 1 < segment.end) words.template load_unit<0>(loads_of_slice<Config>(p, slice + 1));
+          } else {
+            words.template load_unit<(u + 1) % Config::kUnits>(loads_of_slice<Config>(p, slice));
+          }
+        }
         // The group before: a[1 - h] is free, and the stage of the block before.
         wgmma_wait<Config::kRegular ? 1 : 0>();
         if (first == 0 && holding) stages.release_previous(threadIdx.x % kLanes);
@@ -267,7 +190,9 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, WeightStream
     });
     return true;
   });
-  if (block % (kChunk / kBlockColumns) == 0 || block == scales.boundary || block == end) digits.move_to(acc);
+  if (block % (kChunk / kBlockColumns) == 0 || block == scales.boundary || slice + 1 == segment.end) {
+    digits.move_to(acc);
+  }
 }
 
 template <typename Config>
@@ -275,21 +200,21 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
                                         uint8_t* shared, int warpgroup) {
   const int lane = threadIdx.x % kLanes;
   const int warp = threadIdx.x / kLanes;
-  WeightStream<Config> weights(p, cta, warp, lane);
+  WordReader<Config> words(shared, warp, lane);
+  Schedule<Config::kWholeFirst> schedule(p, cta);
   uint8_t* staging = stages.staging(warp);
   // The upper byte of a shared address is the CTA's rank in its cluster.
   const uint32_t offset = shared_address(shared) + Config::kTableStart + Config::Decoder::lane_offset(lane);
   int table_of = -1;
   bool waited = false;
   Segment s;
-  while ((s = weights.segment()).tile < p.tiles) {
+  while (schedule.next(p, s)) {
     const TilePlace place = place_of<Config>(p, cta, s.tile);
     const GemmPart& part = p.parts[place.part];
     if (place.part != table_of) {
       change_table<Config, Config::kConsumers>(part, shared + Config::kTableStart, 1 + Config::kWarpgroups);
       table_of = place.part;
     }
-    if (p.k_split_log > 0) weights.prefetch(p);
     RowScales<1> scales(p, part.data + Config::kScalesOffset, place.row_tile + warp, part.row_tiles,
                         s.begin * p.units_per_slice * 2, lane);
     if (!waited) wait_for_primary();
@@ -297,17 +222,18 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     float acc[Config::kRegisters] = {};
     Digits<Config> digits;
     bool holding = false;  // a stage whose wgmmas may still run
+    words.template load_unit<0>(loads_of_slice<Config>(p, s.begin));
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {
-      multiply_slice<Config>(
-          p, weights, scales, stages, offset, slice * p.units_per_slice * 2, s.end * p.units_per_slice * 2,
-          (slice == p.slices - 1 ? p.last_units : p.units_per_slice) / Config::kJoined, holding, digits, acc);
+      multiply_slice<Config>(p, s, slice, words, scales, stages, offset, holding, digits, acc);
     }
     wgmma_wait<0>();
     stages.release_previous(lane);
     scales.finish(acc, Config::kUnit);
     if constexpr (Config::kSplitsK) {
       if (p.k_split_log > 0) {
+        cluster_arrive();  // the inbox takes the place of stages and slots
+        cluster_wait();
         const ClusterSums<Config> sums(p, shared, cta.k_rank);
         sums.send_all(acc, warpgroup);
         cluster_arrive_release();
@@ -333,13 +259,18 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   Stages<Config> stages(shared);
   static_assert(!Config::kSplitsK || Config::kClusterSize == 1);
   const auto rank = static_cast<int>(cluster_rank());
-  const CtaPlace cta{static_cast<int>(blockIdx.x) / (Config::kClusterSize << p.k_split_log),
+  const CtaPlace cta{static_cast<int>(blockIdx.x) >> (Config::kClusterSize / 2 + p.k_split_log),
                      Config::kClusterSize > 1 ? rank : 0, Config::kClusterSize > 1 ? 0 : rank};
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kStages; ++i) {
       barrier_init(stages.full + i, 1);
       barrier_init(stages.empty + i, Config::kConsumers / kLanes * Config::kClusterSize);
+    }
+    const Slots<Config> slots(shared);
+    for (int i = 0; i < Config::kSlots; ++i) {
+      barrier_init(slots.full + i, Config::kWordProducers);
+      barrier_init(slots.empty + i, Config::kConsumers / kLanes);
     }
     barrier_init_done();
   }
@@ -352,10 +283,14 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   if (warpgroup == Config::kWarpgroups) {
     give_registers<Config::kProducerRegisters>();
     if (threadIdx.x == Config::kConsumers) produce<Config>(p, cta, stages);
-    if (Config::kSplitsK && p.k_split_log > 0) {  // the barrier between ClusterSums' sending and adding
+    const int warp = static_cast<int>(threadIdx.x - Config::kConsumers) / kLanes;
+    if (warp > 0) produce_words<Config>(p, cta, Slots<Config>(shared), warp - 1);
+    if (Config::kSplitsK && p.k_split_log > 0) {  // the barriers before and after ClusterSums' sending
       __syncwarp();
-      cluster_arrive();
-      cluster_wait();
+      for (int i = 0; i < 2; ++i) {
+        cluster_arrive();
+        cluster_wait();
+      }
     }
   } else {
     take_registers<Config::kConsumerRegisters>();

@@ -125,9 +125,21 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
   }
 }
 
-// `bytes` (a multiple of 16) from memory to the L2.
-__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+// The same to this CTA's shared memory, of what is read once.
+__device__ __forceinline__ void copy_bulk_once(uint32_t to, const void* from, int bytes, uint64_t* barrier) {
+  constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(kEvictFirst)
+      : "memory");
+}
+// From an address in shared memory.
+__device__ __forceinline__ void load_shared(uint32_t from, uint4& v) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
 }
 
 template <int Registers>

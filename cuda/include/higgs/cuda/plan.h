@@ -191,7 +191,8 @@ inline constexpr int kMmaRows = 256;
 inline constexpr int kMmaSharedBytes = 96 * 1024;
 
 // Rows of W in a tile of the wgmma kernel by `tokens` rows of x. Four warpgroups hide more latency than three, but
-// leave registers for half a slice of words and narrow tiles only.
+// leave registers for narrow tiles only (and, for slices of an odd number of loads, did not when words were kept in
+// registers).
 [[nodiscard]] constexpr int gemm_rows(int tokens, const FieldShape& field) {
   const int loads = (field.max_units() * field.unit_words() + 3) / 4;
   if (tokens <= (field.trellis() ? 16 : 32) && loads % 2 == 0 && field.weights > 1) return 256;
@@ -208,7 +209,7 @@ inline constexpr int kMmaSharedBytes = 96 * 1024;
 }
 inline constexpr int kMaxSplitLog = 3;
 
-// The widest tile: one of 256 needs the words of a slice, or of each half of it, in few registers.
+// The widest tile. The grids without one of 256 have words that would take too many registers.
 [[nodiscard]] constexpr int gemm_max_tokens(const FieldShape& field, bool regular) {
   const int units = field.max_units();
   const int loads = (units * field.unit_words() + 3) / 4;
