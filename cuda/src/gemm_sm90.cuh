@@ -232,7 +232,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     scales.finish(acc, Config::kUnit);
     if constexpr (Config::kSplitsK) {
       if (p.k_split_log > 0) {
-        cluster_arrive();  // the inbox takes the place of stages and slots
+        cluster_arrive_release();  // nobody reads stages and slots any more, whose place the inbox takes
         cluster_wait();
         const ClusterSums<Config> sums(p, shared, cta.k_rank);
         sums.send_all(acc, warpgroup);
