@@ -111,7 +111,7 @@ def test_nothing_says_how_to_quantize(source: Path) -> None:
         ({"bits": 4, "grid": "p2_n256"}, ValueError, "exactly one of bits, grid and allocation"),
         ({"bits": 7.7}, ValueError, "7.7"),
         ({"bits": 4, "speed": 9}, TypeError, "does not take speed"),
-        ({"bits": 4, "block": 96}, FormatError, "block 96"),
+        ({"bits": 4, "block": 96}, ValueError, "block 96"),
         ({"allocation": {"model.layers.9.mlp.up_proj": "p2_n256"}}, FormatError, "names model.layers.9.mlp.up_proj"),
     ],
 )
