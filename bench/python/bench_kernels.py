@@ -4,9 +4,11 @@
     python bench/python/bench_kernels.py BUILD/cuda/libhiggs_cuda_bench.so --shapes 8b_gate_up 8b_o --m 1 8 16
 
 Every number is the median over replays of a CUDA graph of dependent launches that walks over enough copies of the
-weights to defeat the L2 cache; the rotation of x is part of each call. Columns: us per call, GB/s of stored bytes,
-share of the memory limit (read kernel / ours), times faster than bf16 linear, the int4 peers (torch's tinygemm and,
-where installed, humming: `pip install humming-kernels`; both multiply x as it is), times faster than the best of them.
+weights to defeat the L2 cache; the rotation of x is part of each call. Up to 256 rows a graph has 128 calls, which is
+what a decoding step of a model of 32 layers has: its start and end, about 10 us, count as they do there. Columns: us
+per call, GB/s of stored bytes, share of the memory limit (read kernel / ours), times faster than bf16 linear, the int4
+peers (torch's tinygemm and, where installed, humming: `pip install humming-kernels`; both multiply x as it is), times
+faster than the best of them.
 
 To follow one kernel while it is tuned: test_speed.py beside this file.
 """
@@ -23,7 +25,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from shapes import BITS, MAIN, SHAPES
 
 L2_BYTES = 256 << 20  # walk over at least this much
-CALLS = 24  # per graph, at least
+CALLS = 128  # per graph, at least
+CALLS_MANY_ROWS = 24
+MANY_ROWS = 257
 WARM_MS = 30  # of replays before those that count
 MAX_TINYGEMM_ROWS = 64  # tinygemm's time grows with m
 
@@ -102,9 +106,11 @@ def graph_us(calls: list, replays: int = 15) -> float:
     return sorted(replay_ms(graph) for _ in range(replays))[replays // 2] * 1e3 / len(calls)
 
 
-def cycle(copies: int, make) -> list:
+def cycle(copies: int, m: int, make) -> list:
+    """Calls that take the copies in turn, each copy as often as the others."""
     made = [make(i) for i in range(copies)]
-    return [made[i % copies] for i in range(max(CALLS, copies))]
+    rounds = -(-(CALLS if m < MANY_ROWS else CALLS_MANY_ROWS) // copies)
+    return made * rounds
 
 
 def copies_for(bytes_each: int) -> int:
@@ -119,7 +125,7 @@ def time_bf16(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float]:
     for m in ms:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-        out[m] = graph_us(cycle(copies, lambda i, x=x, y=y: lambda: torch.mm(x, weights[i].t(), out=y)))
+        out[m] = graph_us(cycle(copies, m, lambda i, x=x, y=y: lambda: torch.mm(x, weights[i].t(), out=y)))
     return out
 
 
@@ -137,7 +143,9 @@ def time_tinygemm(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float
     out = {}
     for m in ms:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        out[m] = graph_us(cycle(copies, lambda i, x=x: lambda: torch._weight_int4pack_mm(x, weights[i], group, scales)))
+        out[m] = graph_us(
+            cycle(copies, m, lambda i, x=x: lambda: torch._weight_int4pack_mm(x, weights[i], group, scales))
+        )
     return out
 
 
@@ -157,7 +165,7 @@ def time_humming(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float]
     out = {}
     for m in ms:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        out[m] = graph_us(cycle(len(layers), lambda i, x=x: lambda: layers[i](x)))
+        out[m] = graph_us(cycle(len(layers), m, lambda i, x=x: lambda: layers[i](x)))
     return out
 
 
@@ -169,7 +177,7 @@ def time_read(kernels: Kernels, bytes_each: int) -> float:
         torch.empty(bytes_each, device="cuda", dtype=torch.uint8).random_() for _ in range(copies_for(bytes_each))
     ]
     sink = torch.zeros(4, device="cuda", dtype=torch.int32)
-    return graph_us(cycle(len(buffers), lambda i: lambda: kernels.call("higgs_read", buffers[i], bytes_each, sink)))
+    return graph_us(cycle(len(buffers), 1, lambda i: lambda: kernels.call("higgs_read", buffers[i], bytes_each, sink)))
 
 
 def tiled_copies(kernels: Kernels, grid: str, ns: tuple[int, ...], k: int) -> list[list[torch.Tensor]]:
@@ -213,7 +221,7 @@ def linear_calls(
             "higgs_linear", grid, ctypes.c_int(len(ns)), n_array, k, code, m, x, d, tiled_array, y_array, workspace
         )
 
-    return cycle(len(tiled), make)
+    return cycle(len(tiled), m, make)
 
 
 def time_linear(

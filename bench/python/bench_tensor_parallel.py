@@ -4,9 +4,11 @@
     python bench/python/bench_tensor_parallel.py --model novels-29M --block 256 --ranks 1 2
 
 Makes and quantizes the model (random weights, or those of ``--model``), saves it and loads it in as many processes;
-prints milliseconds of a decoding step (static cache; eager code captured as one CUDA graph, NCCL included) and how many
-of the tokens that a greedy ``generate`` says before the first one that differs from the first rank count's. On stderr:
-when rank 0 got how far.
+prints milliseconds of a decoding step (static cache; eager code captured as one CUDA graph, NCCL included), how many of
+the tokens that a greedy ``generate`` says before the first one that differs from the first rank count's, and, given the
+first's tokens, the relative error of the logits and how far they disagree on the next token: the largest lead of one
+token over the other's choice in the first's logits, in units of the logits' root mean square error. Two ranks add up in
+another order, so that random weights soon meet two logits closer than that. On stderr: when rank 0 got how far.
 """
 
 import argparse
@@ -59,6 +61,14 @@ def run_rank(args: argparse.Namespace, path: Path) -> None:
     options = GenerationConfig(max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False, pad_token_id=0)
     tokens = model.generate(PROMPT.to(model.device), generation_config=options)[0].tolist()
     say("generated")
+    told = path / "tokens.json"  # of the first rank count
+    if not told.exists() and first:
+        told.write_text(json.dumps(tokens))
+    sequence = json.loads(told.read_text()) if told.exists() else tokens
+    with torch.inference_mode():
+        logits = model(torch.tensor([sequence], device=model.device)).logits[0, PROMPT.shape[1] - 1 : -1]
+    if first:
+        torch.save(logits.float().cpu(), path / f"logits-{os.environ['WORLD_SIZE']}.pt")
     milliseconds = []
     for batch in args.batch:
         with torch.inference_mode():
@@ -92,6 +102,14 @@ def same_tokens(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(generated) if x != y), len(generated))
 
 
+def compare_logits(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """Relative error of b, and the greatest lead in a of a's choice over b's in units of the root mean square error."""
+    error = (b - a).norm() / a.norm()
+    leads = a.max(-1).values - a.gather(-1, b.argmax(-1, keepdim=True))[:, 0]
+    rms = (b - a).square().mean().sqrt()
+    return error.item(), (leads.max() / rms.clamp_min(1e-30)).item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
@@ -116,13 +134,17 @@ def main() -> None:
         if args.device == "cuda":
             torch.cuda.empty_cache()
         first: dict | None = None
-        print(f"{'ranks':>5}{'batch':>6}{'ms':>9}{'x one':>8}   same tokens of {args.tokens}")
+        print(
+            f"{'ranks':>5}{'batch':>6}{'ms':>9}{'x one':>8}   same tokens of {args.tokens}, logits' error, lead / error"
+        )
         for ranks in args.ranks:
             found = run_ranks(ranks, folder)
             first = first or found
             same = same_tokens(first["tokens"], found["tokens"])
+            logits = [torch.load(Path(folder) / f"logits-{r}.pt") for r in (args.ranks[0], ranks)]
+            error, lead = compare_logits(*logits)
             for batch, ms, base in zip(args.batch, found["ms"], first["ms"], strict=True):
-                print(f"{ranks:5}{batch:6}{ms:9.3f}{base / ms:8.2f}   {same}", flush=True)
+                print(f"{ranks:5}{batch:6}{ms:9.3f}{base / ms:8.2f}   {same}, {error:.2e}, {lead:.2f}", flush=True)
 
 
 if __name__ == "__main__":

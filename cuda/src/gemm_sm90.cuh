@@ -222,6 +222,9 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     float acc[Config::kRegisters] = {};
     Digits<Config> digits;
     bool holding = false;  // a stage whose wgmmas may still run
+    // An instruction of all lanes: the assembler then knows them to be together, and __syncwarp() is one instruction
+    // from here on, which racecheck understands, instead of a branch and none.
+    wgmma_fence();
     words.template load_unit<0>(loads_of_slice<Config>(p, s.begin));
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {

@@ -115,8 +115,7 @@ class WordReader {
     for (int i = 0; i < Config::kUnitWords; ++i) last = std::max(last, slice_word(Config::kShape, u, i));
     return last / 4 + 1;
   }
-  // __syncwarp() puts the loads of all lanes before the arrival. Racecheck reports some as potential WAR hazards with
-  // the next copy, probably as that is no instruction where the warp is converged anyway.
+  // __syncwarp() puts the loads of all lanes before the arrival.
   __device__ __forceinline__ void release() {
     __syncwarp();
     if (threadIdx.x % kLanes == 0) barrier_arrive<1>(slots_.empty + slots_.index, 0);
