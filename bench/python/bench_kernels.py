@@ -106,7 +106,7 @@ def graph_us(calls: list, replays: int = 15) -> float:
     return sorted(replay_ms(graph) for _ in range(replays))[replays // 2] * 1e3 / len(calls)
 
 
-def cycle(copies: int, m: int, make) -> list:
+def cycle(copies: int, make, m: int = 1) -> list:
     """Calls that take the copies in turn, each copy as often as the others."""
     made = [make(i) for i in range(copies)]
     rounds = -(-(CALLS if m < MANY_ROWS else CALLS_MANY_ROWS) // copies)
@@ -125,7 +125,7 @@ def time_bf16(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float]:
     for m in ms:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-        out[m] = graph_us(cycle(copies, m, lambda i, x=x, y=y: lambda: torch.mm(x, weights[i].t(), out=y)))
+        out[m] = graph_us(cycle(copies, lambda i, x=x, y=y: lambda: torch.mm(x, weights[i].t(), out=y), m))
     return out
 
 
@@ -144,7 +144,7 @@ def time_tinygemm(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float
     for m in ms:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         out[m] = graph_us(
-            cycle(copies, m, lambda i, x=x: lambda: torch._weight_int4pack_mm(x, weights[i], group, scales))
+            cycle(copies, lambda i, x=x: lambda: torch._weight_int4pack_mm(x, weights[i], group, scales), m)
         )
     return out
 
@@ -165,7 +165,7 @@ def time_humming(ns: tuple[int, ...], k: int, ms: list[int]) -> dict[int, float]
     out = {}
     for m in ms:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        out[m] = graph_us(cycle(len(layers), m, lambda i, x=x: lambda: layers[i](x)))
+        out[m] = graph_us(cycle(len(layers), lambda i, x=x: lambda: layers[i](x), m))
     return out
 
 
@@ -177,7 +177,7 @@ def time_read(kernels: Kernels, bytes_each: int) -> float:
         torch.empty(bytes_each, device="cuda", dtype=torch.uint8).random_() for _ in range(copies_for(bytes_each))
     ]
     sink = torch.zeros(4, device="cuda", dtype=torch.int32)
-    return graph_us(cycle(len(buffers), 1, lambda i: lambda: kernels.call("higgs_read", buffers[i], bytes_each, sink)))
+    return graph_us(cycle(len(buffers), lambda i: lambda: kernels.call("higgs_read", buffers[i], bytes_each, sink)))
 
 
 def tiled_copies(kernels: Kernels, grid: str, ns: tuple[int, ...], k: int) -> list[list[torch.Tensor]]:
@@ -221,7 +221,7 @@ def linear_calls(
             "higgs_linear", grid, ctypes.c_int(len(ns)), n_array, k, code, m, x, d, tiled_array, y_array, workspace
         )
 
-    return cycle(len(tiled), m, make)
+    return cycle(len(tiled), make, m)
 
 
 def time_linear(
