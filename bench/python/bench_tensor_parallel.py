@@ -6,9 +6,10 @@
 Makes and quantizes the model (random weights, or those of ``--model``), saves it and loads it in as many processes;
 prints milliseconds of a decoding step (static cache; eager code captured as one CUDA graph, NCCL included), how many of
 the tokens that a greedy ``generate`` says before the first one that differs from the first rank count's, and, given the
-first's tokens, the relative error of the logits and how far they disagree on the next token: the largest lead of one
-token over the other's choice in the first's logits, in units of the logits' root mean square error. Two ranks add up in
-another order, so that random weights soon meet two logits closer than that. On stderr: when rank 0 got how far.
+first's tokens, the relative error of the logits, that of the same rank in a shorter batch (other kernels, the same
+weights), and how far they disagree on the next token: the largest lead of one token over the other's choice in the
+first's logits, in units of the logits' root mean square error. Two ranks add up in another order, so that random
+weights soon meet two logits closer than that. On stderr: when rank 0 got how far.
 """
 
 import argparse
@@ -65,10 +66,13 @@ def run_rank(args: argparse.Namespace, path: Path) -> None:
     if not told.exists() and first:
         told.write_text(json.dumps(tokens))
     sequence = json.loads(told.read_text()) if told.exists() else tokens
+    ids = torch.tensor([sequence], device=model.device)
+    shorter = PROMPT.shape[1]
     with torch.inference_mode():
-        logits = model(torch.tensor([sequence], device=model.device)).logits[0, PROMPT.shape[1] - 1 : -1]
+        logits = model(ids).logits[0].float()
+        noise, _ = compare_logits(logits[:shorter], model(ids[:, :shorter]).logits[0].float())
     if first:
-        torch.save(logits.float().cpu(), path / f"logits-{os.environ['WORLD_SIZE']}.pt")
+        torch.save(logits[shorter - 1 : -1].cpu(), path / f"logits-{os.environ['WORLD_SIZE']}.pt")
     milliseconds = []
     for batch in args.batch:
         with torch.inference_mode():
@@ -80,7 +84,7 @@ def run_rank(args: argparse.Namespace, path: Path) -> None:
             profile_step(decoder, report=first)
         del decoder
     if first:
-        (path / "result.json").write_text(json.dumps({"ms": milliseconds, "tokens": tokens}))
+        (path / "result.json").write_text(json.dumps({"ms": milliseconds, "tokens": tokens, "noise": noise}))
 
 
 def run_ranks(count: int, folder: str) -> dict:
@@ -143,8 +147,9 @@ def main() -> None:
             same = same_tokens(first["tokens"], found["tokens"])
             logits = [torch.load(Path(folder) / f"logits-{r}.pt") for r in (args.ranks[0], ranks)]
             error, lead = compare_logits(*logits)
+            compared = f"{same}, {error:.1e}, {found['noise']:.1e}, {lead:.2f}"
             for batch, ms, base in zip(args.batch, found["ms"], first["ms"], strict=True):
-                print(f"{ranks:5}{batch:6}{ms:9.3f}{base / ms:8.2f}   {same}, {error:.2e}, {lead:.2f}", flush=True)
+                print(f"{ranks:5}{batch:6}{ms:9.3f}{base / ms:8.2f}   {compared}", flush=True)
 
 
 if __name__ == "__main__":
