@@ -222,8 +222,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     float acc[Config::kRegisters] = {};
     Digits<Config> digits;
     bool holding = false;  // a stage whose wgmmas may still run
-    // An instruction of all lanes: the assembler then knows them to be together, and __syncwarp() is one instruction
-    // from here on, which racecheck understands, instead of a branch and none.
+    // An instruction of all lanes: the assembler then knows them to be together, and every __syncwarp() from here on is
+    // one instruction instead of a branch.
     wgmma_fence();
     words.template load_unit<0>(loads_of_slice<Config>(p, s.begin));
 #pragma unroll 1
@@ -273,7 +273,7 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
     const Slots<Config> slots(shared);
     for (int i = 0; i < Config::kSlots; ++i) {
       barrier_init(slots.full + i, Config::kWordProducers);
-      barrier_init(slots.empty + i, Config::kConsumers / kLanes);
+      barrier_init(slots.empty + i, Config::kConsumers);
     }
     barrier_init_done();
   }
