@@ -282,6 +282,21 @@ struct ByteTable {
   static constexpr int kCopies = 32;
 };
 
+// Quads for integer products in the GEMM kernel: steps of 32 columns, in order.
+template <typename Decoder>
+struct ByteQuadDecoder : Decoder {
+  static constexpr bool kIntegers = true;
+  static constexpr bool kHalves = Decoder::kShape.sign_bits() > 0;  // bytes lack half a step of every weight
+
+  using Decoder::Decoder;
+
+  template <typename T>
+  __device__ __forceinline__ void fragment(int step, SharedWindow<T> table, uint32_t offset, uint32_t (&a)[4]) const {
+    this->byte_fragment(step, table, offset, a);
+    if constexpr (kHalves) asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]));  // here, as above
+  }
+};
+
 struct SingleDecoder {
   static constexpr FieldShape kShape{8, 1};
   static constexpr int kStrideLog = 8;

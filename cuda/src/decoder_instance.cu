@@ -14,6 +14,17 @@ namespace {
 
 using D = HIGGS_DECODER;
 
+// For integer products.
+template <typename Decoder, bool Trellis = Decoder::kShape.trellis()>
+struct BytesOf {
+  using Type = ByteQuadDecoder<Decoder>;
+};
+template <typename Decoder>
+struct BytesOf<Decoder, true> {
+  using Type = ByteTrellisDecoder<Decoder::kShape.bits>;
+};
+using Bytes = BytesOf<D>::Type;
+
 template <typename Config>
 void launch_gemm(const GemmParams& params, const GemmPlan& plan, Stream stream) {
   static_assert(Config::kWarpgroups * 64 == gemm_rows(Config::kN, D::kShape));
@@ -81,12 +92,15 @@ template <typename T, bool Regular>
 void gemm(const GemmPlan& plan, const GemmParams& params, Stream stream) {
   switch (plan.tokens) {
     case 16:
-      if constexpr (D::kShape.trellis() && Regular) {
-        using Bytes = ByteTrellisDecoder<D::kShape.bits>;
+      if constexpr (Regular && gemm_byte_tokens(D::kShape) >= 16) {
         if (plan.bytes) return launch_gemm<GemmConfig<Bytes, T, 16, true>>(params, plan, stream);
       }
       return launch_gemm<GemmConfig<D, T, 16, Regular>>(params, plan, stream);
-    case 32: return launch_gemm<GemmConfig<D, T, 32, Regular>>(params, plan, stream);
+    case 32:
+      if constexpr (Regular && gemm_byte_tokens(D::kShape) >= 32) {
+        if (plan.bytes) return launch_gemm<GemmConfig<Bytes, T, 32, true>>(params, plan, stream);
+      }
+      return launch_gemm<GemmConfig<D, T, 32, Regular>>(params, plan, stream);
     case 64: return launch_gemm<GemmConfig<D, T, 64, Regular>>(params, plan, stream);
     case 128: return launch_gemm<GemmConfig<D, T, 128, Regular>>(params, plan, stream);
     default:

@@ -11,18 +11,29 @@
 
 namespace higgs::cuda {
 
-// What a decoder looks up: the table, where it is in the tiled buffer, and the unit in which its points come.
+// What a decoder looks up: the table, where it is in the tiled buffer, and the unit in which its points come. Integer
+// products: see GemmPlan::bytes.
 template <typename Decoder, typename T, bool Trellis = Decoder::kShape.trellis()>
 struct GemmTable {
   using Table = Decoder;
   static constexpr bool kIntegers = false;
+  static constexpr bool kHalves = false;
   static constexpr int kTableOffset = GemmWeights<Decoder, T>::kTableOffset;
+  static constexpr float kUnit = 1;
+};
+template <typename Decoder, typename T>
+struct GemmTable<ByteQuadDecoder<Decoder>, T, false> {
+  using Table = ByteTable<Decoder::kShape.entry_bits()>;
+  static constexpr bool kIntegers = true;
+  static constexpr bool kHalves = ByteQuadDecoder<Decoder>::kHalves;
+  static constexpr int kTableOffset = 2 * Decoder::kShape.value_table_bytes();
   static constexpr float kUnit = 1;
 };
 template <typename Decoder, typename T>
 struct GemmTable<Decoder, T, true> {
   using Table = typename Decoder::Table;
-  static constexpr bool kIntegers = Decoder::kIntegers;  // integer products, see GemmPlan::bytes
+  static constexpr bool kIntegers = Decoder::kIntegers;
+  static constexpr bool kHalves = false;
   static constexpr int kTableOffset = kIntegers ? 0 : Decoder::kShape.byte_tables_bytes() / 2;
   static constexpr float kUnit = kIntegers ? 1 : kTrellisStep / WindowPair<T>::kUnit;
 };
@@ -33,6 +44,8 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   using Looked = GemmTable<Decoder_, T_>;
   using Table = typename Looked::Table;
   static constexpr bool kIntegers = Looked::kIntegers;
+  static constexpr bool kHalves = Looked::kHalves;
+  static constexpr bool kQuads = kIntegers && !Weights::kShape.trellis();
   static constexpr int kTableOffset = Looked::kTableOffset;
   static constexpr float kUnit = Looked::kUnit;
   static constexpr int kN = N_;
@@ -42,7 +55,11 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kClusterSize = gemm_cluster_size(N_);
   static constexpr bool kWholeFirst = true;
   static constexpr bool kSplitsK = gemm_splits_k(N_, Regular_);
-  static constexpr int kStages = N_ <= 32 ? 8 : 4;
+  // A stage of x has rows of 128 bytes: a k block, in bytes two. Of a trellis, each window's piece is on its own.
+  static constexpr int kStageBlocks = kQuads ? 2 : 1;
+  static constexpr int kUnitStages = Weights::kUnitBlocks / kStageBlocks;
+  static constexpr int kStages = N_ <= 32 && !kQuads ? 8 : 4;
+  static constexpr int kScaleBlocks = (kQuads ? kChunk / 2 : kChunk) / kBlockColumns;  // k blocks of x with one scale
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   // Narrow tiles leave 4096 registers or more to a block of pack_x: the next layer's x is packed, and the CTAs of this
@@ -63,15 +80,15 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
 
   // A slot of shared memory holds a piece of a slice, kPieceLoads loads of 16 bytes a lane, of all row tiles of the
   // CTA.
-  static constexpr int kPieceLoads = 2;
+  static constexpr int kPieceLoads = !kQuads ? 2 : Weights::kLoads > 4 ? Weights::kLoads / 2 : Weights::kLoads;
   static constexpr int kPieceBytes = kPieceLoads * kLanes * 16;
   static constexpr int kSlotBytes = kRowTiles * kPieceBytes;
   static constexpr int kPieces = (Weights::kLoads + kPieceLoads - 1) / kPieceLoads;  // of a slice
-  static constexpr int kSlots = N_ == 256 ? 2 : 4;
+  static constexpr int kSlots = N_ == 256 ? 2 : kPieceLoads == 4 ? 3 : 4;
 
   // Steps of 16 columns whose products are one group of wgmmas: the operands of two groups are in registers.
-  static constexpr int kGroupSteps =
-      kIntegers && kWarpgroups == 4 && Weights::kLoads > 5 ? kBlockSteps / 2 : kBlockSteps;
+  static constexpr bool kHalfGroups = kQuads ? N_ > 16 || kHalves : kIntegers&& kWarpgroups == 4 && Weights::kLoads > 5;
+  static constexpr int kGroupSteps = kHalfGroups ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
   static constexpr int kStagingTokens = N_ == 16 ? 16 : 32;

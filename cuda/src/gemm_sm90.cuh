@@ -19,9 +19,9 @@
 // (multicast): x comes from the L2 once per cluster. Or, where tiles are few, they take parts of the k of one tile each
 // (GemmPlan::k_split_log), and add up their sums as gemm_cluster.cuh says.
 //
-// Integers. For up to 16 rows of x a trellis may have integer products (GemmPlan::bytes): the looked-up bytes of two
-// windows are the A operand as they are (trellis.cuh), a row of x is two of B, the digits of 16-bit integers; their
-// sums over a chunk of 1024 columns are exact.
+// Integers. For few rows of x, looked-up bytes may be the A operand as they are (GemmPlan::bytes): four weights of a
+// quad, or those of two windows of a trellis (trellis.cuh). A row of x is two of B, the digits of 16-bit integers;
+// their sums over the columns that share a scale are exact.
 //
 // Schedule: gemm_schedule.cuh. Shared memory and registers: GemmConfig in gemm_config.cuh.
 //
@@ -80,8 +80,9 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   const long long block_stride = static_cast<long long>(p.padded_m) * kTokenBytes;
   wait_for_primary();
   while (schedule.next(p, s)) {
-    const int first = s.begin * p.units_per_slice * 2;
-    const int last = min(p.k_blocks, s.end * p.units_per_slice * 2);
+    constexpr int kUnitStages = 2 / Config::kStageBlocks;
+    const int first = s.begin * p.units_per_slice * kUnitStages;
+    const int last = min(p.k_blocks / Config::kStageBlocks, s.end * p.units_per_slice * kUnitStages);
     const uint8_t* x = static_cast<const uint8_t*>(p.x) + cta.rank * kShare + first * block_stride +
                        static_cast<long long>(place_of<Config>(p, cta, s.tile).token) * kTokenBytes;
     for (int k = first; k < last; ++k, x += block_stride) {
@@ -94,39 +95,63 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   }
 }
 
-// Sums of digits, 16 bits of B's row pairs hi, lo: what a lane holds of 16 tokens (rows of B: digit_row) goes to where
-// the sums of 16 columns would be.
+// Sums of digits, 16 bits of B's row pairs hi, lo: what a lane holds of N tokens (rows of B: digit_row) goes to where
+// the sums of N columns would be.
+template <typename Config>
 struct DigitSums {
-  int sums[16] = {};
-  float2 x_scales[2] = {};
+  static constexpr int kPairs = Config::kN / 8;  // of tokens, of a lane
+  int sums[4 * kPairs * 2] = {};
+  float2 x_scales[kPairs] = {};
+  float2 halves[kPairs] = {};  // half sums of x
 
-  // Of k block `block`: so long before move_to that it need not wait, and not longer, as they take registers.
-  __device__ __forceinline__ void load_scales(const GemmParams& p, int block) {
-    const float* from = p.x_scales + block / (kChunk / kBlockColumns) * 16 + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) x_scales[i] = __ldcg(reinterpret_cast<const float2*>(from + 8 * i));
+  // Of k block `block`: so long before they are used that nobody waits, and not longer, as they take registers.
+  __device__ __forceinline__ void load_scales(const GemmParams& p, int block) { load(p, block, 0, x_scales); }
+  __device__ __forceinline__ void load_halves(const GemmParams& p, int block) {
+    if constexpr (Config::kHalves) load(p, block, p.k_blocks, halves);
   }
-  // At the end of a chunk, a scale group or the last slice.
-  __device__ __forceinline__ void move_to(float (&acc)[8]) {
+  // What the bytes lack of a slice.
+  __device__ __forceinline__ void add_halves(float (&acc)[4 * kPairs]) const {
+    if constexpr (Config::kHalves) {
+#pragma unroll
+      for (int i = 0; i < 4 * kPairs; ++i) acc[i] += i % 2 == 0 ? halves[i / 4].x : halves[i / 4].y;
+    }
+  }
+  // At the end of the columns that share a scale, of a scale group or of the last slice.
+  __device__ __forceinline__ void move_to(float (&acc)[4 * kPairs]) {
     wgmma_wait<0>();
 #pragma unroll
     for (int& sum : sums) asm volatile("" : "+r"(sum)::"memory");  // not read before
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 4 * kPairs; ++i) {
       const int at = i / 4 * 8 + i % 2 * 4 + i / 2 % 2 * 2;
-      const float value = fmaf(256.0f, static_cast<float>(sums[at]), static_cast<float>(sums[at + 1]));
-      acc[i] = fmaf(value, i % 2 == 0 ? x_scales[i / 4].x : x_scales[i / 4].y, acc[i]);
+      acc[i] = fmaf(value(sums[at], sums[at + 1]), i % 2 == 0 ? x_scales[i / 4].x : x_scales[i / 4].y, acc[i]);
       sums[at] = sums[at + 1] = 0;
     }
+  }
+
+ private:
+  // `after`: k blocks behind those of x.
+  static __device__ __forceinline__ void load(const GemmParams& p, int block, int after, float2 (&to)[kPairs]) {
+    const float* from = p.x_scales + (after + block) / Config::kScaleBlocks * Config::kN + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) to[i] = __ldcg(reinterpret_cast<const float2*>(from + 8 * i));
+  }
+  static __device__ __forceinline__ float value(int hi, int lo) {
+    constexpr long long kMost = 128 * 127 * 256LL * Config::kScaleBlocks * kBlockColumns;
+    if constexpr (kMost <= 0x7fffffff) return static_cast<float>(256 * hi + lo);
+    return fmaf(256.0f, static_cast<float>(hi), static_cast<float>(lo));
   }
 };
 struct NoDigits {
   __device__ __forceinline__ void load_scales(const GemmParams& /*p*/, int /*block*/) {}
+  __device__ __forceinline__ void load_halves(const GemmParams& /*p*/, int /*block*/) {}
+  template <int Registers>
+  __device__ __forceinline__ void add_halves(float (& /*acc*/)[Registers]) {}
   template <int Registers>
   __device__ __forceinline__ void move_to(float (& /*acc*/)[Registers]) {}
 };
 template <typename Config>
-using Digits = std::conditional_t<Config::kIntegers, DigitSums, NoDigits>;
+using Digits = std::conditional_t<Config::kIntegers, DigitSums<Config>, NoDigits>;
 
 // A slice of a segment. The words of its first unit have been loaded, at the end those of the next slice's have.
 template <typename Config>
@@ -148,16 +173,22 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
     constexpr int u = decltype(unit)::value;
     if (!Config::kRegular && u >= units) return false;
     typename Config::Decoder decoder = words.template unit<u>();
-    unrolled<Config::kUnitBlocks>([&](auto block_of_unit) {
-      constexpr int b_of_u = decltype(block_of_unit)::value;
-      if (!Config::kRegular && b_of_u > 0 && block >= p.k_blocks) return false;
-      if (u == Config::kUnits - 1 && b_of_u == Config::kUnitBlocks - 1) digits.load_scales(p, block);
+    unrolled<Config::kUnitStages>([&](auto stage_of_unit) {
+      constexpr int s_of_u = decltype(stage_of_unit)::value;
+      if (!Config::kRegular && s_of_u > 0 && block >= p.k_blocks) return false;
+      if (s_of_u == Config::kUnitStages - 1) {
+        if (u == 0) digits.load_halves(p, block);
+        if (u == Config::kUnits - 1) {
+          digits.add_halves(acc);
+          digits.load_scales(p, block);
+        }
+      }
 #pragma unroll
       for (int first = 0; first < kBlockSteps; first += kGroup) {
-        const int h = (b_of_u * kBlockSteps + first) / kGroup % 2;
+        const int h = (s_of_u * kBlockSteps + first) / kGroup % 2;
 #pragma unroll
         for (int s = 0; s < kGroup; ++s) {
-          decoder.fragment(b_of_u * kBlockSteps + first + s, SharedWindow<typename Config::T>{}, offset, a[h][s]);
+          decoder.fragment(s_of_u * kBlockSteps + first + s, SharedWindow<typename Config::T>{}, offset, a[h][s]);
         }
         if (first == 0) barrier_wait(stages.full + stages.index, stages.phase);
         if (!Config::kRegular && block == scales.boundary) new_group();
@@ -172,7 +203,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
           }
         }
         wgmma_commit();
-        if (b_of_u == Config::kUnitBlocks - 1 && first == kBlockSteps - kGroup) {
+        if (s_of_u == Config::kUnitStages - 1 && first == kBlockSteps - kGroup) {
           if (u + 1 == (Config::kRegular ? Config::kUnits : units)) {
             if (slice + 1 < segment.end) words.template load_unit<0>(loads_of_slice<Config>(p, slice + 1));
           } else {
@@ -185,12 +216,12 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
       }
       holding = true;
       stages.advance();
-      ++block;
+      block += Config::kStageBlocks;
       return true;
     });
     return true;
   });
-  if (block % (kChunk / kBlockColumns) == 0 || block == scales.boundary || slice + 1 == segment.end) {
+  if (block % Config::kScaleBlocks == 0 || block == scales.boundary || slice + 1 == segment.end) {
     digits.move_to(acc);
   }
 }

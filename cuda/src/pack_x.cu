@@ -154,17 +154,58 @@ __global__ void __launch_bounds__(kWarps* kLanes, kWarps == 1 ? kCtas : 2)
   } while (kWarps > 1 && row < end);
 }
 
-// --- digits for a trellis: a warp per chunk of a row, the rotation of rotate_x.cuh
-
-// Where value i of a chunk is in shared memory.
-__device__ __forceinline__ int padded(int i) { return i + i / 32 * 4; }
-constexpr int kPaddedChunk = kChunk + kChunk / 8;
+// --- digits: the rotation of rotate_x.cuh
 
 // Of B, for the digits of a row of x: the sums of a token's digits fall to the lane that has those of column `row`
 // of 16.
 __device__ __forceinline__ int digit_row(int row) { return row / 8 * 16 + row % 2 * 8 + row % 8 / 2 * 2; }
 
-// unit: of the rotated values, 1 over it.
+// Those that quads meet: a warp per half chunk of a row. unit: of the rotated values, 1 over it.
+template <typename T>
+__global__ void __launch_bounds__(kLanes, kCtas) pack_bytes_kernel(const __grid_constant__ PackParams p, float unit) {
+  using HalfChunk = Rotation<T, 2>;
+  constexpr int kColumns = HalfChunk::kColumns;
+  constexpr int kRow = 128;  // bytes
+  launch_dependents();
+  const int lane = threadIdx.x;
+  const int parts = p.k / kColumns;
+  const int token = blockIdx.x / parts;
+  const int part = blockIdx.x - token * parts;
+  const int column = part * kColumns;
+  const bool upper = part % 2 != 0;
+  const HalfChunk rotation(p.block, lane);
+  float4 d[8];
+  rotation.load_d(p.d + column, kColumns, upper, lane, d);
+  wait_for_primary();
+  clear_flags(p);
+  uint2 raw[8];
+  rotation.load_x(static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.k + column, kColumns, upper, lane, raw);
+  uint2 b[4];
+  rotation.multiply(raw, d, upper, b);
+  float y[2][2][4];
+  rotation.rotate(b, y);
+  const int row = digit_row(token);
+  const int piece = lane / 4 ^ row % 8;  // of 16 bytes; the next row's is another one
+  uint8_t* const out = static_cast<uint8_t*>(p.out) + (part * (kColumns / kRow) * 2 * p.padded_m + row) * kRow +
+                       piece * 16 + lane % 4 * 4;
+  const int to_lo = kRow + (piece ^ 1) * 16 - piece * 16;
+  const auto store = [&](int j, uint2 digits) {
+    uint8_t* const hi = out + j * 2 * p.padded_m * kRow;
+    *reinterpret_cast<uint32_t*>(hi) = digits.x;
+    *reinterpret_cast<uint32_t*>(hi + to_lo) = digits.y;
+  };
+  make_digits<1>(y, unit, nullptr, lane, store, [&](int /*part*/, float scale, float half) {
+    p.scales[part * p.padded_m + token] = scale;
+    p.scales[(parts + part) * p.padded_m + token] = half;
+  });
+}
+
+// --- digits for a trellis: a warp per chunk of a row
+
+// Where value i of a chunk is in shared memory.
+__device__ __forceinline__ int padded(int i) { return i + i / 32 * 4; }
+constexpr int kPaddedChunk = kChunk + kChunk / 8;
+
 template <typename T>
 __global__ void __launch_bounds__(kLanes, kCtas) pack_digits_kernel(const __grid_constant__ PackParams p, float unit) {
   extern __shared__ __align__(16) float values[];  // kPaddedChunk
@@ -279,6 +320,12 @@ void pack_x(const PackParams& params, DType dtype, Stream stream) {
   const std::int64_t items = params.m * chunks;
   const int multiprocessors = current_device().multiprocessors;
   const auto each = static_cast<int>((items + multiprocessors - 1) / multiprocessors);
+  if (params.scales != nullptr && params.shift == 0) {
+    const LaunchShape shape{static_cast<int>(params.m * (params.k / (kChunk / 2))), kLanes};
+    const float unit = 1 / (remaining_norm(params.block) * kQuadStep);
+    return dtype == DType::f16 ? launch_dependent<pack_bytes_kernel<__half>>(shape, stream, params, unit)
+                               : launch_dependent<pack_bytes_kernel<__nv_bfloat16>>(shape, stream, params, unit);
+  }
   if (params.scales != nullptr) {
     const LaunchShape shape{static_cast<int>(items), kLanes, std::max(kPaddedChunk * 4, spread_bytes(each))};
     const float unit = 1 / (remaining_norm(params.block) * kTrellisStep);

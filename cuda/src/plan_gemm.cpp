@@ -100,11 +100,12 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
   p.tiles = row_blocks * (p.padded_m / p.tokens);
   share_out(p, device);
   const std::int64_t k = problem.matrices[0].k;
-  p.bytes = p.field.trellis() && p.regular && p.tokens == 16 && supports_block(problem.matrices[0].block);
+  p.bytes = has_wgmma(device) && p.regular && p.tokens <= gemm_byte_tokens(p.field) &&
+            supports_block(problem.matrices[0].block);
   p.x_bytes = k * p.padded_m * 2;
   if (p.bytes) {
-    p.x_scales = 2 * p.x_bytes;
-    p.x_bytes = p.x_scales + ceil_div(k, kChunk) * p.padded_m * 4;
+    p.x_scales = (p.field.trellis() ? 2 : 1) * p.x_bytes;
+    p.x_bytes = p.x_scales + 4 * p.padded_m * (p.field.trellis() ? ceil_div(k, kChunk) : 2 * ceil_div(k, kChunk / 2));
   }
   // Sets of partial sums, and one flag per set and warpgroup: of the mma kernel a set for the tile with which a CTA
   // begins and one for the tile with which it ends.

@@ -291,26 +291,21 @@ __device__ __forceinline__ uint2 digits_of(const float (&values)[4], float inver
 }
 inline constexpr float kMostDigits = 127 * 256.0f;
 
-// Digits 256 hi + lo: two planes of bytes per row. Within 64 columns, those of lane t for four MMA steps are
-// neighbours: byte 16 t + 4 s + c. A plane is 64 bytes longer than its chunks, so that the 16-byte loads of two planes
-// meet different banks.
-//
-// With halves, an entry of `scales` is {scale, half the sum of x as the products see it} and there is one for each of
-// kHalfParts parts of these columns, `step` entries apart.
-template <int kPieceBytes = 64, int kHalfParts = 0, int kPairs>
-__device__ __forceinline__ void store_digits(const float (&y)[kPairs][2][4], uint8_t* hi, uint8_t* lo, float* scales,
-                                             int entry, int step, int lane) {
-  float unit = 0;  // of lane 0
-  const float inverse = chunk_scale(y, kMostDigits, 1, kHalfParts > 0 ? &unit : scales + entry, lane);
-  const int place = lane / 16 * kPieceBytes + lane % 4 * 16 + lane / 4 % 4 * 4;
+// Digits 256 hi + lo of the columns, by store(j, {hi, lo}) for columns 128 j + first_column(lane) + 0..3. Their scale
+// goes to `scale` or, with half the sum of x as the products see it for each of kHalfParts parts of these columns, to
+// store_half(part, scale, half sum). unit: of the values, 1 over it.
+template <int kHalfParts, int kPairs, typename Store, typename StoreHalf>
+__device__ __forceinline__ void make_digits(const float (&y)[kPairs][2][4], float unit, float* scale, int lane,
+                                            const Store& store, const StoreHalf& store_half) {
+  float own = 0;  // of lane 0
+  const float inverse = chunk_scale(y, kMostDigits, unit, kHalfParts > 0 ? &own : scale, lane);
   int sums[2][kHalfParts > 0 ? kHalfParts : 1] = {};  // of either digit
 #pragma unroll
   for (int j = 0; j < 2 * kPairs; ++j) {
     const auto& part = y[j / 2];
     const int c = j % 2 * 2;
     const uint2 digits = digits_of({part[0][c], part[0][c + 1], part[1][c], part[1][c + 1]}, inverse);
-    *reinterpret_cast<uint32_t*>(lo + 2 * j * kPieceBytes + place) = digits.y;
-    *reinterpret_cast<uint32_t*>(hi + 2 * j * kPieceBytes + place) = digits.x;
+    store(j, digits);
     if constexpr (kHalfParts > 0) {
       constexpr int kOnes = 0x01010101;
       const int p = j * kHalfParts / (2 * kPairs);
@@ -321,10 +316,27 @@ __device__ __forceinline__ void store_digits(const float (&y)[kPairs][2][4], uin
 #pragma unroll
   for (int p = 0; p < kHalfParts; ++p) {
     const int sum = __reduce_add_sync(~0u, 256 * sums[0][p] + sums[1][p]);
-    if (lane == 0) {
-      reinterpret_cast<float2*>(scales)[entry + p * step] = {unit, 0.5f * unit * static_cast<float>(sum)};
-    }
+    if (lane == 0) store_half(p, own, 0.5f * own * static_cast<float>(sum));
   }
+}
+
+// Two planes of bytes per row. Within 64 columns, those of lane t for four MMA steps are neighbours: byte
+// 16 t + 4 s + c. A plane is 64 bytes longer than its chunks, so that the 16-byte loads of two planes meet different
+// banks.
+//
+// With halves, an entry of `scales` is {scale, half the sum of x} and there is one for each part of these columns,
+// `step` entries apart.
+template <int kPieceBytes = 64, int kHalfParts = 0, int kPairs>
+__device__ __forceinline__ void store_digits(const float (&y)[kPairs][2][4], uint8_t* hi, uint8_t* lo, float* scales,
+                                             int entry, int step, int lane) {
+  const int place = lane / 16 * kPieceBytes + lane % 4 * 16 + lane / 4 % 4 * 4;
+  const auto store = [&](int j, uint2 digits) {
+    *reinterpret_cast<uint32_t*>(lo + 2 * j * kPieceBytes + place) = digits.y;
+    *reinterpret_cast<uint32_t*>(hi + 2 * j * kPieceBytes + place) = digits.x;
+  };
+  make_digits<kHalfParts>(y, 1, scales + entry, lane, store, [&](int p, float scale, float half) {
+    reinterpret_cast<float2*>(scales)[entry + p * step] = {scale, half};
+  });
 }
 
 // fp16, in the order of Rotation::rotate.

@@ -160,7 +160,7 @@ struct GemmPlan {
   FieldShape field;
   DType dtype = DType::f16;
   bool regular = false;  // as in LaunchPlan
-  bool bytes = false;    // integer products of a trellis: x in two 8-bit digits
+  bool bytes = false;    // integer products: x in two 8-bit digits
   int tokens = 0;
   int rows = 0;
   int padded_m = 0;
@@ -172,7 +172,7 @@ struct GemmPlan {
   int k_split_log = 0;
   std::vector<int> row_blocks;  // of each matrix
   std::int64_t x_bytes = 0;     // of the workspace: packed x, partial sums, flags
-  std::int64_t x_scales = 0;    // where the scales of digits begin in packed x, one for every row and chunk
+  std::int64_t x_scales = 0;    // where the scales of digits begin in packed x (pack_x.h)
   std::int64_t partial_bytes = 0;
   std::int64_t flag_bytes = 0;
 
@@ -197,6 +197,11 @@ inline constexpr int kMmaSharedBytes = 96 * 1024;
   const int loads = (field.max_units() * field.unit_words() + 3) / 4;
   if (tokens <= (field.trellis() ? 16 : 32) && loads % 2 == 0 && field.weights > 1) return 256;
   return tokens <= 64 ? 192 : 128;
+}
+
+// The most rows of x of which the wgmma kernel multiplies looked-up bytes (GemmPlan::bytes), where slices are regular.
+[[nodiscard]] constexpr int gemm_byte_tokens(const FieldShape& field) {
+  return field.trellis() ? 16 : field.quads() && field.entry_bits() == 8 ? 32 : 0;
 }
 
 // CTAs that share the copies of x: where x is what the L2 delivers most of.
