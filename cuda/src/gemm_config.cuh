@@ -59,6 +59,9 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kStageBlocks = kQuads ? 2 : 1;
   static constexpr int kUnitStages = Weights::kUnitBlocks / kStageBlocks;
   static constexpr int kStages = N_ <= 32 && !kQuads ? 8 : 4;
+  // Of quads, the stages are a slice of x, all in front of the table, and its scales and half sums follow them.
+  static constexpr int kScalesBytes = kQuads ? 2 * N_ * static_cast<int>(sizeof(float)) : 0;
+  static_assert(!kQuads || (kStages == Weights::kUnits && Regular_));
   static constexpr int kScaleBlocks = (kQuads ? kChunk / 2 : kChunk) / kBlockColumns;  // k blocks of x with one scale
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
@@ -105,16 +108,17 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kStagesBefore = std::min(kStages, kRoomBefore / kStageBytes);
   static constexpr int kStagesGap = kTableEnd - kStagesBefore * kStageBytes;
   static constexpr int kStagesEnd = kTableEnd + (kStages - kStagesBefore) * kStageBytes;
-  static constexpr bool kStagingBefore = kStagesBefore * kStageBytes + kStagingBytes <= kRoomBefore;
-  static constexpr int kSlotsStart = kStagesBefore * kStageBytes + (kStagingBefore ? kStagingBytes : 0);
+  static constexpr bool kStagingBefore = kStagesBefore * kStageBytes + kScalesBytes + kStagingBytes <= kRoomBefore;
+  static constexpr int kSlotsStart = kStagesBefore * kStageBytes + kScalesBytes + (kStagingBefore ? kStagingBytes : 0);
   static constexpr int kSlotsBefore = std::min(kSlots, (kRoomBefore - kSlotsStart) / kSlotBytes);
   static constexpr int kSlotsGap = kStagesEnd - kSlotsStart - kSlotsBefore * kSlotBytes;
   static constexpr int kBarriersStart = kSlotsStart + kSlotsBefore * kSlotBytes;
   static constexpr int kSlotsEnd = kStagesEnd + (kSlots - kSlotsBefore) * kSlotBytes;
-  static constexpr int kStagingStart = kStagingBefore ? kStagesBefore * kStageBytes : kSlotsEnd;
+  static constexpr int kStagingStart = kStagingBefore ? kStagesBefore * kStageBytes + kScalesBytes : kSlotsEnd;
   static constexpr int kScratchStart = kTableEnd;
   static constexpr int kSharedBytes =
       std::max(kSlotsEnd + (kStagingBefore ? 0 : kStagingBytes), kScratchStart + kInboxBytes);
+  static_assert(!kQuads || kStagesBefore == kStages);
   static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 };
 

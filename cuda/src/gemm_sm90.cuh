@@ -78,20 +78,30 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   Segment s;
   constexpr int kTokenBytes = Config::kRowsOfToken * kRowBytes;
   const long long block_stride = static_cast<long long>(p.padded_m) * kTokenBytes;
+  constexpr int kScales = Config::kScalesBytes;
+  const auto fill = [&](uint8_t* to, const uint8_t* from, int bytes) {
+    uint64_t* full = stages.full + stages.index;
+    barrier_wait(stages.empty + stages.index, stages.phase ^ 1);
+    mbarrier_expect(full, bytes * Config::kClusterSize);
+    copy_bulk<Config::kClusterSize>(to, from, bytes, full);
+    stages.advance();
+  };
   wait_for_primary();
   while (schedule.next(p, s)) {
-    constexpr int kUnitStages = 2 / Config::kStageBlocks;
-    const int first = s.begin * p.units_per_slice * kUnitStages;
-    const int last = min(p.k_blocks / Config::kStageBlocks, s.end * p.units_per_slice * kUnitStages);
+    if constexpr (Config::kQuads) {
+      const auto* x = static_cast<const uint8_t*>(p.x) + s.begin * (Config::kUnits * Config::kStageBytes + kScales);
+      for (int k = s.begin * Config::kUnits; k < s.end * Config::kUnits; ++k) {
+        const int bytes = Config::kStageBytes + (stages.index == Config::kStages - 1 ? kScales : 0);
+        fill(stages.stage(), x, bytes);
+        x += bytes;
+      }
+      continue;
+    }
+    const int first = s.begin * p.units_per_slice * 2;
+    const int last = min(p.k_blocks, s.end * p.units_per_slice * 2);
     const uint8_t* x = static_cast<const uint8_t*>(p.x) + cta.rank * kShare + first * block_stride +
                        static_cast<long long>(place_of<Config>(p, cta, s.tile).token) * kTokenBytes;
-    for (int k = first; k < last; ++k, x += block_stride) {
-      uint64_t* full = stages.full + stages.index;
-      barrier_wait(stages.empty + stages.index, stages.phase ^ 1);
-      mbarrier_expect(full, Config::kStageBytes);
-      copy_bulk<Config::kClusterSize>(stages.stage() + cta.rank * kShare, x, kShare, full);
-      stages.advance();
-    }
+    for (int k = first; k < last; ++k, x += block_stride) fill(stages.stage() + cta.rank * kShare, x, kShare);
   }
 }
 
@@ -104,38 +114,39 @@ struct DigitSums {
   float2 x_scales[kPairs] = {};
   float2 halves[kPairs] = {};  // half sums of x
 
-  // Of k block `block`: so long before they are used that nobody waits, and not longer, as they take registers.
-  __device__ __forceinline__ void load_scales(const GemmParams& p, int block) { load(p, block, 0, x_scales); }
-  __device__ __forceinline__ void load_halves(const GemmParams& p, int block) {
-    if constexpr (Config::kHalves) load(p, block, p.k_blocks, halves);
-  }
-  // What the bytes lack of a slice.
-  __device__ __forceinline__ void add_halves(float (&acc)[4 * kPairs]) const {
-    if constexpr (Config::kHalves) {
+  // Of k block `block`: so long before move_to that it need not wait, and not longer, as they take registers.
+  __device__ __forceinline__ void load_scales(const GemmParams& p, int block) {
+    if constexpr (Config::kQuads) return;
+    const float* from = p.x_scales + block / Config::kScaleBlocks * Config::kN + threadIdx.x % 4 * 2;
 #pragma unroll
-      for (int i = 0; i < 4 * kPairs; ++i) acc[i] += i % 2 == 0 ? halves[i / 4].x : halves[i / 4].y;
-    }
+    for (int i = 0; i < kPairs; ++i) x_scales[i] = __ldcg(reinterpret_cast<const float2*>(from + 8 * i));
   }
   // At the end of the columns that share a scale, of a scale group or of the last slice.
-  __device__ __forceinline__ void move_to(float (&acc)[4 * kPairs]) {
+  __device__ __forceinline__ void move_to(float (&acc)[4 * kPairs], const Stages<Config>& stages) {
+    if constexpr (Config::kQuads) {
+      const auto* from =
+          reinterpret_cast<const float2*>(stages.shared + Config::kStages * Config::kStageBytes) + threadIdx.x % 4;
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        x_scales[i] = from[4 * i];
+        if (Config::kHalves) halves[i] = from[Config::kN / 2 + 4 * i];
+      }
+    }
     wgmma_wait<0>();
 #pragma unroll
     for (int& sum : sums) asm volatile("" : "+r"(sum)::"memory");  // not read before
 #pragma unroll
     for (int i = 0; i < 4 * kPairs; ++i) {
       const int at = i / 4 * 8 + i % 2 * 4 + i / 2 % 2 * 2;
-      acc[i] = fmaf(value(sums[at], sums[at + 1]), i % 2 == 0 ? x_scales[i / 4].x : x_scales[i / 4].y, acc[i]);
+      const float2 scale = x_scales[i / 4];
+      const float2 half = halves[i / 4];
+      acc[i] = fmaf(value(sums[at], sums[at + 1]), i % 2 == 0 ? scale.x : scale.y, acc[i]);
+      if (Config::kHalves) acc[i] += i % 2 == 0 ? half.x : half.y;
       sums[at] = sums[at + 1] = 0;
     }
   }
 
  private:
-  // `after`: k blocks behind those of x.
-  static __device__ __forceinline__ void load(const GemmParams& p, int block, int after, float2 (&to)[kPairs]) {
-    const float* from = p.x_scales + (after + block) / Config::kScaleBlocks * Config::kN + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) to[i] = __ldcg(reinterpret_cast<const float2*>(from + 8 * i));
-  }
   static __device__ __forceinline__ float value(int hi, int lo) {
     constexpr long long kMost = 128 * 127 * 256LL * Config::kScaleBlocks * kBlockColumns;
     if constexpr (kMost <= 0x7fffffff) return static_cast<float>(256 * hi + lo);
@@ -144,11 +155,8 @@ struct DigitSums {
 };
 struct NoDigits {
   __device__ __forceinline__ void load_scales(const GemmParams& /*p*/, int /*block*/) {}
-  __device__ __forceinline__ void load_halves(const GemmParams& /*p*/, int /*block*/) {}
-  template <int Registers>
-  __device__ __forceinline__ void add_halves(float (& /*acc*/)[Registers]) {}
-  template <int Registers>
-  __device__ __forceinline__ void move_to(float (& /*acc*/)[Registers]) {}
+  template <int Registers, typename X>
+  __device__ __forceinline__ void move_to(float (& /*acc*/)[Registers], const X& /*stages*/) {}
 };
 template <typename Config>
 using Digits = std::conditional_t<Config::kIntegers, DigitSums<Config>, NoDigits>;
@@ -176,13 +184,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
     unrolled<Config::kUnitStages>([&](auto stage_of_unit) {
       constexpr int s_of_u = decltype(stage_of_unit)::value;
       if (!Config::kRegular && s_of_u > 0 && block >= p.k_blocks) return false;
-      if (s_of_u == Config::kUnitStages - 1) {
-        if (u == 0) digits.load_halves(p, block);
-        if (u == Config::kUnits - 1) {
-          digits.add_halves(acc);
-          digits.load_scales(p, block);
-        }
-      }
+      if (u == Config::kUnits - 1 && s_of_u == Config::kUnitStages - 1) digits.load_scales(p, block);
 #pragma unroll
       for (int first = 0; first < kBlockSteps; first += kGroup) {
         const int h = (s_of_u * kBlockSteps + first) / kGroup % 2;
@@ -222,7 +224,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
     return true;
   });
   if (block % Config::kScaleBlocks == 0 || block == scales.boundary || slice + 1 == segment.end) {
-    digits.move_to(acc);
+    digits.move_to(acc, stages);
   }
 }
 

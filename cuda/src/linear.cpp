@@ -211,7 +211,7 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
   auto* const base = static_cast<std::byte*>(workspace);
   auto* flags = reinterpret_cast<std::uint32_t*>(base + sizes.x_bytes + sizes.partial_bytes);
   const LayerFormat& f = parts[0].weights.format;
-  auto* const x_scales = bytes ? reinterpret_cast<float*>(base + plans[0].x_scales) : nullptr;
+  auto* const x_scales = reinterpret_cast<float*>(base + plans[0].x_scales);
   pack_x({.x = x,
           .d = d,
           .out = base,
@@ -222,6 +222,7 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
           .padded_m = sizes.padded_m,
           .k = static_cast<int>(f.k),
           .block = f.block,
+          .digits = bytes,
           .shift = plans[0].field.shift},
          dtype, stream);
   for (std::size_t i = 0; i < groups.size(); ++i) {

@@ -185,18 +185,19 @@ __global__ void __launch_bounds__(kLanes, kCtas) pack_bytes_kernel(const __grid_
   float y[2][2][4];
   rotation.rotate(b, y);
   const int row = digit_row(token);
-  const int piece = lane / 4 ^ row % 8;  // of 16 bytes; the next row's is another one
-  uint8_t* const out = static_cast<uint8_t*>(p.out) + (part * (kColumns / kRow) * 2 * p.padded_m + row) * kRow +
-                       piece * 16 + lane % 4 * 4;
+  const int piece = lane / 4 ^ row % 8;     // of 16 bytes; the next row's is another one
+  const int stage = 2 * p.padded_m * kRow;  // bytes of 128 columns
+  uint8_t* const slice = static_cast<uint8_t*>(p.out) + part * (kColumns / kRow * stage + 8 * p.padded_m);
+  uint8_t* const out = slice + row * kRow + piece * 16 + lane % 4 * 4;
   const int to_lo = kRow + (piece ^ 1) * 16 - piece * 16;
   const auto store = [&](int j, uint2 digits) {
-    uint8_t* const hi = out + j * 2 * p.padded_m * kRow;
-    *reinterpret_cast<uint32_t*>(hi) = digits.x;
-    *reinterpret_cast<uint32_t*>(hi + to_lo) = digits.y;
+    *reinterpret_cast<uint32_t*>(out + j * stage) = digits.x;
+    *reinterpret_cast<uint32_t*>(out + j * stage + to_lo) = digits.y;
   };
   make_digits<1>(y, unit, nullptr, lane, store, [&](int /*part*/, float scale, float half) {
-    p.scales[part * p.padded_m + token] = scale;
-    p.scales[(parts + part) * p.padded_m + token] = half;
+    auto* const scales = reinterpret_cast<float*>(slice + kColumns / kRow * stage);
+    scales[token] = scale;
+    scales[p.padded_m + token] = half;
   });
 }
 
@@ -320,13 +321,13 @@ void pack_x(const PackParams& params, DType dtype, Stream stream) {
   const std::int64_t items = params.m * chunks;
   const int multiprocessors = current_device().multiprocessors;
   const auto each = static_cast<int>((items + multiprocessors - 1) / multiprocessors);
-  if (params.scales != nullptr && params.shift == 0) {
+  if (params.digits && params.shift == 0) {
     const LaunchShape shape{static_cast<int>(params.m * (params.k / (kChunk / 2))), kLanes};
     const float unit = 1 / (remaining_norm(params.block) * kQuadStep);
     return dtype == DType::f16 ? launch_dependent<pack_bytes_kernel<__half>>(shape, stream, params, unit)
                                : launch_dependent<pack_bytes_kernel<__nv_bfloat16>>(shape, stream, params, unit);
   }
-  if (params.scales != nullptr) {
+  if (params.digits) {
     const LaunchShape shape{static_cast<int>(items), kLanes, std::max(kPaddedChunk * 4, spread_bytes(each))};
     const float unit = 1 / (remaining_norm(params.block) * kTrellisStep);
     return dtype == DType::f16 ? launch_dependent<pack_digits_kernel<__half>>(shape, stream, params, unit)

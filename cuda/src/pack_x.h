@@ -12,13 +12,14 @@ struct PackParams {
   const void* x = nullptr;  // [m, k] fp16 or bf16
   const float* d = nullptr;
   void* out = nullptr;      // [k / 64][padded_m][64], x's type; rows from m on are not written
-  float* scales = nullptr;  // not null: digits
+  float* scales = nullptr;  // of a trellis
   std::uint32_t* flags = nullptr;
   int flag_count = 0;  // flags to clear
   int m = 0;
   int padded_m = 0;
   int k = 0;
   int block = 0;
+  bool digits = false;
   int shift = 0;  // of a trellis; 0: quads
 };
 
@@ -26,9 +27,9 @@ struct PackParams {
 // run of 64 columns is a 128-byte row in the k order of decode.cuh, its 16-byte pieces swizzled by the row's number
 // modulo 8.
 //
-// With scales (m <= gemm_byte_tokens(), a block of a power of two): columns of a row are rounded to integers 256 hi +
-// lo of a scale of their own, hi and lo in rows digit_row(row) and + 1 of 2 padded_m. Swizzled rows of 128 bytes again:
-//   quads      [k / 128][2 padded_m][128 columns], scales [k / 512][padded_m], then as many half sums of x
+// Digits (m <= gemm_byte_tokens(), a block of a power of two): columns of a row are rounded to integers 256 hi + lo of
+// a scale of their own, hi and lo in rows digit_row(row) and + 1 of 2 padded_m. Swizzled rows of 128 bytes again:
+//   quads      [k / 512]{[4][2 padded_m][128 columns], [padded_m] scales, [padded_m] half sums of x}
 //   a trellis  [k / 64][32][128 bytes], scales [k / 1024][16]. In 32 bytes for 16 columns lie, for t = 0..3, the pieces
 //              of x that an even window of a lane 4 g + t meets, then those of an odd one (x_operand in trellis.cuh).
 void pack_x(const PackParams& params, DType dtype, Stream stream);

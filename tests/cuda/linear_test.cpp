@@ -1,5 +1,6 @@
 // linear against the float64 oracle: error at most twice that of a matmul in the same dtype on dequantized weights.
 #include <array>
+#include <deque>
 #include <memory>
 
 #include "helpers.h"
@@ -171,11 +172,16 @@ TEST_P(CudaLinearGrids, Gemm) {
 TEST(CudaLinear, GemmSchedules) {
   HIGGS_NEEDS_GPU();
   Ratios ratios;
-  const Grid& grid = find_grid("p2_n256");
   constexpr Case kCases[] = {{24, DType::bf16, false}, {60, DType::f16, false}, {150, DType::f16, false}};
   for (const Shape& s : {Shape{2064, 1024, 64, 1024}, Shape{300, 4096, 64, 1024}, Shape{27000, 64, 64, 64},
                          Shape{4000, 512 + 64, 64, 64}}) {
-    check_layer(Layer(grid, s.n, s.k, s.block, s.group), kCases, ratios);
+    check_layer(Layer(find_grid("p2_n256"), s.n, s.k, s.block, s.group), kCases, ratios);
+  }
+  constexpr Case kBytes[] = {{17, DType::f16, true}, {24, DType::bf16, false}, {32, DType::f16, false}};
+  for (const char* grid : {"p4_n256", "p4_n4096"}) {
+    for (const Shape& s : {Shape{2064, 1024, 128, 512}, Shape{300, 4096, 1024, 1024}, Shape{1100, 1536, 512, 1536}}) {
+      check_layer(Layer(find_grid(grid), s.n, s.k, s.block, s.group), kBytes, ratios);
+    }
   }
 }
 
@@ -231,13 +237,13 @@ TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
   repack(layer.device(), tiled.data(), nullptr);
   Buffer<float> d(static_cast<std::size_t>(f.k));
   rotation_vector(VectorKind::input, f.seed, layer.device_column_scale.data(), f.k, d.data(), nullptr);
-  const std::vector<std::uint8_t> x = stored(gaussian(static_cast<std::size_t>(16 * f.k)), DType::f16);
+  const std::vector<std::uint8_t> x = stored(gaussian(static_cast<std::size_t>(32 * f.k)), DType::f16);
   const auto rows = [&](std::int64_t first, std::int64_t m) {
     const Buffer<std::uint8_t> part(
         std::vector<std::uint8_t>(x.begin() + first * f.k * 2, x.begin() + (first + m) * f.k * 2));
     return loaded(run(layer, tiled, part, d, nullptr, {m, DType::f16, false}, current_device()), DType::f16);
   };
-  for (const std::int64_t m : {5, 8, 12, 16}) {
+  for (const std::int64_t m : {5, 8, 12, 16, 32}) {
     const std::vector<float> batch = rows(0, m);
     for (const std::int64_t i : {std::int64_t{0}, m - 1}) {
       const std::vector<float> alone = rows(i, 1);
@@ -256,25 +262,23 @@ INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes,
                          testing::Values("p2_n256", "p2_n64", "p4_n256", "p4_n4096", "a2_b4", "a2_b8"),
                          [](const auto& grid) { return std::string(grid.param); });
 
-TEST(CudaLinear, MatricesThatShareX) {
-  HIGGS_NEEDS_GPU();
+// Layers of these grids and numbers of rows, in one call and alone.
+void check_shared_x(const std::vector<std::pair<const char*, std::int64_t>>& layers) {
   constexpr std::int64_t kColumns = 2048;
-  const Layer q(find_grid("p2_n256"), 300, kColumns, 1024, 1024);
-  const Layer k(find_grid("p1_n16"), 72, kColumns, 1024, 1024);
-  const Layer v(find_grid("p2_n128"), 65, kColumns, 1024, 1024);  // by tiles of other sizes
-  const Layer gate(find_grid("p4_n4096"), 130, kColumns, 1024, 1024);
+  std::deque<Layer> made;
+  for (const auto& [grid, n] : layers) made.emplace_back(find_grid(grid), n, kColumns, 1024, 1024);
   Buffer<float> d(kColumns);
   rotation_vector(VectorKind::input, 5, nullptr, kColumns, d.data(), nullptr);
-  for (const std::int64_t m : {1, 6, 16, 40, 200, 1100}) {
+  for (const std::int64_t m : {1, 6, 16, 24, 40, 200, 1100}) {
     const Buffer<std::uint8_t> x(stored(gaussian(static_cast<std::size_t>(m * kColumns)), DType::bf16));
     std::vector<LinearPart> parts;
     std::vector<std::unique_ptr<Buffer<std::byte>>> tiled;
     std::vector<std::unique_ptr<Buffer<std::uint8_t>>> together;
-    for (const Layer* layer : {&q, &k, &v, &gate}) {
-      tiled.push_back(std::make_unique<Buffer<std::byte>>(static_cast<std::size_t>(tiled_format(layer->format).bytes)));
-      together.push_back(std::make_unique<Buffer<std::uint8_t>>(static_cast<std::size_t>(m * layer->format.n * 2)));
-      repack(layer->device(), tiled.back()->data(), nullptr);
-      parts.push_back({{layer->format, tiled.back()->data()}, nullptr, together.back()->data()});
+    for (const Layer& layer : made) {
+      tiled.push_back(std::make_unique<Buffer<std::byte>>(static_cast<std::size_t>(tiled_format(layer.format).bytes)));
+      together.push_back(std::make_unique<Buffer<std::uint8_t>>(static_cast<std::size_t>(m * layer.format.n * 2)));
+      repack(layer.device(), tiled.back()->data(), nullptr);
+      parts.push_back({{layer.format, tiled.back()->data()}, nullptr, together.back()->data()});
     }
     for (const DeviceProperties& device : planned_devices()) {
       Buffer<std::uint8_t> workspace(static_cast<std::size_t>(linear_workspace_bytes(m, DType::bf16, parts, device)));
@@ -291,6 +295,12 @@ TEST(CudaLinear, MatricesThatShareX) {
       }
     }
   }
+}
+
+TEST(CudaLinear, MatricesThatShareX) {
+  HIGGS_NEEDS_GPU();
+  check_shared_x({{"p2_n256", 300}, {"p1_n16", 72}, {"p2_n128", 65}, {"p4_n4096", 130}});  // tiles of several sizes
+  check_shared_x({{"p4_n256", 300}, {"p4_n4096", 130}, {"p2_n16", 64}});                   // products of integers
 }
 
 TEST(CudaLinear, HashedTrellisGridsAreForDequantizeRotated) {

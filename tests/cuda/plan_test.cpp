@@ -252,6 +252,24 @@ TEST(Plan, UpToSixteenRowsMeetATrellisInProductsOfIntegers) {
   EXPECT_FALSE(plan_gemm({16, DType::bf16, {&pairs, 1}}, h200).bytes);
 }
 
+TEST(Plan, UpToThirtyTwoRowsMeetBytesOfQuadsInProductsOfIntegers) {
+  const DeviceProperties& h200 = kDevices[3];
+  for (const char* name : {"p4_n256", "p4_n4096", "p2_n16", "p1_n4"}) {
+    LayerFormat f = format(find_grid(name), 4096, 4096);
+    for (const auto& [m, padded] : {std::pair{1, 16}, {16, 16}, {17, 32}, {32, 32}}) {
+      const GemmPlan p = plan_gemm({m, DType::bf16, {&f, 1}}, h200);
+      EXPECT_TRUE(p.bytes) << name;
+      EXPECT_EQ(p.x_bytes, padded * (2 * 4096 + 4096 / 512 * 8)) << name << ": digits, scales and half sums";
+    }
+    EXPECT_FALSE(plan_gemm({33, DType::bf16, {&f, 1}}, h200).bytes) << name;
+    EXPECT_FALSE(plan_gemm({16, DType::bf16, {&f, 1}}, kDevices[0]).bytes) << name;
+    f.group = f.block = 64;  // scales change within a slice
+    EXPECT_FALSE(plan_gemm({16, DType::bf16, {&f, 1}}, h200).bytes) << name;
+  }
+  const LayerFormat few = format(find_grid("p4_n64"), 4096, 4096);
+  EXPECT_FALSE(plan_gemm({16, DType::bf16, {&few, 1}}, h200).bytes);
+}
+
 TEST(Plan, GemmTakesBlocksWithAnOddFactor) {
   const LayerFormat f{&find_grid("p2_n256"), 64, 576, 576, 576, 0};
   for (const DeviceProperties& d : kDevices) expect_valid(plan_gemm({3, DType::f16, {&f, 1}}, d), f, 3, d);
