@@ -74,9 +74,14 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
       kIntegers && kWarpgroups == 4 && Weights::kLoads > 5 ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
-  static constexpr int kStagingTokens = N_ == 16 ? 16 : 32;
-  static constexpr int kStagingStride = 48;  // bytes per token: 16 rows, spread over the banks
-  static constexpr int kStagingBytes = kRowTiles * kStagingTokens * kStagingStride;
+  // Sums of others that fit into a stage, of all threads: where some do, they come as x does.
+  static constexpr int kStageSums = kStageBytes / (kConsumers * 16);
+  static constexpr bool kStreamsSums = kStageSums > 0;
+  // A warpgroup's part of y on its way out: kN tokens of 64 rows. Of the widest tiles it takes the place of the last
+  // stages of x, one for each warpgroup.
+  static constexpr int kOutputBytes = N_ * 128;
+  static constexpr bool kOutputInStages = N_ == 256;
+  static constexpr int kStagingBytes = kOutputInStages ? 0 : kWarpgroups * kOutputBytes;
   // Where k is split within a cluster, the inbox of sums (gemm_cluster.cuh) takes the place of what follows the table.
   static constexpr int kInboxBytes = kSplitsK ? std::max(kTileFragments, 1 << kMaxSplitLog) * kConsumers * 16 : 0;
   // Shared memory: stages of x | staging of y, if it fits | slots of words | barriers | ... | table at address
@@ -98,7 +103,9 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kScratchStart = kTableEnd;
   static constexpr int kSharedBytes =
       std::max(kSlotsEnd + (kStagingBefore ? 0 : kStagingBytes), kScratchStart + kInboxBytes);
-  static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
+  static_assert(kStageBytes % 1024 == 0 && kStagingStart % 1024 == 0 && kSharedBytes <= 227 * 1024);
+  static_assert(kRegisters / 4 % std::max(1, kStageSums* kStages) == 0);
+  static_assert(!kOutputInStages || (kRegular && kStageBytes == kOutputBytes && kWarpgroups <= kStages));
 };
 
 }  // namespace higgs::cuda
