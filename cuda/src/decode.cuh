@@ -287,6 +287,7 @@ template <typename Decoder>
 struct ByteQuadDecoder : Decoder {
   static constexpr bool kIntegers = true;
   static constexpr bool kHalves = Decoder::kShape.sign_bits() > 0;  // bytes lack half a step of every weight
+  static constexpr float kHalfUnit = 1;
 
   using Decoder::Decoder;
 
@@ -356,8 +357,10 @@ class TableFill {
  private:
   __device__ __forceinline__ uint32_t load(uint32_t task) const {
     const uint32_t half = kEntryBytes == 8 ? task % 2 * 4 : 0;
-    return __ldg(
+    const uint32_t entry = __ldg(
         reinterpret_cast<const uint32_t*>(table_ + task / kSplit % Decoder::kShape.entries() * kEntryBytes + half));
+    if constexpr (requires { Decoder::prepared(entry); }) return Decoder::prepared(entry);
+    return entry;
   }
   // Neighbouring threads start at different pieces: 8 threads cover all banks.
   static __device__ __forceinline__ void store_task(uint8_t* shared, uint32_t task, uint32_t e) {

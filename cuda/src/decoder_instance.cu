@@ -21,7 +21,8 @@ struct BytesOf {
 };
 template <typename Decoder>
 struct BytesOf<Decoder, true> {
-  using Type = ByteTrellisDecoder<Decoder::kShape.bits>;
+  static constexpr int kBits = Decoder::kShape.bits;
+  using Type = std::conditional_t<Decoder::kShape.sums(), SumTrellisDecoder<kBits>, ByteTrellisDecoder<kBits>>;
 };
 using Bytes = BytesOf<D>::Type;
 

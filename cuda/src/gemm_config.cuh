@@ -33,7 +33,7 @@ template <typename Decoder, typename T>
 struct GemmTable<Decoder, T, true> {
   using Table = typename Decoder::Table;
   static constexpr bool kIntegers = Decoder::kIntegers;
-  static constexpr bool kHalves = false;
+  static constexpr bool kHalves = requires { Decoder::kSums; };
   static constexpr int kTableOffset = kIntegers ? 0 : Decoder::kShape.byte_tables_bytes() / 2;
   static constexpr float kUnit = kIntegers ? 1 : kTrellisStep / WindowPair<T>::kUnit;
 };
@@ -45,7 +45,9 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   using Table = typename Looked::Table;
   static constexpr bool kIntegers = Looked::kIntegers;
   static constexpr bool kHalves = Looked::kHalves;
-  static constexpr bool kQuads = kIntegers && !Weights::kShape.trellis();
+  // Bytes of columns in order, of quads or of a trellis with sums of entries.
+  static constexpr bool kQuads = kIntegers && (!Weights::kShape.trellis() || kHalves);
+  static constexpr bool kUnsigned = kHalves && Weights::kShape.trellis();  // bytes of weights
   static constexpr int kTableOffset = Looked::kTableOffset;
   static constexpr float kUnit = Looked::kUnit;
   static constexpr int kN = N_;
@@ -62,7 +64,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   // Of quads, the stages are a slice of x, all in front of the table, and its scales and half sums follow them.
   static constexpr int kScalesBytes = kQuads ? 2 * N_ * static_cast<int>(sizeof(float)) : 0;
   static constexpr int kScalesRoom = (kScalesBytes + 1023) / 1024 * 1024;  // y's staging begins at such an address
-  static_assert(!kQuads || (kStages == Weights::kUnits && Regular_));
+  static_assert(!kQuads || (kStages == Weights::kUnits * kUnitStages && Regular_));
   static constexpr int kScaleBlocks = (kQuads ? kChunk / 2 : kChunk) / kBlockColumns;  // k blocks of x with one scale
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;

@@ -20,8 +20,8 @@
 // (GemmPlan::k_split_log), and add up their sums as gemm_cluster.cuh says.
 //
 // Integers. For few rows of x, looked-up bytes may be the A operand as they are (GemmPlan::bytes): four weights of a
-// quad, or those of two windows of a trellis (trellis.cuh). A row of x is two of B, the digits of 16-bit integers;
-// their sums over the columns that share a scale are exact.
+// quad, or those of two windows of a trellis, added up before where the sum is a byte (trellis.cuh). A row of x is two
+// of B, the digits of 16-bit integers; their sums over the columns that share a scale are exact.
 //
 // Schedule: gemm_schedule.cuh. Shared memory and registers: GemmConfig in gemm_config.cuh.
 //
@@ -159,8 +159,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   wait_for_primary();
   while (schedule.next(p, s)) {
     if constexpr (Config::kQuads) {
-      const auto* x = static_cast<const uint8_t*>(p.x) + s.begin * (Config::kUnits * Config::kStageBytes + kScales);
-      for (int k = s.begin * Config::kUnits; k < s.end * Config::kUnits; ++k) {
+      const auto* x = static_cast<const uint8_t*>(p.x) + s.begin * (Config::kStages * Config::kStageBytes + kScales);
+      for (int k = s.begin * Config::kStages; k < s.end * Config::kStages; ++k) {
         const int bytes = Config::kStageBytes + (stages.index == Config::kStages - 1 ? kScales : 0);
         fill(stages.stage(), x, bytes);
         x += bytes;
@@ -213,14 +213,16 @@ struct DigitSums {
       const float2 scale = x_scales[i / 4];
       const float2 half = halves[i / 4];
       acc[i] = fmaf(value(sums[at], sums[at + 1]), i % 2 == 0 ? scale.x : scale.y, acc[i]);
-      if (Config::kHalves) acc[i] += i % 2 == 0 ? half.x : half.y;
+      if constexpr (Config::kHalves) {
+        acc[i] = fmaf(i % 2 == 0 ? half.x : half.y, Config::Decoder::kHalfUnit, acc[i]);
+      }
       sums[at] = sums[at + 1] = 0;
     }
   }
 
  private:
   static __device__ __forceinline__ float value(int hi, int lo) {
-    constexpr long long kMost = 128 * 127 * 256LL * Config::kScaleBlocks * kBlockColumns;
+    constexpr long long kMost = (Config::kUnsigned ? 255 : 128) * 127 * 256LL * Config::kScaleBlocks * kBlockColumns;
     if constexpr (kMost <= 0x7fffffff) return static_cast<float>(256 * hi + lo);
     return fmaf(256.0f, static_cast<float>(hi), static_cast<float>(lo));
   }
@@ -271,7 +273,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
 #pragma unroll
         for (int s = 0; s < kGroup; ++s) {
           if constexpr (Config::kIntegers) {
-            wgmma_bytes(digits.sums, a[h][s], b + s * kDescriptorStep);
+            wgmma_bytes<Config::kUnsigned>(digits.sums, a[h][s], b + s * kDescriptorStep);
           } else {
             const bool begins = u == 0 && s_of_u == 0 && first == 0 && s == 0;
             wgmma<typename Config::T>(acc, a[h][s], b + s * kDescriptorStep, begins ? slice != segment.begin : 1);

@@ -208,8 +208,8 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
     sizes.add(plans.back());
   }
   // Launches share packed x.
-  const bool bytes =
-      std::ranges::all_of(plans, [&](const GemmPlan& p) { return p.bytes && p.field.shift == plans[0].field.shift; });
+  const bool bytes = std::ranges::all_of(
+      plans, [&](const GemmPlan& p) { return p.bytes && p.field.digit_shift() == plans[0].field.digit_shift(); });
   auto* const base = static_cast<std::byte*>(workspace);
   auto* flags = reinterpret_cast<std::uint32_t*>(base + sizes.x_bytes + sizes.partial_bytes);
   const LayerFormat& f = parts[0].weights.format;
@@ -225,7 +225,7 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
           .k = static_cast<int>(f.k),
           .block = f.block,
           .digits = bytes,
-          .shift = plans[0].field.shift},
+          .shift = plans[0].field.digit_shift()},
          dtype, stream);
   for (std::size_t i = 0; i < groups.size(); ++i) {
     GemmParams params = make_gemm_params(plans[i], m, groups[i]);

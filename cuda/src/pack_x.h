@@ -20,7 +20,7 @@ struct PackParams {
   int k = 0;
   int block = 0;
   bool digits = false;
-  int shift = 0;  // of a trellis; 0: quads
+  int shift = 0;  // of a trellis; 0: digits in order
 };
 
 // out = rotate(x * d) in two steps, as rotate_x.cuh has it, or as higgs::rotate where the block has an odd factor; each
@@ -29,7 +29,7 @@ struct PackParams {
 //
 // Digits (m <= gemm_byte_tokens(), a block of a power of two): columns of a row are rounded to integers 256 hi + lo of
 // a scale of their own, hi and lo in rows digit_row(row) and + 1 of 2 padded_m. Swizzled rows of 128 bytes again:
-//   quads      [k / 512]{[4][2 padded_m][128 columns], [padded_m] scales, [padded_m] half sums of x}
+//   in order   [k / 512]{[4][2 padded_m][128 columns], [padded_m] scales, [padded_m] half sums of x}
 //   a trellis  [k / 64][32][128 bytes], scales [k / 1024][16]. In 32 bytes for 16 columns lie, for t = 0..3, the pieces
 //              of x that an even window of a lane 4 g + t meets, then those of an odd one (x_operand in trellis.cuh).
 void pack_x(const PackParams& params, DType dtype, Stream stream);

@@ -208,6 +208,51 @@ struct ByteTrellisDecoder : TrellisWindows<Bits> {
   }
 };
 
+// The same where every sum of two entries, plus an offset, is a byte: weights as they are, in steps of 32 columns.
+// Words of entries are added as they are, T1 and T2 of the even window of a step to T2 of the one before and T1 of the
+// one after, with offsets that leave no carry from byte to byte.
+template <int Bits>
+struct SumTable : ByteTable<8> {
+  static constexpr uint32_t kOffsets = trellis_offsets(Bits);
+  static __device__ __forceinline__ uint32_t prepared(uint32_t entry) {
+    return (entry ^ bytes_of(0x80)) - (bytes_of(0x80) - kOffsets);
+  }
+};
+template <int Bits>
+struct SumTrellisDecoder : TrellisWindows<Bits> {
+  static_assert(trellis_shift(Bits) == 1);
+  static constexpr bool kIntegers = true;
+  static constexpr bool kSums = true;
+  static constexpr float kHalfUnit = -2.0f * trellis_sum_offset(Bits);  // what every weight has too much, in halves
+  using Table = SumTable<Bits>;
+
+  using TrellisWindows<Bits>::TrellisWindows;
+
+  template <typename SharedTable>
+  __device__ __forceinline__ void fragment(int step, SharedTable table, uint32_t offset, uint32_t (&a)[4]) {
+    constexpr int kLast = 2 * kRunSteps - 1;
+    if (step == 0) {  // the run is circular
+#pragma unroll
+      for (int r = 0; r < 2; ++r) before_[r] = last_[r] = this->entry(kLast, r, table, offset);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int even = 4 * step + 2 * i;
+        const uint32_t e = this->entry(even, r, table, offset);
+        const uint32_t after = even + 1 == kLast ? last_[r] : this->entry(even + 1, r, table, offset);
+        a[2 * i + r] = e + __byte_perm(before_[r], after, 0x5432);
+        before_[r] = after;
+      }
+    }
+  }
+
+ private:
+  uint32_t before_[2];  // entries of the last odd window
+  uint32_t last_[2];    // and of the run's last one
+};
+
 // d += a b in integers: a 16 x 32, b 32 x 8 signed bytes.
 __device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint2 b) {
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"

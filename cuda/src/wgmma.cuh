@@ -70,22 +70,27 @@ HIGGS_WGMMA_N(64, "128", HIGGS_P64, "64", "65", "66", "67", "68", "69", HIGGS_D3
 HIGGS_WGMMA_N(128, "256", HIGGS_P128, "128", "129", "130", "131", "132", "133", HIGGS_D32(0), HIGGS_D32(32),
               HIGGS_D32(64), HIGGS_D32(96))
 
-// The same for signed bytes: a 64 x 32, b 32 x N, d 64 x N in integers.
+// The same for bytes, those of a signed or not: a 64 x 32, b 32 x N, d 64 x N in integers.
 #define HIGGS_I8(i)                                                                                           \
   "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), \
       "+r"(d[i + 7])
-#define HIGGS_WGMMA_BYTES(n, list, a0, a1, a2, a3, b, ...)                                                        \
-  asm volatile("{.reg .pred p;\nsetp.eq.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" n "k32.s32.s8.s8 {" list \
-               "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 "}, %" b ", p;\n}"                                              \
-               : __VA_ARGS__                                                                                      \
+#define HIGGS_WGMMA_BYTES(n, type, list, a0, a1, a2, a3, b, ...)                                           \
+  asm volatile("{.reg .pred p;\nsetp.eq.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" n "k32.s32." type \
+               ".s8 {" list "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 "}, %" b ", p;\n}"                          \
+               : __VA_ARGS__                                                                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile))
-__device__ __forceinline__ void wgmma_bytes(int (&d)[16], const uint32_t (&a)[4], uint64_t b_tile) {
-  HIGGS_WGMMA_BYTES("32", HIGGS_P16, "16", "17", "18", "19", "20", HIGGS_I8(0), HIGGS_I8(8));
-}
-__device__ __forceinline__ void wgmma_bytes(int (&d)[32], const uint32_t (&a)[4], uint64_t b_tile) {
-  HIGGS_WGMMA_BYTES("64", HIGGS_P32, "32", "33", "34", "35", "36", HIGGS_I8(0), HIGGS_I8(8), HIGGS_I8(16),
-                    HIGGS_I8(24));
-}
+#define HIGGS_WGMMA_BYTES_N(regs, n, list, a0, a1, a2, a3, b, ...)                                       \
+  template <bool Unsigned>                                                                               \
+  __device__ __forceinline__ void wgmma_bytes(int (&d)[regs], const uint32_t (&a)[4], uint64_t b_tile) { \
+    if constexpr (Unsigned) {                                                                            \
+      HIGGS_WGMMA_BYTES(n, "u8", list, a0, a1, a2, a3, b, __VA_ARGS__);                                  \
+    } else {                                                                                             \
+      HIGGS_WGMMA_BYTES(n, "s8", list, a0, a1, a2, a3, b, __VA_ARGS__);                                  \
+    }                                                                                                    \
+  }
+HIGGS_WGMMA_BYTES_N(16, "32", HIGGS_P16, "16", "17", "18", "19", "20", HIGGS_I8(0), HIGGS_I8(8))
+HIGGS_WGMMA_BYTES_N(32, "64", HIGGS_P32, "32", "33", "34", "35", "36", HIGGS_I8(0), HIGGS_I8(8), HIGGS_I8(16),
+                    HIGGS_I8(24))
 
 // --- barriers in shared memory (mbarrier_expect: ptx.cuh), and bulk copies that count their bytes at one
 
