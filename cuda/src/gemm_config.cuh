@@ -68,14 +68,18 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kScaleBlocks = (kQuads ? kChunk / 2 : kChunk) / kBlockColumns;  // k blocks of x with one scale
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
-  // Narrow tiles leave 4096 registers or more to a block of pack_x: the next layer's x is packed, and the CTAs of this
-  // kernel start, while the kernel before still runs.
+  // Narrow tiles leave registers to the CTAs of pack_x: the next layer's x is packed, and the CTAs of this kernel
+  // start, while the kernel before still runs. Of quads, to a warp on each of four sub-cores, as they have registers of
+  // their own: packing CTAs that find no room wait for the first CTAs of that kernel to end, crowd on their
+  // multiprocessors and delay the CTAs of this kernel there.
+  static constexpr int kPackRegisters = 4 * kLanes * kPackBytesRegisters;
   static constexpr int kLaunchRegisters = (N_ == 256   ? 65536
                                            : N_ == 128 ? 65536 - 12288
+                                           : kQuads    ? 65536 - kPackRegisters
                                                        : 65536 - 4096) /
                                           kThreads / 8 * 8;
   // 224 for the consumers of 256 tokens, and 32 tokens a staging: where it was timed, 240 and 64 were slower.
-  static constexpr int kProducerRegisters = N_ == 256 ? 56 : 32;
+  static constexpr int kProducerRegisters = N_ == 256 ? 56 : !kQuads ? 32 : kHalves ? 56 : 24;
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
   static constexpr int kWordProducers = 3;           // warps beside the one that copies x

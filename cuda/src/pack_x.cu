@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "gemm_params.h"
 #include "gemv_params.h"
 #include "launch.h"
 #include "numeric.cuh"
@@ -160,9 +161,11 @@ __global__ void __launch_bounds__(kWarps* kLanes, kWarps == 1 ? kCtas : 2)
 // of 16.
 __device__ __forceinline__ int digit_row(int row) { return row / 8 * 16 + row % 2 * 8 + row % 8 / 2 * 2; }
 
-// Those that quads meet: a warp per half chunk of a row. unit: of the rotated values, 1 over it.
+// Those that quads meet: a warp per half chunk of a row, with a rehearsal on zeros beside the kernel before, which
+// brings the instructions into the caches. unit: of the rotated values, 1 over it.
 template <typename T>
-__global__ void __launch_bounds__(kLanes, kCtas) pack_bytes_kernel(const __grid_constant__ PackParams p, float unit) {
+__global__ void __launch_bounds__(kLanes, 65536 / (kLanes * kPackBytesRegisters))
+    pack_bytes_kernel(const __grid_constant__ PackParams p, float unit) {
   using HalfChunk = Rotation<T, 2>;
   constexpr int kColumns = HalfChunk::kColumns;
   constexpr int kRow = 128;  // bytes
@@ -174,31 +177,39 @@ __global__ void __launch_bounds__(kLanes, kCtas) pack_bytes_kernel(const __grid_
   const int column = part * kColumns;
   const bool upper = part % 2 != 0;
   const HalfChunk rotation(p.block, lane);
-  float4 d[8];
-  rotation.load_d(p.d + column, kColumns, upper, lane, d);
-  wait_for_primary();
-  clear_flags(p);
-  uint2 raw[8];
-  rotation.load_x(static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.k + column, kColumns, upper, lane, raw);
-  uint2 b[4];
-  rotation.multiply(raw, d, upper, b);
-  float y[2][2][4];
-  rotation.rotate(b, y);
-  const int row = digit_row(token);
-  const int piece = lane / 4 ^ row % 8;     // of 16 bytes; the next row's is another one
-  const int stage = 2 * p.padded_m * kRow;  // bytes of 128 columns
-  uint8_t* const slice = static_cast<uint8_t*>(p.out) + part * (kColumns / kRow * stage + 8 * p.padded_m);
-  uint8_t* const out = slice + row * kRow + piece * 16 + lane % 4 * 4;
-  const int to_lo = kRow + (piece ^ 1) * 16 - piece * 16;
-  const auto store = [&](int j, uint2 digits) {
-    *reinterpret_cast<uint32_t*>(out + j * stage) = digits.x;
-    *reinterpret_cast<uint32_t*>(out + j * stage + to_lo) = digits.y;
-  };
-  make_digits<1>(y, unit, nullptr, lane, store, [&](int /*part*/, float scale, float half) {
-    auto* const scales = reinterpret_cast<float*>(slice + kColumns / kRow * stage);
-    scales[token] = scale;
-    scales[p.padded_m + token] = half;
-  });
+#pragma unroll 1
+  for (int real = 0; real < 2; ++real) {
+    float4 d[8];
+    rotation.load_d(p.d + column, kColumns, upper, lane, d);
+    uint2 raw[8] = {};
+    if (real != 0) {
+      wait_for_primary();
+      clear_flags(p);
+      rotation.load_x(static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.k + column, kColumns, upper, lane,
+                      raw);
+    }
+    uint2 b[4];
+    rotation.multiply(raw, d, upper, b);
+    float y[2][2][4];
+    rotation.rotate(b, y);
+    const int row = digit_row(token);
+    const int piece = lane / 4 ^ row % 8;     // of 16 bytes; the next row's is another one
+    const int stage = 2 * p.padded_m * kRow;  // bytes of 128 columns
+    uint8_t* const slice = static_cast<uint8_t*>(p.out) + part * (kColumns / kRow * stage + 8 * p.padded_m);
+    uint8_t* const out = slice + row * kRow + piece * 16 + lane % 4 * 4;
+    const int to_lo = kRow + (piece ^ 1) * 16 - piece * 16;
+    const auto store = [&](int j, uint2 digits) {
+      if (real == 0) return;
+      *reinterpret_cast<uint32_t*>(out + j * stage) = digits.x;
+      *reinterpret_cast<uint32_t*>(out + j * stage + to_lo) = digits.y;
+    };
+    make_digits<1>(y, unit, nullptr, lane, store, [&](int /*part*/, float scale, float half) {
+      if (real == 0) return;
+      auto* const scales = reinterpret_cast<float*>(slice + kColumns / kRow * stage);
+      scales[token] = scale;
+      scales[p.padded_m + token] = half;
+    });
+  }
 }
 
 // --- digits for a trellis: a warp per chunk of a row
