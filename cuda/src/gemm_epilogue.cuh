@@ -25,17 +25,17 @@ __device__ __forceinline__ int helpers_of(const GemmParams& p, int cluster) {
 }
 
 template <typename Config>
-__device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace& place, int thread,
+__device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace& place, int warpgroup,
                                              float (&acc)[Config::kRegisters]) {
   const int last = place.cluster + helpers_of<Config>(p, place.cluster);
-  for (int cluster = place.cluster + 1 + thread % 128; cluster <= last; cluster += 128) {
+  for (int cluster = place.cluster + 1 + threadIdx.x % 128; cluster <= last; cluster += 128) {
     const int cta = cluster * Config::kClusterSize + place.rank;
-    wait_for_partial<Config>(p, cta, thread / 128);
+    wait_for_partial<Config>(p, cta, warpgroup);
   }
-  named_barrier(1 + thread / 128, 128);
+  named_barrier(1 + warpgroup, 128);
   for (int cluster = place.cluster + 1; cluster <= last; ++cluster) {
     const int cta = cluster * Config::kClusterSize + place.rank;
-    const float4* from = partial_of<Config>(p, cta, thread);
+    const float4* from = partial_of<Config>(p, cta, static_cast<int>(threadIdx.x));
 #pragma unroll
     for (int i = 0; i < Config::kRegisters / 4; ++i) {
       const float4 v = __ldcg(from + i * kPartialStride<Config>);

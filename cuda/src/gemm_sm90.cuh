@@ -312,13 +312,14 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
 
 template <typename Config>
 __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta, Stages<Config> stages,
-                                        uint8_t* shared) {
+                                        uint8_t* shared, int warpgroup) {
   const int lane = threadIdx.x % kLanes;
   const int warp = threadIdx.x / kLanes;
   WordReader<Config> words(shared, warp, lane);
   Schedule<Config::kWholeFirst> schedule(p, cta);
   // The upper byte of a shared address is the CTA's rank in its cluster.
   const uint32_t offset = shared_address(shared) + Config::kTableStart + Config::Decoder::lane_offset(lane);
+  int table_of = -1;
   bool first = true;
   bool output = false;     // the stages of it have not been given back
   bool announces = false;  // a partial sum that has been stored
@@ -347,7 +348,6 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
           cluster_arrive_release();  // nobody reads stages and slots any more, whose place the inbox takes
           cluster_wait();
           const ClusterSums<Config> sums(p, shared, cta.k_rank);
-          const int warpgroup = thread_now() / 128;
           sums.send_all(acc, warpgroup);
           cluster_arrive_release();
           cluster_wait();
@@ -369,7 +369,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
             stages.release_previous(lane);
             add_sums<Config>(p, cta, stages, acc);
           } else {
-            add_partials<Config>(p, cta, thread_now(), acc);
+            add_partials<Config>(p, cta, warpgroup, acc);
           }
           rest = {1, 1};
         }
@@ -388,9 +388,10 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
       }
     }
     if (!more) break;
-    if (first || place.part != to.part) {
+    if (place.part != table_of) {
       change_table<Config, Config::kConsumers>(p.parts[place.part], shared + Config::kTableStart,
                                                1 + Config::kWarpgroups);
+      table_of = place.part;
     }
     // An instruction of all lanes: the assembler then knows them to be together, and every __syncwarp() from here on is
     // one instruction instead of a branch.
@@ -465,7 +466,7 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
     }
   } else {
     take_registers<Config::kConsumerRegisters>();
-    consume<Config>(p, this_cta<Config>(p), stages, shared);
+    consume<Config>(p, this_cta<Config>(p), stages, shared, warpgroup);
   }
   if constexpr (Config::kClusterSize > 1) {  // nobody writes to the shared memory of a CTA that has gone
     __syncwarp();
