@@ -63,7 +63,6 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kStages = N_ <= 32 && !kQuads ? 8 : 4;
   // Of quads, the stages are a slice of x, all in front of the table, and its scales and half sums follow them.
   static constexpr int kScalesBytes = kQuads ? 2 * N_ * static_cast<int>(sizeof(float)) : 0;
-  static constexpr int kScalesRoom = (kScalesBytes + 1023) / 1024 * 1024;  // y's staging begins at such an address
   static_assert(!kQuads || (kStages == Weights::kUnits * kUnitStages && Regular_));
   static constexpr int kScaleBlocks = (kQuads ? kChunk / 2 : kChunk) / kBlockColumns;  // k blocks of x with one scale
   static constexpr int kConsumers = 128 * kWarpgroups;
@@ -101,14 +100,9 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kGroupSteps = kHalfGroups ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
-  // Sums of others that fit into a stage, of all threads: where some do, they come as x does.
-  static constexpr int kStageSums = kStageBytes / (kConsumers * 16);
-  static constexpr bool kStreamsSums = kStageSums > 0 && !kQuads;
-  // A warpgroup's part of y on its way out: kN tokens of 64 rows. Of the widest tiles it takes the place of the last
-  // stages of x, one for each warpgroup.
-  static constexpr int kOutputBytes = N_ * 128;
-  static constexpr bool kOutputInStages = N_ == 256;
-  static constexpr int kStagingBytes = kOutputInStages ? 0 : kWarpgroups * kOutputBytes;
+  static constexpr int kStagingTokens = N_ == 16 ? 16 : 32;
+  static constexpr int kStagingStride = 48;  // bytes per token: 16 rows, spread over the banks
+  static constexpr int kStagingBytes = kRowTiles * kStagingTokens * kStagingStride;
   // Where k is split within a cluster, the inbox of sums (gemm_cluster.cuh) takes the place of what follows the table.
   static constexpr int kInboxBytes = kSplitsK ? std::max(kTileFragments, 1 << kMaxSplitLog) * kConsumers * 16 : 0;
   // Shared memory: stages of x | staging of y, if it fits | slots of words | barriers | ... | table at address
@@ -120,20 +114,18 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kStagesBefore = std::min(kStages, kRoomBefore / kStageBytes);
   static constexpr int kStagesGap = kTableEnd - kStagesBefore * kStageBytes;
   static constexpr int kStagesEnd = kTableEnd + (kStages - kStagesBefore) * kStageBytes;
-  static constexpr bool kStagingBefore = kStagesBefore * kStageBytes + kScalesRoom + kStagingBytes <= kRoomBefore;
-  static constexpr int kSlotsStart = kStagesBefore * kStageBytes + kScalesRoom + (kStagingBefore ? kStagingBytes : 0);
+  static constexpr bool kStagingBefore = kStagesBefore * kStageBytes + kScalesBytes + kStagingBytes <= kRoomBefore;
+  static constexpr int kSlotsStart = kStagesBefore * kStageBytes + kScalesBytes + (kStagingBefore ? kStagingBytes : 0);
   static constexpr int kSlotsBefore = std::min(kSlots, (kRoomBefore - kSlotsStart) / kSlotBytes);
   static constexpr int kSlotsGap = kStagesEnd - kSlotsStart - kSlotsBefore * kSlotBytes;
   static constexpr int kBarriersStart = kSlotsStart + kSlotsBefore * kSlotBytes;
   static constexpr int kSlotsEnd = kStagesEnd + (kSlots - kSlotsBefore) * kSlotBytes;
-  static constexpr int kStagingStart = kStagingBefore ? kStagesBefore * kStageBytes + kScalesRoom : kSlotsEnd;
+  static constexpr int kStagingStart = kStagingBefore ? kStagesBefore * kStageBytes + kScalesBytes : kSlotsEnd;
   static constexpr int kScratchStart = kTableEnd;
   static constexpr int kSharedBytes =
       std::max(kSlotsEnd + (kStagingBefore ? 0 : kStagingBytes), kScratchStart + kInboxBytes);
   static_assert(!kQuads || kStagesBefore == kStages);
-  static_assert(kStageBytes % 1024 == 0 && kStagingStart % 1024 == 0 && kSharedBytes <= 227 * 1024);
-  static_assert(kRegisters / 4 % std::max(1, kStageSums* kStages) == 0);
-  static_assert(!kOutputInStages || (kRegular && kStageBytes == kOutputBytes && kWarpgroups <= kStages));
+  static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 };
 
 }  // namespace higgs::cuda

@@ -57,88 +57,18 @@ struct Stages {
   __device__ __forceinline__ uint8_t* stage() const {
     return shared + index * Config::kStageBytes + (index < Config::kStagesBefore ? 0 : Config::kStagesGap);
   }
-  // Where a warpgroup's part of y goes.
-  __device__ __forceinline__ uint8_t* output(int warpgroup) const {
-    if constexpr (Config::kOutputInStages) {
-      const int stage = output_stage(warpgroup);
-      return shared + stage * Config::kStageBytes + (stage < Config::kStagesBefore ? 0 : Config::kStagesGap);
-    } else {
-      return shared + Config::kStagingStart + warpgroup * Config::kOutputBytes;
-    }
+  __device__ __forceinline__ uint8_t* staging(int warp) const {
+    return shared + Config::kStagingStart + warp * Config::kStagingTokens * Config::kStagingStride;
   }
   __device__ __forceinline__ void advance() {
     if (++index == Config::kStages) index = 0, phase ^= 1;
   }
   // Called by every lane of a warp. All CTAs of the cluster write to this one's stages.
   __device__ __forceinline__ void release_previous(int lane) const {
-    release((index == 0 ? Config::kStages : index) - 1, lane);
-  }
-  __device__ __forceinline__ void release(int stage, int lane) const {
-    if (lane < Config::kClusterSize) barrier_arrive<Config::kClusterSize>(empty + stage, lane);
-  }
-
-  // Where the output is in stages, the last two of a tile are given back later: the one that this warpgroup does not
-  // write to when both have read them, its own when y has been copied from there.
-  static __device__ __forceinline__ int output_stage(int warpgroup) {
-    return Config::kStages - Config::kWarpgroups + warpgroup;
-  }
-  __device__ __forceinline__ void release_output(int warpgroup, int lane) const {
-    if (threadIdx.x / kLanes % 4 != 0) return;
-    copies_wait_read();
-    __syncwarp();
-    if (lane < Config::kClusterSize) barrier_arrive<Config::kClusterSize, 4>(empty + output_stage(warpgroup), lane);
+    uint64_t* barrier = empty + (index == 0 ? Config::kStages : index) - 1;
+    if (lane < Config::kClusterSize) barrier_arrive<Config::kClusterSize>(barrier, lane);
   }
 };
-
-// The sums of those who share a tile, after its x.
-template <typename Config>
-__device__ __forceinline__ void produce_sums(const GemmParams& p, const CtaPlace& cta, Stages<Config>& stages) {
-#pragma unroll 1
-  for (int left = helpers_of<Config>(p, cta.cluster), cluster = cta.cluster + 1; left > 0; --left, ++cluster) {
-    const int set = cluster * Config::kClusterSize + cta.rank;
-    for (int i = 0; i < Config::kWarpgroups; ++i) wait_for_partial<Config>(p, set, i);
-    copies_fence_global();
-    const auto* from = reinterpret_cast<const uint8_t*>(partials_of<Config>(p, set));
-    constexpr int kBytes = Config::kStageSums * Config::kConsumers * 16;
-#pragma unroll 1
-    for (int i = 0; i < Config::kRegisters / 4; i += Config::kStageSums, from += kBytes) {
-      uint64_t* full = stages.full + stages.index;
-      barrier_wait(stages.empty + stages.index, stages.phase ^ 1);
-      mbarrier_expect(full, kBytes);
-      copy_bulk<1>(stages.stage(), from, kBytes, full);
-      stages.advance();
-    }
-  }
-}
-template <typename Config>
-__device__ __forceinline__ void add_sums(const GemmParams& p, const CtaPlace& cta, Stages<Config>& stages,
-                                         float (&acc)[Config::kRegisters]) {
-  constexpr int kPieces = Config::kRegisters / 4 / Config::kStageSums;
-  const int lane = threadIdx.x % kLanes;
-#pragma unroll 1
-  for (int left = helpers_of<Config>(p, cta.cluster); left > 0; --left) {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      barrier_wait(stages.full + stages.index, stages.phase);
-      const auto* from = reinterpret_cast<const float4*>(stages.stage()) + threadIdx.x;
-#pragma unroll
-      for (int j = 0; j < Config::kStageSums; ++j) {
-        const float4 v = from[j * kPartialStride<Config>];
-        float* to = acc + 4 * (i * Config::kStageSums + j);
-        to[0] += v.x;
-        to[1] += v.y;
-        to[2] += v.z;
-        to[3] += v.w;
-      }
-      stages.advance();
-      // The output takes the place of the last ones.
-      if (!Config::kOutputInStages || left > 1 || i < kPieces - Config::kWarpgroups) {
-        __syncwarp();
-        stages.release_previous(lane);
-      }
-    }
-  }
-}
 
 // One thread. Every CTA of a cluster copies an equal part of the tokens, to all of them.
 template <typename Config>
@@ -171,9 +101,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
     const int last = min(p.k_blocks, s.end * p.units_per_slice * 2);
     const uint8_t* x = static_cast<const uint8_t*>(p.x) + cta.rank * kShare + first * block_stride +
                        static_cast<long long>(place_of<Config>(p, cta, s.tile).token) * kTokenBytes;
-#pragma unroll 1
     for (int k = first; k < last; ++k, x += block_stride) fill(stages.stage() + cta.rank * kShare, x, kShare);
-    if (Config::kStreamsSums && p.k_split_log == 0 && s.begin == 0 && s.end < p.slices) produce_sums(p, cta, stages);
   }
 }
 
@@ -239,8 +167,8 @@ using Digits = std::conditional_t<Config::kIntegers, DigitSums<Config>, NoDigits
 template <typename Config>
 __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segment& segment, int slice,
                                                WordReader<Config>& words, RowScales<1>& scales, Stages<Config>& stages,
-                                               uint32_t offset, bool& holding, bool& output, bool keeps,
-                                               Digits<Config>& digits, float (&acc)[Config::kRegisters]) {
+                                               uint32_t offset, bool& holding, Digits<Config>& digits,
+                                               float (&acc)[Config::kRegisters]) {
   constexpr int kGroup = Config::kGroupSteps;
   const int units = units_of_slice(p, slice) / Config::kJoined;
   int block = slice * p.units_per_slice * 2;
@@ -275,8 +203,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
           if constexpr (Config::kIntegers) {
             wgmma_bytes<Config::kUnsigned>(digits.sums, a[h][s], b + s * kDescriptorStep);
           } else {
-            const bool begins = u == 0 && s_of_u == 0 && first == 0 && s == 0;
-            wgmma<typename Config::T>(acc, a[h][s], b + s * kDescriptorStep, begins ? slice != segment.begin : 1);
+            wgmma<typename Config::T>(acc, a[h][s], b + s * kDescriptorStep);
           }
         }
         wgmma_commit();
@@ -289,14 +216,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
         }
         // The group before: a[1 - h] is free, and the stage of the block before.
         wgmma_wait<Config::kRegular ? 1 : 0>();
-        if (first == 0 && holding) {
-          const bool last = u == Config::kUnits - 1 && s_of_u == Config::kUnitStages - 1;
-          if (!Config::kOutputInStages || !last || !keeps) stages.release_previous(threadIdx.x % kLanes);
-        }
-        if (Config::kOutputInStages && u == 0 && s_of_u == 0 && first == 0 && output) {
-          stages.release_output(threadIdx.x / 128, threadIdx.x % kLanes);
-          output = false;
-        }
+        if (first == 0 && holding) stages.release_previous(threadIdx.x % kLanes);
       }
       holding = true;
       stages.advance();
@@ -317,112 +237,56 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
   const int warp = threadIdx.x / kLanes;
   WordReader<Config> words(shared, warp, lane);
   Schedule<Config::kWholeFirst> schedule(p, cta);
+  uint8_t* staging = stages.staging(warp);
   // The upper byte of a shared address is the CTA's rank in its cluster.
   const uint32_t offset = shared_address(shared) + Config::kTableStart + Config::Decoder::lane_offset(lane);
   int table_of = -1;
-  bool first = true;
-  bool output = false;     // the stages of it have not been given back
-  bool announces = false;  // a partial sum that has been stored
-  RowScales<1> scales;
-  float acc[Config::kRegisters];
+  bool waited = false;
   Segment s;
-  TilePlace place;
-  while (true) {
-    // The next segment's first loads, while the last wgmmas of this one run.
-    const Segment done = s;
-    const TilePlace to = place;
-    const float2 scale = scales.last(0, Config::kUnit);
-    const bool more = schedule.next(p, s);
-    if (more) {
-      place = place_of<Config>(p, cta, s.tile);
-      const GemmPart& part = p.parts[place.part];
-      scales = RowScales<1>(p, part.data + Config::kScalesOffset, place.row_tile + warp, part.row_tiles,
-                            s.begin * p.units_per_slice * 2, lane);
-      if (!first) words.template load_unit<0>(loads_of_slice<Config>(p, s.begin));
-    }
-    wgmma_wait<0>();
-    if (!first) {
-      if constexpr (Config::kSplitsK) {
-        if (p.k_split_log > 0) {
-          scale_rows<Config::kRegisters>(acc, scale);
-          cluster_arrive_release();  // nobody reads stages and slots any more, whose place the inbox takes
-          cluster_wait();
-          const ClusterSums<Config> sums(p, shared, cta.k_rank);
-          sums.send_all(acc, warpgroup);
-          cluster_arrive_release();
-          cluster_wait();
-          sums.add_and_store(TileOutput<Config>(p, to, warp, lane), warpgroup);
-          return;
-        }
-      }
-      if (done.begin > 0) {
-        stages.release_previous(lane);
-        scale_rows<Config::kRegisters>(acc, scale);
-        store_partial<Config>(p, block_now(), thread_now(), acc);
-        announces = more;
-        if (!more) announce_partial<Config>(p, block_now(), thread_now());
-      } else {
-        float2 rest = scale;
-        if (done.end < p.slices) {
-          scale_rows<Config::kRegisters>(acc, scale);
-          if constexpr (Config::kStreamsSums) {
-            stages.release_previous(lane);
-            add_sums<Config>(p, cta, stages, acc);
-          } else {
-            add_partials<Config>(p, cta, warpgroup, acc);
-          }
-          rest = {1, 1};
-        }
-        const int thread = thread_now();
-        if constexpr (Config::kOutputInStages) {
-          static_assert(Config::kWarpgroups == 2);
-          named_barrier(1 + Config::kWarpgroups, Config::kConsumers);  // both have read the last stages
-          stages.release(Stages<Config>::output_stage(1 - thread / 128), lane);
-          output = true;
-        } else {
-          if (!Config::kStreamsSums || done.end == p.slices) stages.release_previous(lane);
-          if (thread % 128 == 0) copies_wait_read();
-          named_barrier(1 + thread / 128, 128);
-        }
-        store_tile<Config>(p, to, thread, stages.output(thread / 128), rest, acc);
-      }
-    }
-    if (!more) break;
+  while (schedule.next(p, s)) {
+    const TilePlace place = place_of<Config>(p, cta, s.tile);
+    const GemmPart& part = p.parts[place.part];
     if (place.part != table_of) {
-      change_table<Config, Config::kConsumers>(p.parts[place.part], shared + Config::kTableStart,
-                                               1 + Config::kWarpgroups);
+      change_table<Config, Config::kConsumers>(part, shared + Config::kTableStart, 1 + Config::kWarpgroups);
       table_of = place.part;
     }
+    RowScales<1> scales(p, part.data + Config::kScalesOffset, place.row_tile + warp, part.row_tiles,
+                        s.begin * p.units_per_slice * 2, lane);
+    if (!waited) wait_for_primary();
+    waited = true;
+    float acc[Config::kRegisters] = {};
+    Digits<Config> digits;
+    bool holding = false;  // a stage whose wgmmas may still run
     // An instruction of all lanes: the assembler then knows them to be together, and every __syncwarp() from here on is
     // one instruction instead of a branch.
     wgmma_fence();
-    if (first) {
-      wait_for_primary();
-      words.template load_unit<0>(loads_of_slice<Config>(p, s.begin));
-    }
-    first = false;
-    scales.begin();
-    if constexpr (Config::kIntegers) {
-      for (float& sum : acc) sum = 0;
-    }
-    Digits<Config> digits;
-    bool holding = false;  // a stage whose wgmmas may still run
+    words.template load_unit<0>(loads_of_slice<Config>(p, s.begin));
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {
-      const bool keeps = s.begin == 0 && slice + 1 == s.end && s.end == p.slices;
-      multiply_slice<Config>(p, s, slice, words, scales, stages, offset, holding, output, keeps, digits, acc);
-      if (announces) announce_partial<Config>(p, block_now(), thread_now());
-      announces = false;
+      multiply_slice<Config>(p, s, slice, words, scales, stages, offset, holding, digits, acc);
     }
+    wgmma_wait<0>();
+    stages.release_previous(lane);
+    scales.finish(acc, Config::kUnit);
+    if constexpr (Config::kSplitsK) {
+      if (p.k_split_log > 0) {
+        cluster_arrive_release();  // nobody reads stages and slots any more, whose place the inbox takes
+        cluster_wait();
+        const ClusterSums<Config> sums(p, shared, cta.k_rank);
+        sums.send_all(acc, warpgroup);
+        cluster_arrive_release();
+        cluster_wait();
+        sums.add_and_store(TileOutput<Config>(p, place, warp, lane), warpgroup);
+        return;
+      }
+    }
+    if (s.begin > 0) {
+      send_partial<Config>(p, blockIdx.x, warpgroup, acc);
+      continue;
+    }
+    if (s.end < p.slices) add_partials<Config>(p, cta, warpgroup, s.tile, acc);
+    store_tile<Config>(p, part, place.row_tile + warp, place.token, staging, lane, acc);
   }
-  if (threadIdx.x % 128 == 0) copies_wait_read();
-}
-
-template <typename Config>
-__device__ __forceinline__ CtaPlace this_cta(const GemmParams& p) {
-  const auto rank = static_cast<int>(cluster_rank());
-  return {static_cast<int>(blockIdx.x) >> (Config::kClusterSize / 2 + p.k_split_log),
-          Config::kClusterSize > 1 ? rank : 0, Config::kClusterSize > 1 ? 0 : rank};
 }
 
 template <typename Config>
@@ -432,6 +296,9 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   launch_dependents();
   Stages<Config> stages(shared);
   static_assert(!Config::kSplitsK || Config::kClusterSize == 1);
+  const auto rank = static_cast<int>(cluster_rank());
+  const CtaPlace cta{static_cast<int>(blockIdx.x) >> (Config::kClusterSize / 2 + p.k_split_log),
+                     Config::kClusterSize > 1 ? rank : 0, Config::kClusterSize > 1 ? 0 : rank};
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kStages; ++i) {
@@ -453,7 +320,6 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // a value the assembler knows to be uniform
   if (warpgroup == Config::kWarpgroups) {
     give_registers<Config::kProducerRegisters>();
-    const CtaPlace cta = this_cta<Config>(p);
     if (threadIdx.x == Config::kConsumers) produce<Config>(p, cta, stages);
     const int warp = static_cast<int>(threadIdx.x - Config::kConsumers) / kLanes;
     if (warp > 0) produce_words<Config>(p, cta, Slots<Config>(shared), warp - 1);
@@ -466,7 +332,7 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
     }
   } else {
     take_registers<Config::kConsumerRegisters>();
-    consume<Config>(p, this_cta<Config>(p), stages, shared, warpgroup);
+    consume<Config>(p, cta, stages, shared, warpgroup);
   }
   if constexpr (Config::kClusterSize > 1) {  // nobody writes to the shared memory of a CTA that has gone
     __syncwarp();
