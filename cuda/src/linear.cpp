@@ -128,8 +128,8 @@ std::int64_t most_decoded(int rows, std::span<const LinearPart> parts) {
   constexpr int kLongUnit = 8;              // words
   const LayerFormat& f = parts[0].weights.format;
   if (f.grid->trellis != nullptr) return kLeast;
-  // Against products of integers in the GEMM it is up to ten rows that fit, if bytes are points without signs.
-  constexpr int kFewRows = 10;
+  // Against products of integers in the GEMM it is up to nine rows that fit, if bytes are points without signs.
+  constexpr int kFewRows = 9;
   const bool bytes = std::ranges::all_of(parts, [](const LinearPart& part) {
     const TiledFormat t = tiled_format(part.weights.format);
     return t.regular(part.weights.format) && gemm_byte_tokens(t.field) >= kMaxDecodeRows;
