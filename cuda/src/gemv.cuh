@@ -286,6 +286,11 @@ __global__ void __launch_bounds__(Config::kMaxThreads, Config::kCtas)
   } else {
     const RotateRole<T, 2> rotate(p, first_slice, warp, lane);
     table.store(shared);
+    // The second of two iterations, which no register has room for: memory idles until x is there. Where more follow,
+    // their loads are under way as soon, and the prefetch only delays others.
+    if constexpr (Config::kPaired && Config::kTokens * Config::kTokenTiles <= 8) {
+      if (words.left == 1) words.prefetch_next(part, iterations, lane);
+    }
     rotate.template run<Config::kRotatedRows>(
         p, lane, [&](const uint2(&b)[4], int r, int c) { xs.store(rotate.rotation, b, r, c, lane); });
     meet();

@@ -128,6 +128,13 @@ struct WordWindow {
     if (!Config::kHeld && ++iteration == iterations) iteration = 0;
     if (blocks.odd && left == iterations) to_second = 0;
   }
+  // Brings the words of the next iteration to the L2.
+  __device__ __forceinline__ void prefetch_next(const GemvPart& part, int iterations, int lane) const {
+    constexpr int kLines = Config::kLoads * 16 * kLanes / kLineBytes;  // of a row tile
+    const uint8_t* from = next(part, iterations) - lane * 16;
+    for (int i = lane; i < Config::kTiles * kLines; i += kLanes)
+      prefetch_line(from + i * kLineBytes + (i < kLines ? 0 : to_second - kLines * kLineBytes));
+  }
   __device__ __forceinline__ uint32_t word(int r, int i) const {
     const uint4& v = q[r][i / 4 % Config::kWindow];
     return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;

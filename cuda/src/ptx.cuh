@@ -46,6 +46,12 @@ __device__ __forceinline__ uint2 load_streaming(const uint2* p) {
   return v;
 }
 
+// Brings a line to the L2 cache.
+inline constexpr int kLineBytes = 128;
+__device__ __forceinline__ void prefetch_line(const uint8_t* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
+}
+
 // 16 bytes of shared memory, here and not later.
 __device__ __forceinline__ uint4 load_shared(const void* p) {
   uint4 v;
