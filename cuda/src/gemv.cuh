@@ -291,6 +291,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, Config::kCtas)
     if constexpr (Config::kPaired && Config::kTokens * Config::kTokenTiles <= 8) {
       if (words.left == 1) words.prefetch_next(part, iterations, lane);
     }
+    if constexpr (Config::kPrefetchesRest) {
+      if (words.left >= 0) words.prefetch_rest(lane);
+    }
     rotate.template run<Config::kRotatedRows>(
         p, lane, [&](const uint2(&b)[4], int r, int c) { xs.store(rotate.rotation, b, r, c, lane); });
     meet();

@@ -128,6 +128,15 @@ struct WordWindow {
     if (!Config::kHeld && ++iteration == iterations) iteration = 0;
     if (blocks.odd && left == iterations) to_second = 0;
   }
+  // Brings to the L2 what the first loads leave of an iteration.
+  __device__ __forceinline__ void prefetch_rest(int lane) const {
+    constexpr int kLines = Config::kLoads * 16 * kLanes / kLineBytes;
+#pragma unroll
+    for (int i = 0; i < 2 * kLines; i += kLanes) {
+      const int line = Config::kWindow * kLines / Config::kLoads + i + lane;
+      if (line < kLines) prefetch_line(at - lane * 16 + line * kLineBytes);
+    }
+  }
   // Brings the words of the next iteration to the L2.
   __device__ __forceinline__ void prefetch_next(const GemvPart& part, int iterations, int lane) const {
     constexpr int kLines = Config::kLoads * 16 * kLanes / kLineBytes;  // of a row tile

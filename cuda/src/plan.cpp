@@ -134,7 +134,10 @@ double cost(const LaunchPlan& p) {
   const double step =
       std::max(1.14 * warps * (lookups + x + weights + products), 58.0) * (!p.whole && p.cluster > 2 ? 1.16 : 1);
   const double main = step * 8 * p.units * tiles * p.rounds;
-  const int chunks = p.chunks * p.rows;
+  // Half a chunk of columns is one piece to rotate, by a warp; fitted at k = 4096, m = 8 only.
+  const bool half = p.paired && p.rows > 4 && p.rows <= 8 && p.cluster == kMaxCluster &&
+                    2 * p.slices * p.units * kUnitColumns == kChunk;
+  const int chunks = half ? (p.rows + 1) / 2 : p.chunks * p.rows;
   // Prepared: most of it while the table is filled. In clusters bytes then lose more than the other terms account for.
   const double prepared = 1800.0 + (p.bytes() && p.cluster > 1 && !p.wide() ? 5000.0 : 0.0);
   // To bytes it takes more instructions, which the warps of a scheduler issue in turn.

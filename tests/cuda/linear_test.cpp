@@ -201,7 +201,7 @@ TEST(CudaLinear, ManyRowsAreAsFew) {
       const std::vector<std::uint8_t> x = stored(gaussian(static_cast<std::size_t>(m) * k), DType::bf16);
       const Buffer<std::uint8_t> all(x);
       const auto y = run(layer, tiled, all, d, nullptr, {m, DType::bf16, false}, device);
-      for (int i = 0; i < 2; ++i) EXPECT_EQ(run(layer, tiled, all, d, nullptr, {m, DType::bf16, false}, device), y);
+      for (int i = 0; i < 8; ++i) EXPECT_EQ(run(layer, tiled, all, d, nullptr, {m, DType::bf16, false}, device), y);
       const std::vector<float> many = loaded(y, DType::bf16);
       std::size_t at = 0;
       for (int first = 0; first < m; first += 128) {
