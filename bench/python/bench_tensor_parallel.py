@@ -138,9 +138,8 @@ def main() -> None:
         if args.device == "cuda":
             torch.cuda.empty_cache()
         first: dict | None = None
-        print(
-            f"{'ranks':>5}{'batch':>6}{'ms':>9}{'x one':>8}   same tokens of {args.tokens}, logits' error, lead / error"
-        )
+        print(f"{'ranks':>5}{'batch':>6}{'ms':>9}{'x one':>8}   ", end="")
+        print(f"same tokens of {args.tokens}, logits' error, that of a shorter batch, lead / error")
         for ranks in args.ranks:
             found = run_ranks(ranks, folder)
             first = first or found
