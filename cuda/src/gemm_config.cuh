@@ -45,8 +45,8 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   using Table = typename Looked::Table;
   static constexpr bool kIntegers = Looked::kIntegers;
   static constexpr bool kHalves = Looked::kHalves;
-  // Bytes of columns in order, of quads or of a trellis with sums of entries.
-  static constexpr bool kQuads = kIntegers && (!Weights::kShape.trellis() || kHalves);
+  // Bytes are those of columns in order: of quads, or of a trellis with sums of entries.
+  static constexpr bool kInOrder = kIntegers && (!Weights::kShape.trellis() || kHalves);
   static constexpr bool kUnsigned = kHalves && Weights::kShape.trellis();  // bytes of weights
   static constexpr int kTableOffset = Looked::kTableOffset;
   static constexpr float kUnit = Looked::kUnit;
@@ -58,27 +58,27 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr bool kWholeFirst = true;
   static constexpr bool kSplitsK = gemm_splits_k(N_, Regular_);
   // A stage of x has rows of 128 bytes: a k block, in bytes two. Of a trellis, each window's piece is on its own.
-  static constexpr int kStageBlocks = kQuads ? 2 : 1;
+  static constexpr int kStageBlocks = kInOrder ? 2 : 1;
   static constexpr int kUnitStages = Weights::kUnitBlocks / kStageBlocks;
-  static constexpr int kStages = N_ <= 32 && !kQuads ? 8 : 4;
-  // Of quads, the stages are a slice of x, all in front of the table, and its scales and half sums follow them.
-  static constexpr int kScalesBytes = kQuads ? 2 * N_ * static_cast<int>(sizeof(float)) : 0;
-  static_assert(!kQuads || (kStages == Weights::kUnits * kUnitStages && Regular_));
-  static constexpr int kScaleBlocks = (kQuads ? kChunk / 2 : kChunk) / kBlockColumns;  // k blocks of x with one scale
+  static constexpr int kStages = N_ <= 32 && !kInOrder ? 8 : 4;
+  // In order, the stages are a slice of x, all in front of the table, and its scales and half sums follow them.
+  static constexpr int kScalesBytes = kInOrder ? 2 * N_ * static_cast<int>(sizeof(float)) : 0;
+  static_assert(!kInOrder || (kStages == Weights::kUnits * kUnitStages && Regular_));
+  static constexpr int kScaleBlocks = (kInOrder ? kChunk / 2 : kChunk) / kBlockColumns;  // k blocks of x with one scale
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   // Narrow tiles leave registers to the CTAs of pack_x: the next layer's x is packed, and the CTAs of this kernel
-  // start, while the kernel before still runs. Of quads, to a warp on each of four sub-cores, as they have registers of
+  // start, while the kernel before still runs. In order, to a warp on each of four sub-cores, as they have registers of
   // their own: packing CTAs that find no room wait for the first CTAs of that kernel to end, crowd on their
   // multiprocessors and delay the CTAs of this kernel there.
   static constexpr int kPackRegisters = 4 * kLanes * kPackBytesRegisters;
   static constexpr int kLaunchRegisters = (N_ == 256   ? 65536
                                            : N_ == 128 ? 65536 - 12288
-                                           : kQuads    ? 65536 - kPackRegisters
+                                           : kInOrder  ? 65536 - kPackRegisters
                                                        : 65536 - 4096) /
                                           kThreads / 8 * 8;
   // 224 for the consumers of 256 tokens, and 32 tokens a staging: where it was timed, 240 and 64 were slower.
-  static constexpr int kProducerRegisters = N_ == 256 ? 56 : !kQuads ? 32 : kHalves ? 56 : 24;
+  static constexpr int kProducerRegisters = N_ == 256 ? 56 : !kInOrder ? 32 : kHalves ? 56 : 24;
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
   static constexpr int kWordProducers = 3;           // warps beside the one that copies x
@@ -89,14 +89,15 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
 
   // A slot of shared memory holds a piece of a slice, kPieceLoads loads of 16 bytes a lane, of all row tiles of the
   // CTA.
-  static constexpr int kPieceLoads = !kQuads ? 2 : Weights::kLoads > 4 ? Weights::kLoads / 2 : Weights::kLoads;
+  static constexpr int kPieceLoads = !kInOrder ? 2 : Weights::kLoads > 4 ? Weights::kLoads / 2 : Weights::kLoads;
   static constexpr int kPieceBytes = kPieceLoads * kLanes * 16;
   static constexpr int kSlotBytes = kRowTiles * kPieceBytes;
   static constexpr int kPieces = (Weights::kLoads + kPieceLoads - 1) / kPieceLoads;  // of a slice
   static constexpr int kSlots = N_ == 256 ? 2 : kPieceLoads == 4 ? 3 : 4;
 
   // Steps of 16 columns whose products are one group of wgmmas: the operands of two groups are in registers.
-  static constexpr bool kHalfGroups = kQuads ? N_ > 16 || kHalves : kIntegers&& kWarpgroups == 4 && Weights::kLoads > 5;
+  static constexpr bool kHalfGroups =
+      kInOrder ? N_ > 16 || kHalves : kIntegers&& kWarpgroups == 4 && Weights::kLoads > 5;
   static constexpr int kGroupSteps = kHalfGroups ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
@@ -124,7 +125,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kScratchStart = kTableEnd;
   static constexpr int kSharedBytes =
       std::max(kSlotsEnd + (kStagingBefore ? 0 : kStagingBytes), kScratchStart + kInboxBytes);
-  static_assert(!kQuads || kStagesBefore == kStages);
+  static_assert(!kInOrder || kStagesBefore == kStages);
   static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 };
 

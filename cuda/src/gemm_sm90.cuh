@@ -88,7 +88,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   };
   wait_for_primary();
   while (schedule.next(p, s)) {
-    if constexpr (Config::kQuads) {
+    if constexpr (Config::kInOrder) {
       const auto* x = static_cast<const uint8_t*>(p.x) + s.begin * (Config::kStages * Config::kStageBytes + kScales);
       for (int k = s.begin * Config::kStages; k < s.end * Config::kStages; ++k) {
         const int bytes = Config::kStageBytes + (stages.index == Config::kStages - 1 ? kScales : 0);
@@ -116,14 +116,14 @@ struct DigitSums {
 
   // Of k block `block`: so long before move_to that it need not wait, and not longer, as they take registers.
   __device__ __forceinline__ void load_scales(const GemmParams& p, int block) {
-    if constexpr (Config::kQuads) return;
+    if constexpr (Config::kInOrder) return;
     const float* from = p.x_scales + block / Config::kScaleBlocks * Config::kN + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) x_scales[i] = __ldcg(reinterpret_cast<const float2*>(from + 8 * i));
   }
   // At the end of the columns that share a scale, of a scale group or of the last slice.
   __device__ __forceinline__ void move_to(float (&acc)[4 * kPairs], const Stages<Config>& stages) {
-    if constexpr (Config::kQuads) {
+    if constexpr (Config::kInOrder) {
       const auto* from =
           reinterpret_cast<const float2*>(stages.shared + Config::kStages * Config::kStageBytes) + threadIdx.x % 4;
 #pragma unroll

@@ -208,14 +208,12 @@ struct ByteTrellisDecoder : TrellisWindows<Bits> {
   }
 };
 
-// The same where every sum of two entries, plus an offset, is a byte: weights as they are, in steps of 32 columns.
+// The same with sums of entries, unsigned bytes: weights as they are plus 2 * kTrellisOffset, in steps of 32 columns.
 // Words of entries are added as they are, T1 and T2 of the even window of a step to T2 of the one before and T1 of the
-// one after, with offsets that leave no carry from byte to byte.
-template <int Bits>
+// one after; no byte carries into the next.
 struct SumTable : ByteTable<8> {
-  static constexpr uint32_t kOffsets = trellis_offsets(Bits);
   static __device__ __forceinline__ uint32_t prepared(uint32_t entry) {
-    return (entry ^ bytes_of(0x80)) - (bytes_of(0x80) - kOffsets);
+    return (entry ^ bytes_of(0x80)) - bytes_of(0x80 - kTrellisOffset);
   }
 };
 template <int Bits>
@@ -223,8 +221,8 @@ struct SumTrellisDecoder : TrellisWindows<Bits> {
   static_assert(trellis_shift(Bits) == 1);
   static constexpr bool kIntegers = true;
   static constexpr bool kSums = true;
-  static constexpr float kHalfUnit = -2.0f * trellis_sum_offset(Bits);  // what every weight has too much, in halves
-  using Table = SumTable<Bits>;
+  static constexpr float kHalfUnit = -4.0f * kTrellisOffset;  // what every weight has too much, in halves
+  using Table = SumTable;
 
   using TrellisWindows<Bits>::TrellisWindows;
 

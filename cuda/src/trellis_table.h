@@ -11,7 +11,7 @@
 
 namespace higgs::cuda {
 
-inline constexpr float kTrellisStep = 1.0f / 32;  // entries are signed bytes times this
+inline constexpr float kTrellisStep = 1.0f / 32;  // entries are integers times this, see kTrellisOffset
 static_assert(kTrellisStep == kQuadStep);         // so that digits of x in order serve quads and sums alike
 
 // Entry w: hi[w] of both weights, then lo[w], in bytes; T1 and T2 of trellis.cuh. That counts steps from where the
@@ -27,19 +27,6 @@ struct TrellisTable {
   return grid.trellis != nullptr && grid.trellis->kind == Trellis::Kind::additive;
 }
 
-// Whether trellis_offsets(bits) are as it says: entries (of TrellisTable) and points become bytes.
-[[nodiscard]] inline bool fits_offsets(const Grid& grid, int bits) {
-  const auto is_byte = [](float v) { return v >= 0 && v <= 255; };
-  const auto offset = [&](std::size_t c) { return static_cast<float>(trellis_offsets(bits) >> (8 * c) & 0xff); };
-  for (std::size_t i = 0; i < 256 * 4; ++i) {  // the table has T2 first
-    if (!is_byte(grid.trellis->table[i] / kTrellisStep + offset((i + 2) % 4))) return false;
-  }
-  for (std::size_t i = 0; i < grid.points.size(); ++i) {
-    if (!is_byte(grid.points[i] / kTrellisStep + offset(i % 2) + offset(2 + i % 2))) return false;
-  }
-  return offset(0) + offset(2) == offset(1) + offset(3);
-}
-
 // Throws Error(unsupported) for a trellis grid without a kernel.
 [[nodiscard]] inline TrellisTable make_trellis_table(const Grid& grid) {
   const FieldShape shape = field_shape(grid);
@@ -49,16 +36,12 @@ struct TrellisTable {
   for (std::size_t w = 0; w < 256; ++w) {
     for (std::size_t c = 0; c < 4; ++c) {
       const float entry = grid.trellis->table[w * 4 + (c < 2 ? c + 2 : c - 2)] / kTrellisStep;
-      if (entry != std::nearbyint(entry) || std::fabs(entry) > 127) {
-        throw Error(ErrorCode::unsupported,
-                    "trellis grid " + std::string(grid.name) + " has entries that are no signed bytes times 1/32");
+      if (entry != std::nearbyint(entry) || entry < -kTrellisOffset || entry >= kTrellisOffset) {
+        throw Error(ErrorCode::unsupported, "trellis grid " + std::string(grid.name) +
+                                                " has entries that are no multiples of 1/32 from -2 to 63/32");
       }
       t.entries[w] |= static_cast<std::uint32_t>(static_cast<int>(entry) & 0xff) << (8 * c);
     }
-  }
-  if (shape.sums() && !fits_offsets(grid, shape.bits)) {
-    throw Error(ErrorCode::unsupported,
-                "trellis grid " + std::string(grid.name) + " has weights that do not fit a byte");
   }
   return t;
 }

@@ -44,14 +44,9 @@ inline constexpr float kQuadStep = 1.0f / 32;
 // Steps between the windows of a value, of the additive trellis grids that have a kernel.
 constexpr int trellis_shift(int bits) noexcept { return bits == 4 ? 2 : 1; }
 
-// Of a trellis whose weights the GEMM kernel adds up before it multiplies them, as they all fit into a byte: unsigned
-// bytes that make neither an entry nor a sum negative or greater than 255, for T1 of the first weight, of the second,
-// T2 of the first, of the second. Else 0: the weights of 4, 7 and 8 bits do not fit.
-constexpr std::uint32_t trellis_offsets(int bits) noexcept { return bits == 6 ? 0x373f4840 : 0; }
-// T1 and T2 of a weight together.
-constexpr int trellis_sum_offset(int bits) noexcept {
-  return static_cast<int>((trellis_offsets(bits) & 0xff) + (trellis_offsets(bits) >> 16 & 0xff));
-}
+// Entries of additive trellis grids are -64 .. 63 steps (FORMAT.md): with this added they are unsigned bytes, whose
+// sums are bytes, too.
+inline constexpr int kTrellisOffset = 64;
 
 // How the columns of a grid are grouped into table look-ups; one decoder per (bits, weights). See instances.h.
 struct FieldShape {
@@ -63,7 +58,7 @@ struct FieldShape {
   [[nodiscard]] constexpr bool trellis() const noexcept { return shift > 0; }
   [[nodiscard]] constexpr bool quads() const noexcept { return weights == 4; }
   // Whether the GEMM kernel adds entries of a trellis up before it multiplies them.
-  [[nodiscard]] constexpr bool sums() const noexcept { return trellis() && trellis_offsets(bits) != 0; }
+  [[nodiscard]] constexpr bool sums() const noexcept { return trellis() && bits == 6; }
   // The shift for which pack_x makes digits of x; 0: in order.
   [[nodiscard]] constexpr int digit_shift() const noexcept { return sums() ? 0 : shift; }
   // Upper bits of a field that are signs of its weights; the others choose an entry of the table, a magnitude each.
