@@ -37,8 +37,8 @@ HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "src" / "trellis_data.cpp"
 RUN = {"hash": 512, "additive": 64}  # weights
 MULTIPLIER = 0x9E3779B1
-# Additive entries are such that any two add up to a signed byte times 1/32: GPUs multiply the sums as integers. This
-# costs 0.1-0.3 % of t2.
+# Additive entries are such that any two add up to a signed byte times 1/32: GPUs multiply the sums as integers. Tables
+# trained within this range are as good as without it, or better.
 LATTICE = 32.0
 ADDITIVE_RANGE = (-64 / LATTICE, 63 / LATTICE)
 

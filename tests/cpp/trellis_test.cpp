@@ -52,6 +52,17 @@ TEST(Trellis, PointsAreThoseOfTheFormatAndHalves) {
   }
 }
 
+TEST(Trellis, AdditiveEntriesAreInTheRangeOfTheFormat) {
+  for (const Grid& g : test::grids_of_family(true)) {
+    if (g.trellis->kind != Trellis::Kind::additive) continue;
+    for (const float entry : g.trellis->table) {
+      EXPECT_EQ(entry * 32, std::nearbyint(entry * 32)) << g.name;
+      EXPECT_GE(entry, -64 / 32.0f) << g.name;
+      EXPECT_LE(entry, 63 / 32.0f) << g.name;
+    }
+  }
+}
+
 TEST(Trellis, T2IsFarBelowThatOfVectorGridsAndAboveTheLimit) {
   for (const Grid& g : test::grids_of_family(true)) {
     EXPECT_GT(g.t2, std::exp2(-2 * g.rate())) << g.name;

@@ -57,7 +57,7 @@ struct FieldShape {
   friend bool operator==(const FieldShape&, const FieldShape&) = default;
   [[nodiscard]] constexpr bool trellis() const noexcept { return shift > 0; }
   [[nodiscard]] constexpr bool quads() const noexcept { return weights == 4; }
-  // Whether the GEMM kernel adds entries of a trellis up before it multiplies them.
+  // Whether the GEMM kernel adds entries of a trellis up before it multiplies them. Timed with 6 bits only.
   [[nodiscard]] constexpr bool sums() const noexcept { return trellis() && bits == 6; }
   // The shift for which pack_x makes digits of x; 0: in order.
   [[nodiscard]] constexpr int digit_shift() const noexcept { return sums() ? 0 : shift; }
