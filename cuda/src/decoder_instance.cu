@@ -21,8 +21,7 @@ struct BytesOf {
 };
 template <typename Decoder>
 struct BytesOf<Decoder, true> {
-  static constexpr int kBits = Decoder::kShape.bits;
-  using Type = std::conditional_t<Decoder::kShape.sums(), SumTrellisDecoder<kBits>, ByteTrellisDecoder<kBits>>;
+  using Type = SumTrellisDecoder<Decoder::kShape.bits>;
 };
 using Bytes = BytesOf<D>::Type;
 

@@ -215,15 +215,13 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
   }
   // Launches share packed x.
   const bool bytes = std::ranges::all_of(
-      plans, [&](const GemmPlan& p) { return p.bytes && p.field.digit_shift() == plans[0].field.digit_shift(); });
+      plans, [&](const GemmPlan& p) { return p.bytes && p.field.crossed() == plans[0].field.crossed(); });
   auto* const base = static_cast<std::byte*>(workspace);
   auto* flags = reinterpret_cast<std::uint32_t*>(base + sizes.x_bytes + sizes.partial_bytes);
   const LayerFormat& f = parts[0].weights.format;
-  auto* const x_scales = reinterpret_cast<float*>(base + plans[0].x_scales);
   pack_x({.x = x,
           .d = d,
           .out = base,
-          .scales = x_scales,
           .flags = flags,
           .flag_count = static_cast<int>(sizes.flag_bytes / 4),
           .m = static_cast<int>(m),
@@ -231,12 +229,11 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
           .k = static_cast<int>(f.k),
           .block = f.block,
           .digits = bytes,
-          .shift = plans[0].field.digit_shift()},
+          .crossed = plans[0].field.crossed()},
          dtype, stream);
   for (std::size_t i = 0; i < groups.size(); ++i) {
     GemmParams params = make_gemm_params(plans[i], groups[i]);
     params.x = base;
-    params.x_scales = x_scales;
     params.m = static_cast<int>(m);
     params.padded_m = sizes.padded_m;
     params.partials = reinterpret_cast<float*>(base + sizes.x_bytes);

@@ -161,9 +161,17 @@ __global__ void __launch_bounds__(kWarps* kLanes, kWarps == 1 ? kCtas : 2)
 // of 16.
 __device__ __forceinline__ int digit_row(int row) { return row / 8 * 16 + row % 2 * 8 + row % 8 / 2 * 2; }
 
-// Those that quads meet: a warp per half chunk of a row, with a rehearsal on zeros beside the kernel before, which
-// brings the instructions into the caches. unit: of the rotated values, 1 over it.
-template <typename T>
+// Words of either digit, of this lane's four columns; the lane with those 16 columns on has exchanged halves with it.
+__device__ __forceinline__ uint2 crossed(uint2 digits, int lane) {
+  const bool odd = lane / 4 % 2 != 0;
+  const uint32_t sent = __byte_perm(digits.x, digits.y, odd ? 0x5410 : 0x7632);
+  const uint32_t got = __shfl_xor_sync(~0u, sent, 4);
+  return {__byte_perm(digits.x, got, odd ? 0x3254 : 0x5410), __byte_perm(digits.y, got, odd ? 0x3276 : 0x7610)};
+}
+
+// A warp per half chunk of a row, with a rehearsal on zeros beside the kernel before, which brings the instructions
+// into the caches. unit: of the rotated values, 1 over it.
+template <typename T, bool Crossed>
 __global__ void __launch_bounds__(kLanes, 65536 / (kLanes * kPackBytesRegisters))
     pack_bytes_kernel(const __grid_constant__ PackParams p, float unit) {
   using HalfChunk = Rotation<T, 2>;
@@ -199,6 +207,7 @@ __global__ void __launch_bounds__(kLanes, 65536 / (kLanes * kPackBytesRegisters)
     uint8_t* const out = slice + row * kRow + piece * 16 + lane % 4 * 4;
     const int to_lo = kRow + (piece ^ 1) * 16 - piece * 16;
     const auto store = [&](int j, uint2 digits) {
+      if constexpr (Crossed) digits = crossed(digits, lane);
       if (real == 0) return;
       *reinterpret_cast<uint32_t*>(out + j * stage) = digits.x;
       *reinterpret_cast<uint32_t*>(out + j * stage + to_lo) = digits.y;
@@ -209,66 +218,6 @@ __global__ void __launch_bounds__(kLanes, 65536 / (kLanes * kPackBytesRegisters)
       scales[token] = scale;
       scales[p.padded_m + token] = half;
     });
-  }
-}
-
-// --- digits for a trellis: a warp per chunk of a row
-
-// Where value i of a chunk is in shared memory.
-__device__ __forceinline__ int padded(int i) { return i + i / 32 * 4; }
-constexpr int kPaddedChunk = kChunk + kChunk / 8;
-
-template <typename T>
-__global__ void __launch_bounds__(kLanes, kCtas) pack_digits_kernel(const __grid_constant__ PackParams p, float unit) {
-  extern __shared__ __align__(16) float values[];  // kPaddedChunk
-  launch_dependents();
-  const int lane = threadIdx.x;
-  const int chunks = (p.k + kChunk - 1) / kChunk;
-  const int first_row = blockIdx.x / chunks;
-  const int chunk = (blockIdx.x - first_row * chunks) * kChunk;
-  const int count = p.k - chunk;
-  const Rotation<T> rotation(p.block, lane);
-  float4 d[8];
-  rotation.load_d(p.d + chunk, count, false, lane, d);
-  wait_for_primary();
-  clear_flags(p);
-  uint2 raw[8];
-  rotation.load_x(static_cast<const T*>(p.x) + static_cast<int64_t>(first_row) * p.k + chunk, count, false, lane, raw);
-  uint2 b[8];
-  rotation.multiply(raw, d, false, b);
-  float y[4][2][4];
-  rotation.rotate(b, y);
-  const float inverse = chunk_scale(y, kMostDigits, unit, p.scales + chunk / kChunk * 16 + first_row, lane);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const auto& part = y[j / 2];
-    const int c = j % 2 * 2;
-    *reinterpret_cast<float4*>(values + padded(128 * j + rotation.first_column(lane))) = {part[0][c], part[0][c + 1],
-                                                                                          part[1][c], part[1][c + 1]};
-  }
-  __syncwarp();
-  const int row = digit_row(first_row);
-#pragma unroll 1
-  for (int item = lane; item < kChunk / 8 && item * 8 < count; item += kLanes) {
-    const int piece = item % 8;  // of 16 bytes; 8 are a row of 64 columns
-    const int step = item / 2;   // of 16 columns
-    const int odd = item % 2;
-    const int next = step / 16 * 16 + (step + 1) % 16;  // runs are circular in 256 columns
-    uint32_t hi[4];
-    uint32_t lo[4];
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const int first = 16 * step + 4 * t + 2 * odd;
-      const int second = p.shift == 2 ? 16 * next + 4 * t + 2 * odd : odd == 0 ? first + 2 : 16 * next + 4 * t;
-      const uint2 digits = digits_of(
-          {values[padded(first)], values[padded(first + 1)], values[padded(second)], values[padded(second + 1)]},
-          inverse);
-      hi[t] = digits.x;
-      lo[t] = digits.y;
-    }
-    auto* const out = static_cast<uint4*>(p.out) + static_cast<int64_t>(chunk / 64 + item / 8) * 32 * 8;
-    out[row * 8 + (piece ^ row % 8)] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
-    out[(row + 1) * 8 + (piece ^ (row + 1) % 8)] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
   }
 }
 
@@ -324,6 +273,14 @@ void pack_rows(const PackParams& p, int chunks, int each, Stream stream) {
   launch_dependent<pack_rows_kernel<T, kWarps>>(shape, stream, p, rows);
 }
 
+template <bool Crossed>
+void pack_bytes(const PackParams& p, DType dtype, Stream stream) {
+  const LaunchShape shape{static_cast<int>(p.m * (p.k / (kChunk / 2))), kLanes};
+  const float unit = 1 / (remaining_norm(p.block) * kQuadStep);
+  dtype == DType::f16 ? launch_dependent<pack_bytes_kernel<__half, Crossed>>(shape, stream, p, unit)
+                      : launch_dependent<pack_bytes_kernel<__nv_bfloat16, Crossed>>(shape, stream, p, unit);
+}
+
 }  // namespace
 
 void pack_x(const PackParams& params, DType dtype, Stream stream) {
@@ -332,17 +289,8 @@ void pack_x(const PackParams& params, DType dtype, Stream stream) {
   const std::int64_t items = params.m * chunks;
   const int multiprocessors = current_device().multiprocessors;
   const auto each = static_cast<int>((items + multiprocessors - 1) / multiprocessors);
-  if (params.digits && params.shift == 0) {
-    const LaunchShape shape{static_cast<int>(params.m * (params.k / (kChunk / 2))), kLanes};
-    const float unit = 1 / (remaining_norm(params.block) * kQuadStep);
-    return dtype == DType::f16 ? launch_dependent<pack_bytes_kernel<__half>>(shape, stream, params, unit)
-                               : launch_dependent<pack_bytes_kernel<__nv_bfloat16>>(shape, stream, params, unit);
-  }
   if (params.digits) {
-    const LaunchShape shape{static_cast<int>(items), kLanes, std::max(kPaddedChunk * 4, spread_bytes(each))};
-    const float unit = 1 / (remaining_norm(params.block) * kTrellisStep);
-    return dtype == DType::f16 ? launch_dependent<pack_digits_kernel<__half>>(shape, stream, params, unit)
-                               : launch_dependent<pack_digits_kernel<__nv_bfloat16>>(shape, stream, params, unit);
+    return params.crossed ? pack_bytes<true>(params, dtype, stream) : pack_bytes<false>(params, dtype, stream);
   }
   if (transform.runs == 1) {
     return dtype == DType::f16 ? pack_rows<__half>(params, static_cast<int>(chunks), each, stream)

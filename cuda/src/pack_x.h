@@ -11,8 +11,7 @@ namespace higgs::cuda {
 struct PackParams {
   const void* x = nullptr;  // [m, k] fp16 or bf16
   const float* d = nullptr;
-  void* out = nullptr;      // [k / 64][padded_m][64], x's type; rows from m on are not written
-  float* scales = nullptr;  // of a trellis
+  void* out = nullptr;  // [k / 64][padded_m][64], x's type; rows from m on are not written
   std::uint32_t* flags = nullptr;
   int flag_count = 0;  // flags to clear
   int m = 0;
@@ -20,7 +19,7 @@ struct PackParams {
   int k = 0;
   int block = 0;
   bool digits = false;
-  int shift = 0;  // of a trellis; 0: digits in order
+  bool crossed = false;  // digits: FieldShape::crossed()
 };
 
 // out = rotate(x * d) in two steps, as rotate_x.cuh has it, or as higgs::rotate where the block has an odd factor; each
@@ -28,10 +27,10 @@ struct PackParams {
 // modulo 8.
 //
 // Digits (m <= gemm_byte_tokens(), a block of a power of two): columns of a row are rounded to integers 256 hi + lo of
-// a scale of their own, hi and lo in rows digit_row(row) and + 1 of 2 padded_m. Swizzled rows of 128 bytes again:
-//   in order   [k / 512]{[4][2 padded_m][128 columns], [padded_m] scales, [padded_m] half sums of x}
-//   a trellis  [k / 64][32][128 bytes], scales [k / 1024][16]. In 32 bytes for 16 columns lie, for t = 0..3, the pieces
-//              of x that an even window of a lane 4 g + t meets, then those of an odd one (x_operand in trellis.cuh).
+// a scale of their own, hi and lo in rows digit_row(row) and + 1 of 2 padded_m, [k / 512]{[4][2 padded_m][128
+// columns], [padded_m] scales, [padded_m] half sums of x}. Rows of 128 bytes are swizzled again, and columns are in
+// order; crossed, word t of an even 16 columns and of the next 16 have exchanged halves, the upper one for the lower
+// one.
 void pack_x(const PackParams& params, DType dtype, Stream stream);
 
 }  // namespace higgs::cuda

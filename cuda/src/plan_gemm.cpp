@@ -103,12 +103,7 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
   p.bytes = has_wgmma(device) && p.regular && p.tokens <= gemm_byte_tokens(p.field) &&
             supports_block(problem.matrices[0].block);
   p.x_bytes = k * p.padded_m * 2;
-  if (p.bytes && p.field.digit_shift() > 0) {
-    p.x_scales = 2 * p.x_bytes;
-    p.x_bytes = p.x_scales + ceil_div(k, kChunk) * p.padded_m * 4;
-  } else if (p.bytes) {
-    p.x_bytes += k / (kChunk / 2) * p.padded_m * 8;
-  }
+  if (p.bytes) p.x_bytes += k / (kChunk / 2) * p.padded_m * 8;  // scales and half sums
   // Sets of partial sums, and one flag per set and warpgroup: of the mma kernel a set for the tile with which a CTA
   // begins and one for the tile with which it ends.
   const std::int64_t sets = p.split_tiles == 0 || p.k_split_log > 0 ? 0

@@ -191,26 +191,9 @@ struct TrellisDecoder : TrellisWindows<Bits> {
   uint32_t before_[kShift][2];  // entries of the last windows, the oldest first
 };
 
-// The same for the integer MMA: looked-up signed bytes are its A operand, 16 x 32 for a step of 16 columns.
-template <int Bits>
-struct ByteTrellisDecoder : TrellisWindows<Bits> {
-  static constexpr bool kIntegers = true;
-
-  using TrellisWindows<Bits>::TrellisWindows;
-
-  template <typename SharedTable>
-  __device__ __forceinline__ void fragment(int step, SharedTable table, uint32_t offset, uint32_t (&a)[4]) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      a[r] = this->entry(2 * step, r, table, offset);
-      a[2 + r] = this->entry(2 * step + 1, r, table, offset);
-    }
-  }
-};
-
-// The same with sums of entries, unsigned bytes: weights as they are plus 2 * kTrellisOffset, in steps of 32 columns.
-// Words of entries are added as they are, T1 and T2 of the even window of a step to T2 of the one before and T1 of the
-// one after; no byte carries into the next.
+// The same for the integer MMA, 16 x 32 for a step of 32 columns, from sums of entries: unsigned bytes, weights as they
+// are plus 2 * kTrellisOffset. Words of entries are added as they are, T1 and T2 of window i to T2 of window i - Shift
+// and T1 of window i + Shift: the weights of steps i and i + Shift. No byte carries into the next.
 struct SumTable : ByteTable<8> {
   static __device__ __forceinline__ uint32_t prepared(uint32_t entry) {
     return (entry ^ bytes_of(0x80)) - bytes_of(0x80 - kTrellisOffset);
@@ -218,7 +201,7 @@ struct SumTable : ByteTable<8> {
 };
 template <int Bits>
 struct SumTrellisDecoder : TrellisWindows<Bits> {
-  static_assert(trellis_shift(Bits) == 1);
+  static constexpr int kShift = trellis_shift(Bits);
   static constexpr bool kIntegers = true;
   static constexpr bool kSums = true;
   static constexpr float kHalfUnit = -4.0f * kTrellisOffset;  // what every weight has too much, in halves
@@ -226,29 +209,38 @@ struct SumTrellisDecoder : TrellisWindows<Bits> {
 
   using TrellisWindows<Bits>::TrellisWindows;
 
+  // Columns are in order if Shift is 1; if it is 2, words of 16 columns and of the next 16 have exchanged halves
+  // (FieldShape::crossed).
   template <typename SharedTable>
   __device__ __forceinline__ void fragment(int step, SharedTable table, uint32_t offset, uint32_t (&a)[4]) {
-    constexpr int kLast = 2 * kRunSteps - 1;
+    constexpr int kWindows = 2 * kRunSteps;
     if (step == 0) {  // the run is circular
 #pragma unroll
-      for (int r = 0; r < 2; ++r) before_[r] = last_[r] = this->entry(kLast, r, table, offset);
+      for (int i = 0; i < kShift; ++i) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          before_[i][r] = last_[i][r] = this->entry(kWindows - kShift + i, r, table, offset);
+        }
+      }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      const int window = 4 * step + i * (3 - kShift);
+      const int chain = i * (kShift - 1);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int even = 4 * step + 2 * i;
-        const uint32_t e = this->entry(even, r, table, offset);
-        const uint32_t after = even + 1 == kLast ? last_[r] : this->entry(even + 1, r, table, offset);
-        a[2 * i + r] = e + __byte_perm(before_[r], after, 0x5432);
-        before_[r] = after;
+        const uint32_t e = this->entry(window, r, table, offset);
+        const uint32_t after =
+            window + 2 * kShift >= kWindows ? last_[chain][r] : this->entry(window + kShift, r, table, offset);
+        a[2 * i + r] = e + __byte_perm(before_[chain][r], after, 0x5432);
+        before_[chain][r] = after;
       }
     }
   }
 
  private:
-  uint32_t before_[2];  // entries of the last odd window
-  uint32_t last_[2];    // and of the run's last one
+  uint32_t before_[kShift][2];  // entries of the last windows that came after
+  uint32_t last_[kShift][2];    // and of the run's last ones
 };
 
 // d += a b in integers: a 16 x 32, b 32 x 8 signed bytes.

@@ -259,18 +259,20 @@ TEST_P(CudaLinearRealShapes, RowsOfABatchAreThoseAlone) {
   }
 }
 INSTANTIATE_TEST_SUITE_P(Grids, CudaLinearRealShapes,
-                         testing::Values("p2_n256", "p2_n64", "p4_n256", "p4_n4096", "a2_b4", "a2_b8"),
+                         testing::Values("p2_n256", "p2_n64", "p4_n256", "p4_n4096", "a2_b4", "a2_b5", "a2_b6", "a2_b7",
+                                         "a2_b8"),
                          [](const auto& grid) { return std::string(grid.param); });
 
 // Layers of these grids and numbers of rows, in one call and alone. Not alike: x is rounded in another way in one call,
 // to x's type instead of integers, so outputs near 0 may differ by more than they are.
-void check_shared_x(const std::vector<std::pair<const char*, std::int64_t>>& layers, bool alike) {
+void check_shared_x(const std::vector<std::pair<const char*, std::int64_t>>& layers, bool alike,
+                    const std::vector<std::int64_t>& ms = {1, 6, 16, 24, 40, 200, 1100}) {
   constexpr std::int64_t kColumns = 2048;
   std::deque<Layer> made;
   for (const auto& [grid, n] : layers) made.emplace_back(find_grid(grid), n, kColumns, 1024, 1024);
   Buffer<float> d(kColumns);
   rotation_vector(VectorKind::input, 5, nullptr, kColumns, d.data(), nullptr);
-  for (const std::int64_t m : {1, 6, 16, 24, 40, 200, 1100}) {
+  for (const std::int64_t m : ms) {
     const Buffer<std::uint8_t> x(stored(gaussian(static_cast<std::size_t>(m * kColumns)), DType::bf16));
     std::vector<LinearPart> parts;
     std::vector<std::unique_ptr<Buffer<std::byte>>> tiled;
@@ -310,6 +312,8 @@ TEST(CudaLinear, MatricesThatShareX) {
   check_shared_x({{"p2_n256", 300}, {"p1_n16", 72}, {"p2_n128", 65}, {"p4_n4096", 130}}, true);  // several tile sizes
   check_shared_x({{"p4_n256", 300}, {"p2_n16", 64}, {"p1_n4", 130}}, true);  // integers, up to 32 rows
   check_shared_x({{"p4_n256", 300}, {"p4_n4096", 130}}, false);              // up to 32 rows only one of them alone
+  check_shared_x({{"a2_b8", 8300}, {"a2_b5", 8200}, {"p4_n256", 500}}, false, {12, 16});  // together in the GEMM
+  check_shared_x({{"a2_b4", 8300}, {"a2_b6", 8200}}, false, {16});                        // x of the first is crossed
 }
 
 TEST(CudaLinear, HashedTrellisGridsAreForDequantizeRotated) {

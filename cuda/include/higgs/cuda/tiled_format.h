@@ -57,10 +57,8 @@ struct FieldShape {
   friend bool operator==(const FieldShape&, const FieldShape&) = default;
   [[nodiscard]] constexpr bool trellis() const noexcept { return shift > 0; }
   [[nodiscard]] constexpr bool quads() const noexcept { return weights == 4; }
-  // Whether the GEMM kernel adds entries of a trellis up before it multiplies them. Timed with 6 bits only.
-  [[nodiscard]] constexpr bool sums() const noexcept { return trellis() && bits == 6; }
-  // The shift for which pack_x makes digits of x; 0: in order.
-  [[nodiscard]] constexpr int digit_shift() const noexcept { return sums() ? 0 : shift; }
+  // Whether bytes of the weights meet x with halves of words exchanged (SumTrellisDecoder).
+  [[nodiscard]] constexpr bool crossed() const noexcept { return shift == 2; }
   // Upper bits of a field that are signs of its weights; the others choose an entry of the table, a magnitude each.
   [[nodiscard]] constexpr int sign_bits() const noexcept { return quads() && bits > 8 ? 4 : 0; }
   [[nodiscard]] constexpr int entry_bits() const noexcept { return bits - sign_bits(); }
