@@ -234,16 +234,16 @@ TEST(Plan, XOfMoreThanFourRowsIsPreparedForATrellis) {
   EXPECT_EQ(plan({16, DType::bf16, {&f, 1}}, kDevices[3]).rows, 16);
 }
 
-TEST(Plan, UpToSixteenRowsMeetATrellisInProductsOfIntegers) {
+TEST(Plan, UpToThirtyTwoRowsMeetATrellisInProductsOfIntegers) {
   const DeviceProperties& h200 = kDevices[3];
   for (const char* name : {"a2_b4", "a2_b5", "a2_b6", "a2_b7", "a2_b8"}) {
     LayerFormat f = format(find_grid(name), 4096, 4096);
-    for (const std::int64_t m : {1, 5, 16}) {
+    for (const auto& [m, padded] : {std::pair{1, 16}, {16, 16}, {17, 32}, {32, 32}}) {
       const GemmPlan p = plan_gemm({m, DType::bf16, {&f, 1}}, h200);
       EXPECT_TRUE(p.bytes) << name;
-      EXPECT_EQ(p.x_bytes, 16 * (2 * 4096 + 4096 / 512 * 8)) << name << ": digits, scales and half sums";
+      EXPECT_EQ(p.x_bytes, padded * (2 * 4096 + 4096 / 512 * 8)) << name << ": digits, scales and half sums";
     }
-    EXPECT_FALSE(plan_gemm({17, DType::bf16, {&f, 1}}, h200).bytes) << name;
+    EXPECT_FALSE(plan_gemm({33, DType::bf16, {&f, 1}}, h200).bytes) << name;
     f.group = f.block = 64;  // scales change within a slice
     EXPECT_FALSE(plan_gemm({16, DType::bf16, {&f, 1}}, h200).bytes) << name;
   }

@@ -202,8 +202,8 @@ inline constexpr int kMmaSharedBytes = 96 * 1024;
 // The most rows of x of which the wgmma kernel multiplies looked-up bytes (GemmPlan::bytes), where slices are regular.
 // With sign bits 32 were faster on the largest layers only.
 [[nodiscard]] constexpr int gemm_byte_tokens(const FieldShape& field) {
-  if (field.trellis()) return 16;
-  return field.quads() && field.entry_bits() == 8 ? (field.sign_bits() > 0 ? 16 : 32) : 0;
+  if (field.sign_bits() > 0) return 16;
+  return field.trellis() || (field.quads() && field.entry_bits() == 8) ? 32 : 0;
 }
 
 // CTAs that share the copies of x: where x is what the L2 delivers most of.
