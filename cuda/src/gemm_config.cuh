@@ -63,6 +63,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kStages = N_ <= 32 && !kInOrder ? 8 : 4;
   // In order, the stages are a slice of x, all in front of the table, and its scales and half sums follow them.
   static constexpr int kScalesBytes = kInOrder ? 2 * N_ * static_cast<int>(sizeof(float)) : 0;
+  static constexpr int kScalesRoom = (kScalesBytes + 1023) / 1024 * 1024;
   static_assert(!kInOrder || (kStages == Weights::kUnits * kUnitStages && Regular_));
   static constexpr int kScaleBlocks = (kInOrder ? kChunk / 2 : kChunk) / kBlockColumns;  // k blocks of x with one scale
   static constexpr int kConsumers = 128 * kWarpgroups;
@@ -77,7 +78,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
                                            : kInOrder  ? 65536 - kPackRegisters
                                                        : 65536 - 4096) /
                                           kThreads / 8 * 8;
-  // 224 for the consumers of 256 tokens, and 32 tokens a staging: where it was timed, 240 and 64 were slower.
+  // 224 for the consumers of 256 tokens: where it was timed, 240 was slower.
   static constexpr int kProducerRegisters = N_ == 256 ? 56 : !kInOrder ? 32 : kHalves ? 56 : 24;
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
@@ -101,9 +102,15 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kGroupSteps = kHalfGroups ? kBlockSteps / 2 : kBlockSteps;
 
   static constexpr int kStageBytes = N_ * kRowsOfToken * kRowBytes;  // one k block of x
-  static constexpr int kStagingTokens = N_ == 16 ? 16 : 32;
-  static constexpr int kStagingStride = 48;  // bytes per token: 16 rows, spread over the banks
-  static constexpr int kStagingBytes = kRowTiles * kStagingTokens * kStagingStride;
+  // Sums of others that fit into a stage, of all threads. In wide tiles they come as x does; of narrow ones there is
+  // only one a stage, which takes longer than loads.
+  static constexpr int kStageSums = kStageBytes / (kConsumers * 16);
+  static constexpr bool kStreamsSums = kStageSums > 1;
+  // A warpgroup's part of y on its way out: kN tokens of 64 rows. Of the widest tiles it takes the place of the last
+  // stages of x, one for each warpgroup.
+  static constexpr int kOutputBytes = N_ * 128;
+  static constexpr bool kOutputInStages = N_ == 256;
+  static constexpr int kStagingBytes = kOutputInStages ? 0 : kWarpgroups * kOutputBytes;
   // Where k is split within a cluster, the inbox of sums (gemm_cluster.cuh) takes the place of what follows the table.
   static constexpr int kInboxBytes = kSplitsK ? std::max(kTileFragments, 1 << kMaxSplitLog) * kConsumers * 16 : 0;
   // Shared memory: stages of x | staging of y, if it fits | slots of words | barriers | ... | table at address
@@ -115,18 +122,20 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kStagesBefore = std::min(kStages, kRoomBefore / kStageBytes);
   static constexpr int kStagesGap = kTableEnd - kStagesBefore * kStageBytes;
   static constexpr int kStagesEnd = kTableEnd + (kStages - kStagesBefore) * kStageBytes;
-  static constexpr bool kStagingBefore = kStagesBefore * kStageBytes + kScalesBytes + kStagingBytes <= kRoomBefore;
-  static constexpr int kSlotsStart = kStagesBefore * kStageBytes + kScalesBytes + (kStagingBefore ? kStagingBytes : 0);
+  static constexpr bool kStagingBefore = kStagesBefore * kStageBytes + kScalesRoom + kStagingBytes <= kRoomBefore;
+  static constexpr int kSlotsStart = kStagesBefore * kStageBytes + kScalesRoom + (kStagingBefore ? kStagingBytes : 0);
   static constexpr int kSlotsBefore = std::min(kSlots, (kRoomBefore - kSlotsStart) / kSlotBytes);
   static constexpr int kSlotsGap = kStagesEnd - kSlotsStart - kSlotsBefore * kSlotBytes;
   static constexpr int kBarriersStart = kSlotsStart + kSlotsBefore * kSlotBytes;
   static constexpr int kSlotsEnd = kStagesEnd + (kSlots - kSlotsBefore) * kSlotBytes;
-  static constexpr int kStagingStart = kStagingBefore ? kStagesBefore * kStageBytes + kScalesBytes : kSlotsEnd;
+  static constexpr int kStagingStart = kStagingBefore ? kStagesBefore * kStageBytes + kScalesRoom : kSlotsEnd;
   static constexpr int kScratchStart = kTableEnd;
   static constexpr int kSharedBytes =
       std::max(kSlotsEnd + (kStagingBefore ? 0 : kStagingBytes), kScratchStart + kInboxBytes);
   static_assert(!kInOrder || kStagesBefore == kStages);
-  static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
+  static_assert(kStageBytes % 1024 == 0 && kStagingStart % 1024 == 0 && kSharedBytes <= 227 * 1024);
+  static_assert(!kStreamsSums || kRegisters / 4 % (kStageSums * kStages) == 0);
+  static_assert(!kOutputInStages || (kRegular && kStageBytes == kOutputBytes && kWarpgroups <= kStages));
 };
 
 }  // namespace higgs::cuda

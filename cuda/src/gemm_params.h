@@ -5,6 +5,7 @@
 
 #include "higgs/cuda/plan.h"
 #include "slice_params.h"
+#include "tensor_map.h"
 
 namespace higgs::cuda {
 
@@ -21,6 +22,7 @@ struct GemmPart {
   int n = 0;
   int row_tiles = 0;
   int first_row_block = 0;
+  bool mapped = false;  // y, by GemmParams::y
 };
 
 struct GemmParams : SliceParams {
@@ -41,6 +43,7 @@ struct GemmParams : SliceParams {
   int longer_clusters = 0;
   int part_count = 0;
   GemmPart parts[kMaxParts];
+  TensorMap y[kMaxParts];  // of the wgmma kernel: boxes of 64 rows of W by the tokens of a tile
 };
 
 }  // namespace higgs::cuda
