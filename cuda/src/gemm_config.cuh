@@ -134,7 +134,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
       std::max(kSlotsEnd + (kStagingBefore ? 0 : kStagingBytes), kScratchStart + kInboxBytes);
   static_assert(!kInOrder || kStagesBefore == kStages);
   static_assert(kStageBytes % 1024 == 0 && kStagingStart % 1024 == 0 && kSharedBytes <= 227 * 1024);
-  static_assert(!kStreamsSums || kRegisters / 4 % (kStageSums * kStages) == 0);
+  static_assert(!kStreamsSums || kRegisters / 4 % std::max(1, kStageSums* kStages) == 0);
   static_assert(!kOutputInStages || (kRegular && kStageBytes == kOutputBytes && kWarpgroups <= kStages));
 };
 
