@@ -42,6 +42,7 @@ struct GemmParams : SliceParams {
   int slices_per_cluster = 0;  // of the shared tiles; the first `longer_clusters` take one more
   int longer_clusters = 0;
   int part_count = 0;
+  std::uint32_t zero = 0;  // which the compiler does not know: what is computed from v & zero waits for v
   GemmPart parts[kMaxParts];
   TensorMap y[kMaxParts];  // of the wgmma kernel: boxes of 64 rows of W by the tokens of a tile
 };

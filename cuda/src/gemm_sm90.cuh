@@ -23,6 +23,9 @@
 // quad, or those of two windows of a trellis, added up before where the sum is a byte (trellis.cuh). A row of x is two
 // of B, the digits of 16-bit integers; their sums over the columns that share a scale are exact.
 //
+// Epilogue. y goes to shared memory, and from there by the copy engine while the next tile is multiplied; sums of
+// others come through the stages of x. The next segment's scales are on their way by then.
+//
 // Schedule: gemm_schedule.cuh. Shared memory and registers: GemmConfig in gemm_config.cuh.
 //
 // Template values: Decoder of instances.h; T = __half, __nv_bfloat16; N = tokens of a tile: 16, 32, 64, 128 or 256.
@@ -121,6 +124,7 @@ __device__ __forceinline__ void add_sums(const GemmParams& p, const CtaPlace& ct
     for (int i = 0; i < kPieces; ++i) {
       barrier_wait(stages.full + stages.index, stages.phase);
       const auto* from = reinterpret_cast<const float4*>(stages.stage()) + threadIdx.x;
+      uint32_t read = 0;
 #pragma unroll
       for (int j = 0; j < Config::kStageSums; ++j) {
         const float4 v = from[j * kPartialStride<Config>];
@@ -129,13 +133,12 @@ __device__ __forceinline__ void add_sums(const GemmParams& p, const CtaPlace& ct
         to[1] += v.y;
         to[2] += v.z;
         to[3] += v.w;
+        read ^= __float_as_uint(v.x);
       }
       stages.advance();
+      named_barrier(1 + threadIdx.x / 128 + (read & p.zero), 128);  // all have read it: see WordReader::release()
       // The output takes the place of the last ones.
-      if (!Config::kOutputInStages || left > 1 || i < kPieces - Config::kWarpgroups) {
-        named_barrier(1 + threadIdx.x / 128, 128);  // racecheck does not follow a __syncwarp()
-        stages.release_previous(lane);
-      }
+      if (!Config::kOutputInStages || left > 1 || i < kPieces - Config::kWarpgroups) stages.release_previous(lane);
     }
   }
 }
@@ -313,7 +316,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
                                         uint8_t* shared) {
   const int lane = threadIdx.x % kLanes;
   const int warp = threadIdx.x / kLanes;
-  WordReader<Config> words(shared, warp, lane);
+  WordReader<Config> words(p, shared, warp, lane);
   Schedule<Config::kWholeFirst> schedule(p, cta);
   // The upper byte of a shared address is the CTA's rank in its cluster.
   const uint32_t offset = shared_address(shared) + Config::kTableStart + Config::Decoder::lane_offset(lane);

@@ -79,8 +79,8 @@ __device__ __forceinline__ void produce_words(const GemmParams& p, const CtaPlac
 template <typename Config>
 class WordReader {
  public:
-  __device__ __forceinline__ WordReader(uint8_t* shared, int warp, int lane)
-      : slots_(shared), to_lane_(warp * Config::kPieceBytes + lane * 16) {}
+  __device__ __forceinline__ WordReader(const GemmParams& p, uint8_t* shared, int warp, int lane)
+      : p_(p), slots_(shared), to_lane_(warp * Config::kPieceBytes + lane * 16) {}
   // Loads what unit U of a slice of `loads` loads needs and the units before it did not.
   template <int U>
   __device__ __forceinline__ void load_unit(int loads) {
@@ -88,7 +88,11 @@ class WordReader {
     for (int i = U == 0 ? 0 : loads_until(U - 1); i < loads_until(U); ++i) {
       if (i % Config::kPieceLoads == 0) barrier_wait(slots_.full + slots_.index, slots_.phase);
       load_shared(slots_.slot() + to_lane_ + i % Config::kPieceLoads * kLanes * 16, q_[i]);
-      if ((i + 1) % Config::kPieceLoads == 0 || i + 1 == (Config::kRegular ? Config::kLoads : loads)) release();
+      if ((i + 1) % Config::kPieceLoads == 0 || i + 1 == (Config::kRegular ? Config::kLoads : loads)) {
+        uint32_t read = 0;
+        for (int j = i / Config::kPieceLoads * Config::kPieceLoads; j <= i; ++j) read ^= q_[j].x;
+        release(read);
+      }
     }
   }
   // After load_unit<0>. Tells the compiler where in shared memory it is, where that is the same for all slices.
@@ -116,12 +120,14 @@ class WordReader {
     return last / 4 + 1;
   }
   // By every lane, for its own loads: it takes no longer than by one for the warp after a __syncwarp(), which racecheck
-  // does not follow.
-  __device__ __forceinline__ void release() {
-    barrier_arrive<1>(slots_.empty + slots_.index, 0);
+  // does not follow. `read`: from all that was loaded, as the arrival must wait for it. On its own it overtakes loads
+  // that are slow, for instance as loads from global memory came before, and the next copy writes what they read.
+  __device__ __forceinline__ void release(uint32_t read) {
+    barrier_arrive<1>(slots_.empty + slots_.index + (read & p_.zero), 0);
     slots_.advance();
   }
 
+  const GemmParams& p_;
   Slots<Config> slots_;
   uint32_t to_lane_;
   uint4 q_[Config::kLoads];
