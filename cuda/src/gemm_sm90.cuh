@@ -136,7 +136,7 @@ __device__ __forceinline__ void add_sums(const GemmParams& p, const CtaPlace& ct
         read ^= __float_as_uint(v.x);
       }
       stages.advance();
-      named_barrier(1 + threadIdx.x / 128 + (read & p.zero), 128);  // all have read it: see WordReader::release()
+      named_barrier(1 + threadIdx.x / 128 + (read & p.zero), 128);  // all have read it: see WordReader::release_unit()
       // The output takes the place of the last ones.
       if (!Config::kOutputInStages || left > 1 || i < kPieces - Config::kWarpgroups) stages.release_previous(lane);
     }
@@ -267,6 +267,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
         for (int s = 0; s < kGroup; ++s) {
           decoder.fragment(s_of_u * kBlockSteps + first + s, SharedWindow<typename Config::T>{}, offset, a[h][s]);
         }
+        if (s_of_u == 0 && first == 0) words.template release_unit<u>();
         if (first == 0) barrier_wait(stages.full + stages.index, stages.phase);
         if (!Config::kRegular && block == scales.boundary) new_group();
         const uint64_t b = tile_descriptor(shared_address(stages.stage())) + first * kDescriptorStep;
