@@ -12,25 +12,33 @@
 
 namespace higgs::cuda {
 
+// The tile that a cluster begins and others go on with, the last one of its share: how many of the clusters that
+// follow.
 template <typename Config>
-__device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace& place, int warpgroup, int tile,
-                                             float (&acc)[Config::kRegisters]) {
+__device__ __forceinline__ int helpers_of(const GemmParams& p, int cluster) {
   using Order = Schedule<Config::kWholeFirst>;
-  const int end = (tile - Order::first_split(p) + 1) * p.slices;
-  const auto helps = [&](int cluster) {
-    return cluster < p.clusters && Order::first_slice(p, cluster) < min(end, Order::first_slice(p, cluster + 1));
-  };
-  for (int cluster = place.cluster + 1 + threadIdx.x % 128; helps(cluster); cluster += 128) {
+  const int begin = Order::first_slice(p, cluster + 1);
+  const int end = (begin + p.slices - 1) / p.slices * p.slices;
+  int count = 1;
+  while (Order::first_slice(p, cluster + 1 + count) < end) ++count;
+  return count;
+}
+
+template <typename Config>
+__device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace& place, int thread,
+                                             float (&acc)[Config::kRegisters]) {
+  const int last = place.cluster + helpers_of<Config>(p, place.cluster);
+  for (int cluster = place.cluster + 1 + thread % 128; cluster <= last; cluster += 128) {
     const int cta = cluster * Config::kClusterSize + place.rank;
-    wait_for_partial<Config>(p, cta, warpgroup);
+    wait_for_partial<Config>(p, cta, thread / 128);
   }
-  named_barrier(1 + warpgroup, 128);
-  for (int cluster = place.cluster + 1; helps(cluster); ++cluster) {
+  named_barrier(1 + thread / 128, 128);
+  for (int cluster = place.cluster + 1; cluster <= last; ++cluster) {
     const int cta = cluster * Config::kClusterSize + place.rank;
-    const float4* from = partial_of<Config>(p, cta, warpgroup);
+    const float4* from = partial_of<Config>(p, cta, thread);
 #pragma unroll
     for (int i = 0; i < Config::kRegisters / 4; ++i) {
-      const float4 v = __ldcg(from + i * 128);
+      const float4 v = __ldcg(from + i * kPartialStride<Config>);
       acc[4 * i] += v.x;
       acc[4 * i + 1] += v.y;
       acc[4 * i + 2] += v.z;
@@ -54,42 +62,50 @@ __device__ __forceinline__ void store_rows(const GemmPart& part, int row, long l
   }
 }
 
-// All of a warp's accumulators to y: 16-byte stores, by way of `staging`, which only this kernel on sm_90 has the
-// shared memory and the instruction for; TileOutput does without.
+// A warpgroup's accumulators, times `scale`, to y by way of `staging`: [token][64 rows], 16-byte pieces swizzled as a
+// TensorMap says. From there the copy engine takes them, while the next tile is multiplied, or, where y has no map, all
+// threads; they are done with `staging` when it returns.
 template <typename Config>
-__device__ __forceinline__ void store_tile(const GemmParams& p, const GemmPart& part, int row_tile, int token,
-                                           uint8_t* staging, int lane, const float (&acc)[Config::kRegisters]) {
+__device__ __forceinline__ void store_tile(const GemmParams& p, const TilePlace& place, int thread, uint8_t* staging,
+                                           float2 scale, const float (&acc)[Config::kRegisters]) {
   using T = typename Config::T;
-  const int row = row_tile * kTileRows;
-  if (row >= part.n) return;
-  const float2 bias = row_biases<T>(part, row, lane);
-  constexpr int kTokens = Config::kStagingTokens;
+  constexpr int kTokenBytes = 128;
+  const GemmPart& part = p.parts[place.part];
+  const int lane = thread % kLanes;
+  const int warp = thread / kLanes % 4;
+  const int warpgroup = thread / 128;
+  const int first_row = place.row_tile * kTileRows + warpgroup * 64;
+  const float2 bias = row_biases<T>(part, first_row + warp * kTileRows, lane);
+  const uint32_t to =
+      shared_address(staging) + (lane / 16 * 8 + lane % 8) * kTokenBytes + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
-  for (int first = 0; first < Config::kN; first += kTokens) {
-    if (token + first >= p.m) break;
-    uint8_t* to = staging + (lane / 16 * 8 + lane % 8) * Config::kStagingStride + lane / 8 % 2 * 16;
-    __syncwarp();
+  for (int i = 0; i < Config::kN / 16; ++i) {
+    const float* v = acc + 8 * i;
+    uint32_t packed[4];
 #pragma unroll
-    for (int i = 0; i < kTokens / 16; ++i) {
-      const float* v = acc + (first + 16 * i) / 2;
-      uint32_t packed[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float b = j % 2 == 0 ? bias.x : bias.y;
-        packed[j] = pack2<T>(v[2 * j] + b, v[2 * j + 1] + b);
-      }
-      store_transposed(to + i * 16 * Config::kStagingStride, packed);
+    for (int j = 0; j < 4; ++j) {
+      const float s = j % 2 == 0 ? scale.x : scale.y;
+      const float b = j % 2 == 0 ? bias.x : bias.y;
+      packed[j] = pack2<T>(fmaf(v[2 * j], s, b), fmaf(v[2 * j + 1], s, b));
     }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kTokens / 16; ++i) {
-      const int t = lane / 2 + 16 * i;
-      if (token + first + t < p.m) {
-        store_rows<T>(part, row + lane % 2 * 8, token + first + t,
-                      *reinterpret_cast<const uint4*>(staging + t * Config::kStagingStride + lane % 2 * 16));
-      }
-    }
+    store_transposed(to + i * 16 * kTokenBytes, packed);
   }
+  if (part.mapped) copies_fence();
+  named_barrier(1 + warpgroup, 128);
+  if (part.mapped) {
+    if (thread % 128 == 0 && first_row < part.n) {
+      copy_box(&p.y[place.part], shared_address(staging), first_row, place.token);
+      copies_commit();
+    }
+    return;
+  }
+  const int tokens = min(Config::kN, p.m - place.token);
+#pragma unroll 1
+  for (int t = thread % 128 / 8; t < tokens; t += 16) {
+    store_rows<T>(part, first_row + lane % 8 * 8, place.token + t,
+                  *reinterpret_cast<const uint4*>(staging + t * kTokenBytes + (lane % 8 ^ t % 8) * 16));
+  }
+  named_barrier(1 + warpgroup, 128);
 }
 
 }  // namespace higgs::cuda

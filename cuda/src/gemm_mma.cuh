@@ -133,7 +133,8 @@ __device__ __forceinline__ void add_share(const GemmParams& p, int tile, int war
     float4 sum = {};
 #pragma unroll 4
     for (int cta = first; cta <= last; ++cta) {
-      const float4 v = __ldcg(partial_of<Config>(p, partial_set<Config>(p, cta, tile), warpgroup) + i * 128);
+      const float4 v = __ldcg(partial_of<Config>(p, partial_set<Config>(p, cta, tile), static_cast<int>(threadIdx.x)) +
+                              i * kPartialStride<Config>);
       sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
     }
     output.store(i, sum, output.bias(i / Config::kTileFragments));
@@ -157,6 +158,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
     RowScales<Config::kWarpTiles> scales(p, part.data + Config::kScalesOffset,
                                          place.row_tile + warp * Config::kWarpTiles, part.row_tiles, first_block(p, s),
                                          lane);
+    scales.begin();
     if (first) {
       wait_for_primary();
       x.begin(p);
@@ -177,7 +179,9 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
     x.next(p);
     scales.finish(acc);
     if (s.begin > 0 || s.end < p.slices) {
-      send_partial<Config>(p, partial_set<Config>(p, cta.cluster, s.tile), warp / 4, acc);
+      const int set = partial_set<Config>(p, cta.cluster, s.tile);
+      store_partial<Config>(p, set, static_cast<int>(threadIdx.x), acc);
+      announce_partial<Config>(p, set, static_cast<int>(threadIdx.x));
       continue;
     }
     const TileOutput<Config> output(p, place, warp, lane);

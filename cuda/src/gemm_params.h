@@ -5,6 +5,7 @@
 
 #include "higgs/cuda/plan.h"
 #include "slice_params.h"
+#include "tensor_map.h"
 
 namespace higgs::cuda {
 
@@ -21,11 +22,11 @@ struct GemmPart {
   int n = 0;
   int row_tiles = 0;
   int first_row_block = 0;
+  bool mapped = false;  // y, by GemmParams::y
 };
 
 struct GemmParams : SliceParams {
-  const void* x = nullptr;          // packed by pack_x: [k / 64][padded_m][64 columns], swizzled
-  const float* x_scales = nullptr;  // of digits
+  const void* x = nullptr;  // packed by pack_x: [k / 64][padded_m][64 columns], swizzled
   float* partials = nullptr;
   std::uint32_t* flags = nullptr;  // one per set of partial sums, cleared by pack_x
   int m = 0;
@@ -40,7 +41,9 @@ struct GemmParams : SliceParams {
   int slices_per_cluster = 0;  // of the shared tiles; the first `longer_clusters` take one more
   int longer_clusters = 0;
   int part_count = 0;
+  std::uint32_t zero = 0;  // which the compiler does not know: what is computed from v & zero waits for v
   GemmPart parts[kMaxParts];
+  TensorMap y[kMaxParts];  // of the wgmma kernel: boxes of 64 rows of W by the tokens of a tile
 };
 
 }  // namespace higgs::cuda

@@ -20,8 +20,11 @@
 // (GemmPlan::k_split_log), and add up their sums as gemm_cluster.cuh says.
 //
 // Integers. For few rows of x, looked-up bytes may be the A operand as they are (GemmPlan::bytes): four weights of a
-// quad, or those of two windows of a trellis, added up before where the sum is a byte (trellis.cuh). A row of x is two
+// quad, or sums of the entries of two windows of a trellis (trellis.cuh). A row of x is two
 // of B, the digits of 16-bit integers; their sums over the columns that share a scale are exact.
+//
+// Epilogue. y goes to shared memory, and from there by the copy engine while the next tile is multiplied; sums of
+// others come through the stages of x. The next segment's scales are on their way by then.
 //
 // Schedule: gemm_schedule.cuh. Shared memory and registers: GemmConfig in gemm_config.cuh.
 //
@@ -57,18 +60,88 @@ struct Stages {
   __device__ __forceinline__ uint8_t* stage() const {
     return shared + index * Config::kStageBytes + (index < Config::kStagesBefore ? 0 : Config::kStagesGap);
   }
-  __device__ __forceinline__ uint8_t* staging(int warp) const {
-    return shared + Config::kStagingStart + warp * Config::kStagingTokens * Config::kStagingStride;
+  // Where a warpgroup's part of y goes.
+  __device__ __forceinline__ uint8_t* output(int warpgroup) const {
+    if constexpr (Config::kOutputInStages) {
+      const int stage = output_stage(warpgroup);
+      return shared + stage * Config::kStageBytes + (stage < Config::kStagesBefore ? 0 : Config::kStagesGap);
+    } else {
+      return shared + Config::kStagingStart + warpgroup * Config::kOutputBytes;
+    }
   }
   __device__ __forceinline__ void advance() {
     if (++index == Config::kStages) index = 0, phase ^= 1;
   }
   // Called by every lane of a warp. All CTAs of the cluster write to this one's stages.
   __device__ __forceinline__ void release_previous(int lane) const {
-    uint64_t* barrier = empty + (index == 0 ? Config::kStages : index) - 1;
-    if (lane < Config::kClusterSize) barrier_arrive<Config::kClusterSize>(barrier, lane);
+    release((index == 0 ? Config::kStages : index) - 1, lane);
+  }
+  __device__ __forceinline__ void release(int stage, int lane) const {
+    if (lane < Config::kClusterSize) barrier_arrive<Config::kClusterSize>(empty + stage, lane);
+  }
+
+  // Where the output is in stages, the last two of a tile are given back later: the one that this warpgroup does not
+  // write to when both have read them, its own when y has been copied from there.
+  static __device__ __forceinline__ int output_stage(int warpgroup) {
+    return Config::kStages - Config::kWarpgroups + warpgroup;
+  }
+  __device__ __forceinline__ void release_output(int warpgroup, int lane) const {
+    if (threadIdx.x / kLanes % 4 != 0) return;
+    copies_wait_read();
+    __syncwarp();
+    if (lane < Config::kClusterSize) barrier_arrive<Config::kClusterSize, 4>(empty + output_stage(warpgroup), lane);
   }
 };
+
+// The sums of those who share a tile, after its x.
+template <typename Config>
+__device__ __forceinline__ void produce_sums(const GemmParams& p, const CtaPlace& cta, Stages<Config>& stages) {
+#pragma unroll 1
+  for (int left = helpers_of<Config>(p, cta.cluster), cluster = cta.cluster + 1; left > 0; --left, ++cluster) {
+    const int set = cluster * Config::kClusterSize + cta.rank;
+    for (int i = 0; i < Config::kWarpgroups; ++i) wait_for_partial<Config>(p, set, i);
+    copies_fence_global();
+    const auto* from = reinterpret_cast<const uint8_t*>(partials_of<Config>(p, set));
+    constexpr int kBytes = Config::kStageSums * Config::kConsumers * 16;
+#pragma unroll 1
+    for (int i = 0; i < Config::kRegisters / 4; i += Config::kStageSums, from += kBytes) {
+      uint64_t* full = stages.full + stages.index;
+      barrier_wait(stages.empty + stages.index, stages.phase ^ 1);
+      mbarrier_expect(full, kBytes);
+      copy_bulk<1>(stages.stage(), from, kBytes, full);
+      stages.advance();
+    }
+  }
+}
+template <typename Config>
+__device__ __forceinline__ void add_sums(const GemmParams& p, const CtaPlace& cta, Stages<Config>& stages,
+                                         float (&acc)[Config::kRegisters]) {
+  constexpr int kPieces = Config::kRegisters / 4 / Config::kStageSums;
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll 1
+  for (int left = helpers_of<Config>(p, cta.cluster); left > 0; --left) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      barrier_wait(stages.full + stages.index, stages.phase);
+      const auto* from = reinterpret_cast<const float4*>(stages.stage()) + threadIdx.x;
+      uint32_t read = 0;
+#pragma unroll
+      for (int j = 0; j < Config::kStageSums; ++j) {
+        const float4 v = from[j * kPartialStride<Config>];
+        float* to = acc + 4 * (i * Config::kStageSums + j);
+        to[0] += v.x;
+        to[1] += v.y;
+        to[2] += v.z;
+        to[3] += v.w;
+        read ^= __float_as_uint(v.x);
+      }
+      stages.advance();
+      named_barrier(1 + threadIdx.x / 128 + (read & p.zero), 128);  // all have read it: see WordReader::release_unit()
+      // The output takes the place of the last ones.
+      if (!Config::kOutputInStages || left > 1 || i < kPieces - Config::kWarpgroups) stages.release_previous(lane);
+    }
+  }
+}
 
 // One thread. Every CTA of a cluster copies an equal part of the tokens, to all of them.
 template <typename Config>
@@ -88,7 +161,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
   };
   wait_for_primary();
   while (schedule.next(p, s)) {
-    if constexpr (Config::kInOrder) {
+    if constexpr (Config::kIntegers) {
       const auto* x = static_cast<const uint8_t*>(p.x) + s.begin * (Config::kStages * Config::kStageBytes + kScales);
       for (int k = s.begin * Config::kStages; k < s.end * Config::kStages; ++k) {
         const int bytes = Config::kStageBytes + (stages.index == Config::kStages - 1 ? kScales : 0);
@@ -101,7 +174,9 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
     const int last = min(p.k_blocks, s.end * p.units_per_slice * 2);
     const uint8_t* x = static_cast<const uint8_t*>(p.x) + cta.rank * kShare + first * block_stride +
                        static_cast<long long>(place_of<Config>(p, cta, s.tile).token) * kTokenBytes;
+#pragma unroll 1
     for (int k = first; k < last; ++k, x += block_stride) fill(stages.stage() + cta.rank * kShare, x, kShare);
+    if (Config::kStreamsSums && p.k_split_log == 0 && s.begin == 0 && s.end < p.slices) produce_sums(p, cta, stages);
   }
 }
 
@@ -111,30 +186,19 @@ template <typename Config>
 struct DigitSums {
   static constexpr int kPairs = Config::kN / 8;  // of tokens, of a lane
   int sums[4 * kPairs * 2] = {};
-  float2 x_scales[kPairs] = {};
-  float2 halves[kPairs] = {};  // half sums of x
 
-  // Of k block `block`: so long before move_to that it need not wait, and not longer, as they take registers.
-  __device__ __forceinline__ void load_scales(const GemmParams& p, int block) {
-    if constexpr (Config::kInOrder) return;
-    const float* from = p.x_scales + block / Config::kScaleBlocks * Config::kN + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) x_scales[i] = __ldcg(reinterpret_cast<const float2*>(from + 8 * i));
-  }
   // At the end of the columns that share a scale, of a scale group or of the last slice.
   __device__ __forceinline__ void move_to(float (&acc)[4 * kPairs], const Stages<Config>& stages) {
-    if constexpr (Config::kInOrder) {
-      const auto* from =
-          reinterpret_cast<const float2*>(stages.shared + Config::kStages * Config::kStageBytes) + threadIdx.x % 4;
+    float2 x_scales[kPairs];
+    float2 halves[kPairs] = {};  // half sums of x
+    const auto* from =
+        reinterpret_cast<const float2*>(stages.shared + Config::kStages * Config::kStageBytes) + threadIdx.x % 4;
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        x_scales[i] = from[4 * i];
-        if (Config::kHalves) halves[i] = from[Config::kN / 2 + 4 * i];
-      }
+    for (int i = 0; i < kPairs; ++i) {
+      x_scales[i] = from[4 * i];
+      if (Config::kHalves) halves[i] = from[Config::kN / 2 + 4 * i];
     }
-    wgmma_wait<0>();
-#pragma unroll
-    for (int& sum : sums) asm volatile("" : "+r"(sum)::"memory");  // not read before
+    wgmma_wait_all(sums);
 #pragma unroll
     for (int i = 0; i < 4 * kPairs; ++i) {
       const int at = i / 4 * 8 + i % 2 * 4 + i / 2 % 2 * 2;
@@ -156,7 +220,6 @@ struct DigitSums {
   }
 };
 struct NoDigits {
-  __device__ __forceinline__ void load_scales(const GemmParams& /*p*/, int /*block*/) {}
   template <int Registers, typename X>
   __device__ __forceinline__ void move_to(float (& /*acc*/)[Registers], const X& /*stages*/) {}
 };
@@ -167,14 +230,14 @@ using Digits = std::conditional_t<Config::kIntegers, DigitSums<Config>, NoDigits
 template <typename Config>
 __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segment& segment, int slice,
                                                WordReader<Config>& words, RowScales<1>& scales, Stages<Config>& stages,
-                                               uint32_t offset, bool& holding, Digits<Config>& digits,
-                                               float (&acc)[Config::kRegisters]) {
+                                               uint32_t offset, bool& holding, bool& output, bool keeps,
+                                               Digits<Config>& digits, float (&acc)[Config::kRegisters]) {
   constexpr int kGroup = Config::kGroupSteps;
   const int units = units_of_slice(p, slice) / Config::kJoined;
   int block = slice * p.units_per_slice * 2;
   uint32_t a[2][kGroup][4];  // of a group of steps and the one before
   const auto new_group = [&] {
-    wgmma_wait<0>();
+    wgmma_wait_all(acc);
     scales.next_group(p, acc);
   };
   words.begin_slice();
@@ -186,7 +249,6 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
     unrolled<Config::kUnitStages>([&](auto stage_of_unit) {
       constexpr int s_of_u = decltype(stage_of_unit)::value;
       if (!Config::kRegular && s_of_u > 0 && block >= p.k_blocks) return false;
-      if (u == Config::kUnits - 1 && s_of_u == Config::kUnitStages - 1) digits.load_scales(p, block);
 #pragma unroll
       for (int first = 0; first < kBlockSteps; first += kGroup) {
         const int h = (s_of_u * kBlockSteps + first) / kGroup % 2;
@@ -194,6 +256,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
         for (int s = 0; s < kGroup; ++s) {
           decoder.fragment(s_of_u * kBlockSteps + first + s, SharedWindow<typename Config::T>{}, offset, a[h][s]);
         }
+        if (s_of_u == 0 && first == 0) words.template release_unit<u>();
         if (first == 0) barrier_wait(stages.full + stages.index, stages.phase);
         if (!Config::kRegular && block == scales.boundary) new_group();
         const uint64_t b = tile_descriptor(shared_address(stages.stage())) + first * kDescriptorStep;
@@ -203,7 +266,8 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
           if constexpr (Config::kIntegers) {
             wgmma_bytes<Config::kUnsigned>(digits.sums, a[h][s], b + s * kDescriptorStep);
           } else {
-            wgmma<typename Config::T>(acc, a[h][s], b + s * kDescriptorStep);
+            const bool begins = u == 0 && s_of_u == 0 && first == 0 && s == 0;
+            wgmma<typename Config::T>(acc, a[h][s], b + s * kDescriptorStep, begins ? slice != segment.begin : 1);
           }
         }
         wgmma_commit();
@@ -216,7 +280,14 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
         }
         // The group before: a[1 - h] is free, and the stage of the block before.
         wgmma_wait<Config::kRegular ? 1 : 0>();
-        if (first == 0 && holding) stages.release_previous(threadIdx.x % kLanes);
+        if (first == 0 && holding) {
+          const bool last = u == Config::kUnits - 1 && s_of_u == Config::kUnitStages - 1;
+          if (!Config::kOutputInStages || !last || !keeps) stages.release_previous(threadIdx.x % kLanes);
+        }
+        if (Config::kOutputInStages && u == 0 && s_of_u == 0 && first == 0 && output) {
+          stages.release_output(threadIdx.x / 128, threadIdx.x % kLanes);
+          output = false;
+        }
       }
       holding = true;
       stages.advance();
@@ -232,29 +303,41 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
 
 template <typename Config>
 __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta, Stages<Config> stages,
-                                        uint8_t* shared, int warpgroup) {
+                                        uint8_t* shared) {
   const int lane = threadIdx.x % kLanes;
   const int warp = threadIdx.x / kLanes;
-  WordReader<Config> words(shared, warp, lane);
+  WordReader<Config> words(p, shared, warp, lane);
   Schedule<Config::kWholeFirst> schedule(p, cta);
-  uint8_t* staging = stages.staging(warp);
   // The upper byte of a shared address is the CTA's rank in its cluster.
   const uint32_t offset = shared_address(shared) + Config::kTableStart + Config::Decoder::lane_offset(lane);
-  int table_of = -1;
-  bool waited = false;
+  bool first = true;
+  bool new_table = true;
+  bool output = false;     // the stages of it have not been given back
+  bool announces = false;  // a partial sum that has been stored
   Segment s;
-  while (schedule.next(p, s)) {
-    const TilePlace place = place_of<Config>(p, cta, s.tile);
+  TilePlace place;
+  RowScales<1> scales;
+  const auto next = [&] {
+    if (!schedule.next(p, s)) return false;
+    place = place_of<Config>(p, cta, s.tile);
     const GemmPart& part = p.parts[place.part];
-    if (place.part != table_of) {
-      change_table<Config, Config::kConsumers>(part, shared + Config::kTableStart, 1 + Config::kWarpgroups);
-      table_of = place.part;
+    scales = RowScales<1>(p, part.data + Config::kScalesOffset, place.row_tile + warp, part.row_tiles,
+                          s.begin * p.units_per_slice * 2, lane);
+    return true;
+  };
+  bool more = next();
+  while (more) {
+    if (new_table) {
+      change_table<Config, Config::kConsumers>(p.parts[place.part], shared + Config::kTableStart,
+                                               1 + Config::kWarpgroups);
     }
-    RowScales<1> scales(p, part.data + Config::kScalesOffset, place.row_tile + warp, part.row_tiles,
-                        s.begin * p.units_per_slice * 2, lane);
-    if (!waited) wait_for_primary();
-    waited = true;
-    float acc[Config::kRegisters] = {};
+    if (first) wait_for_primary();
+    first = false;
+    scales.begin();
+    float acc[Config::kRegisters];  // the first products overwrite it
+    if constexpr (Config::kIntegers) {
+      for (float& sum : acc) sum = 0;
+    }
     Digits<Config> digits;
     bool holding = false;  // a stage whose wgmmas may still run
     // An instruction of all lanes: the assembler then knows them to be together, and every __syncwarp() from here on is
@@ -263,30 +346,72 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     words.template load_unit<0>(loads_of_slice<Config>(p, s.begin));
 #pragma unroll 1
     for (int slice = s.begin; slice < s.end; ++slice) {
-      multiply_slice<Config>(p, s, slice, words, scales, stages, offset, holding, digits, acc);
+      const bool keeps = s.begin == 0 && slice + 1 == s.end && s.end == p.slices;
+      multiply_slice<Config>(p, s, slice, words, scales, stages, offset, holding, output, keeps, digits, acc);
+      if (announces) announce_partial<Config>(p, block_now(), thread_now());
+      announces = false;
     }
-    wgmma_wait<0>();
-    stages.release_previous(lane);
-    scales.finish(acc, Config::kUnit);
+    // Where the next segment is and its scales, while the last wgmmas run.
+    const Segment done = s;
+    const TilePlace to = place;
+    const float2 scale = scales.last(0, Config::kUnit);
+    more = next();
+    new_table = place.part != to.part;
+    wgmma_wait_all(acc);
     if constexpr (Config::kSplitsK) {
       if (p.k_split_log > 0) {
+        scale_rows<Config::kRegisters>(acc, scale);
         cluster_arrive_release();  // nobody reads stages and slots any more, whose place the inbox takes
         cluster_wait();
         const ClusterSums<Config> sums(p, shared, cta.k_rank);
+        const int warpgroup = thread_now() / 128;
         sums.send_all(acc, warpgroup);
         cluster_arrive_release();
         cluster_wait();
-        sums.add_and_store(TileOutput<Config>(p, place, warp, lane), warpgroup);
+        sums.add_and_store(TileOutput<Config>(p, to, warp, lane), warpgroup);
         return;
       }
     }
-    if (s.begin > 0) {
-      send_partial<Config>(p, blockIdx.x, warpgroup, acc);
+    if (done.begin > 0) {
+      stages.release_previous(lane);
+      scale_rows<Config::kRegisters>(acc, scale);
+      store_partial<Config>(p, block_now(), thread_now(), acc);
+      announces = more;
+      if (!more) announce_partial<Config>(p, block_now(), thread_now());
       continue;
     }
-    if (s.end < p.slices) add_partials<Config>(p, cta, warpgroup, s.tile, acc);
-    store_tile<Config>(p, part, place.row_tile + warp, place.token, staging, lane, acc);
+    float2 rest = scale;
+    if (done.end < p.slices) {
+      scale_rows<Config::kRegisters>(acc, scale);
+      if constexpr (Config::kStreamsSums) {
+        stages.release_previous(lane);
+        add_sums<Config>(p, cta, stages, acc);
+      } else {
+        add_partials<Config>(p, cta, thread_now(), acc);
+      }
+      rest = {1, 1};
+    }
+    const int thread = thread_now();
+    if constexpr (Config::kOutputInStages) {
+      static_assert(Config::kWarpgroups == 2);
+      named_barrier(1 + Config::kWarpgroups, Config::kConsumers);  // both have read the last stages
+      stages.release(Stages<Config>::output_stage(1 - thread / 128), lane);
+      output = true;
+    } else {
+      if (!Config::kStreamsSums || done.end == p.slices) stages.release_previous(lane);
+      if (thread % 128 == 0) copies_wait_read();
+      named_barrier(1 + thread / 128, 128);
+    }
+    store_tile<Config>(p, to, thread, stages.output(thread / 128), rest, acc);
   }
+  if (threadIdx.x % 128 == 0) copies_wait_read();
+}
+
+template <typename Config>
+__device__ __forceinline__ CtaPlace this_cta(const GemmParams& p) {
+  const auto rank = static_cast<int>(cluster_rank());
+  return {static_cast<int>(blockIdx.x) >> (Config::kClusterSize / 2 + p.k_split_log),
+          Config::kClusterSize > 1 ? rank : 0, Config::kClusterSize > 1 ? 0 : rank};
 }
 
 template <typename Config>
@@ -296,9 +421,6 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   launch_dependents();
   Stages<Config> stages(shared);
   static_assert(!Config::kSplitsK || Config::kClusterSize == 1);
-  const auto rank = static_cast<int>(cluster_rank());
-  const CtaPlace cta{static_cast<int>(blockIdx.x) >> (Config::kClusterSize / 2 + p.k_split_log),
-                     Config::kClusterSize > 1 ? rank : 0, Config::kClusterSize > 1 ? 0 : rank};
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kStages; ++i) {
@@ -320,6 +442,7 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // a value the assembler knows to be uniform
   if (warpgroup == Config::kWarpgroups) {
     give_registers<Config::kProducerRegisters>();
+    const CtaPlace cta = this_cta<Config>(p);
     if (threadIdx.x == Config::kConsumers) produce<Config>(p, cta, stages);
     const int warp = static_cast<int>(threadIdx.x - Config::kConsumers) / kLanes;
     if (warp > 0) produce_words<Config>(p, cta, Slots<Config>(shared), warp - 1);
@@ -332,7 +455,7 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
     }
   } else {
     take_registers<Config::kConsumerRegisters>();
-    consume<Config>(p, cta, stages, shared, warpgroup);
+    consume<Config>(p, this_cta<Config>(p), stages, shared);
   }
   if constexpr (Config::kClusterSize > 1) {  // nobody writes to the shared memory of a CTA that has gone
     __syncwarp();

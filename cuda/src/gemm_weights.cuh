@@ -45,6 +45,7 @@ class RowScales {
  public:
   int boundary = 0;  // k block where the next group begins
 
+  RowScales() = default;
   __device__ __forceinline__ RowScales(const GemmParams& p, const uint8_t* scales, int row_tile, int row_tiles,
                                        int block, int lane)
       : boundary((block / p.group_blocks + 1) * p.group_blocks), left_(p.scale_groups - 1 - block / p.group_blocks) {
@@ -53,8 +54,9 @@ class RowScales {
           (static_cast<long long>(first) * p.scale_groups + block / p.group_blocks) * kTileRows + lane / 4;
     to_second_ = first + 1 < row_tiles ? p.scale_groups * kTileRows : 0;
     load_next();
-    take();
   }
+  // Enters the first group.
+  __device__ __forceinline__ void begin() { take(); }
   // Enters the next group.
   template <int Registers>
   __device__ __forceinline__ void next_group(const GemmParams& p, float (&acc)[Registers]) {
@@ -70,16 +72,16 @@ class RowScales {
                                     {__fdividef(before[i].x, now.x), __fdividef(before[i].y, now.y)});
     }
   }
-  // unit: of the grid points, if not 1
   template <int Registers>
-  __device__ __forceinline__ void finish(float (&acc)[Registers], float unit = 1.0f) const {
+  __device__ __forceinline__ void finish(float (&acc)[Registers]) const {
 #pragma unroll
-    for (int i = 0; i < Tiles; ++i) {
-      const float2 now = scale(i);
-      const float2 greatest = __half22float2(greatest_[i]);
-      scale_rows<Registers / Tiles>(acc + i * (Registers / Tiles),
-                                    {greatest.x == 0 ? 0.0f : now.x * unit, greatest.y == 0 ? 0.0f : now.y * unit});
-    }
+    for (int i = 0; i < Tiles; ++i) scale_rows<Registers / Tiles>(acc + i * (Registers / Tiles), last(i));
+  }
+  // What the accumulators of row tile i are multiplied by in the end. unit: of the grid points, if not 1
+  __device__ __forceinline__ float2 last(int i, float unit = 1.0f) const {
+    const float2 now = scale(i);
+    const float2 greatest = __half22float2(greatest_[i]);
+    return {greatest.x == 0 ? 0.0f : now.x * unit, greatest.y == 0 ? 0.0f : now.y * unit};
   }
 
  private:
@@ -104,9 +106,9 @@ class RowScales {
     if (--left_ >= 0) load_next();
   }
 
-  const uint16_t* at_;  // of the next scale group
-  int to_second_;       // values to the second row tile
-  int left_;            // groups after this one
+  const uint16_t* at_ = nullptr;  // of the next scale group
+  int to_second_ = 0;             // values to the second row tile
+  int left_ = 0;                  // groups after this one
   __half2 now_[Tiles] = {};
   __half2 greatest_[Tiles] = {};
   uint16_t next_[Tiles][2] = {};

@@ -79,16 +79,32 @@ __device__ __forceinline__ void produce_words(const GemmParams& p, const CtaPlac
 template <typename Config>
 class WordReader {
  public:
-  __device__ __forceinline__ WordReader(uint8_t* shared, int warp, int lane)
-      : slots_(shared), to_lane_(warp * Config::kPieceBytes + lane * 16) {}
-  // Loads what unit U of a slice of `loads` loads needs and the units before it did not.
+  __device__ __forceinline__ WordReader(const GemmParams& p, uint8_t* shared, int warp, int lane)
+      : p_(p), slots_(shared), to_lane_(warp * Config::kPieceBytes + lane * 16) {}
+  // Loads what unit U of a slice of `loads` loads needs and the units before it did not. The slots are to be given back
+  // by release_unit<U>().
   template <int U>
   __device__ __forceinline__ void load_unit(int loads) {
 #pragma unroll
-    for (int i = U == 0 ? 0 : loads_until(U - 1); i < loads_until(U); ++i) {
+    for (int i = loads_until(U - 1); i < loads_until(U); ++i) {
       if (i % Config::kPieceLoads == 0) barrier_wait(slots_.full + slots_.index, slots_.phase);
       load_shared(slots_.slot() + to_lane_ + i % Config::kPieceLoads * kLanes * 16, q_[i]);
-      if ((i + 1) % Config::kPieceLoads == 0 || i + 1 == (Config::kRegular ? Config::kLoads : loads)) release();
+      if ((i + 1) % Config::kPieceLoads == 0 || i + 1 == (Config::kRegular ? Config::kLoads : loads)) {
+        if (!Config::kRegular) release<U>(slots_.index, i / Config::kPieceLoads);
+        slots_.advance();
+      }
+    }
+  }
+  // Gives back what load_unit<U>() has read to its end. The arrival must wait for the words: on its own it overtakes
+  // loads that are slow, for instance as loads from global memory came before, and the next copy writes what they read.
+  // So it had better come when the words have been used.
+  template <int U>
+  __device__ __forceinline__ void release_unit() {
+    if (!Config::kRegular) return;  // done, as `loads` said where the last piece ended
+#pragma unroll
+    for (int piece = pieces_until(U - 1); piece < pieces_until(U); ++piece) {
+      const int slot = slots_.index - pieces_until(U) + piece;
+      release<U>(slot < 0 ? slot + Config::kSlots : slot, piece);
     }
   }
   // After load_unit<0>. Tells the compiler where in shared memory it is, where that is the same for all slices.
@@ -110,18 +126,30 @@ class WordReader {
   }
 
  private:
+  // Loads of units up to u.
   static constexpr int loads_until(int u) {
+    if (u < 0) return 0;
     int last = 0;
     for (int i = 0; i < Config::kUnitWords; ++i) last = std::max(last, slice_word(Config::kShape, u, i));
     return last / 4 + 1;
   }
-  // By every lane, for its own loads: it takes no longer than by one for the warp after a __syncwarp(), which racecheck
-  // does not follow.
-  __device__ __forceinline__ void release() {
-    barrier_arrive<1>(slots_.empty + slots_.index, 0);
-    slots_.advance();
+  // Pieces that these are all of.
+  static constexpr int pieces_until(int u) {
+    return loads_until(u) == Config::kLoads ? Config::kPieces : loads_until(u) / Config::kPieceLoads;
+  }
+  // The slot of a piece that ends in unit U; what units before it loaded has been used. By every lane, for its own
+  // loads: it takes no longer than by one for the warp after a __syncwarp(), which racecheck does not follow.
+  template <int U>
+  __device__ __forceinline__ void release(int slot, int piece) {
+    uint32_t read = 0;
+#pragma unroll
+    for (int i = loads_until(U - 1); i < loads_until(U); ++i) {
+      if (i / Config::kPieceLoads == piece) read ^= q_[i].x;
+    }
+    barrier_arrive<1>(slots_.empty + slot + (read & p_.zero), 0);
   }
 
+  const GemmParams& p_;
   Slots<Config> slots_;
   uint32_t to_lane_;
   uint4 q_[Config::kLoads];

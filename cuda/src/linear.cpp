@@ -159,7 +159,7 @@ bool uses_gemm(std::int64_t m, std::span<const LinearPart> parts, const DevicePr
   return rows * f.k > most_decoded(static_cast<int>(m), parts);
 }
 
-GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> parts) {
+GemmParams make_gemm_params(const GemmPlan& plan, std::int64_t m, std::span<const LinearPart> parts) {
   const LayerFormat& f = parts[0].weights.format;
   GemmParams p;
   static_cast<SliceParams&>(p) = slice_params(tiled_format(f));
@@ -182,6 +182,8 @@ GemmParams make_gemm_params(const GemmPlan& plan, std::span<const LinearPart> pa
     part.n = static_cast<int>(parts[i].weights.format.n);
     part.row_tiles = static_cast<int>(layout.row_tiles);
     part.first_row_block = p.row_blocks;
+    part.mapped = plan.kernel == GemmKernel::wgmma && plan.k_split_log == 0 &&
+                  map_output(p.y[i], part.y, plan.dtype, m, part.n, plan.tokens);
     p.row_blocks += plan.row_blocks[i];
   }
   return p;
@@ -232,7 +234,7 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
           .crossed = plans[0].field.crossed()},
          dtype, stream);
   for (std::size_t i = 0; i < groups.size(); ++i) {
-    GemmParams params = make_gemm_params(plans[i], groups[i]);
+    GemmParams params = make_gemm_params(plans[i], m, groups[i]);
     params.x = base;
     params.m = static_cast<int>(m);
     params.padded_m = sizes.padded_m;

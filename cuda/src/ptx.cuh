@@ -106,6 +106,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// threadIdx.x and blockIdx.x, read here: what is computed from them is not kept in registers from before.
+__device__ __forceinline__ int thread_now() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+__device__ __forceinline__ int block_now() {
+  int v;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(v));
+  return v;
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t r = 0;
 #if __CUDA_ARCH__ >= 900

@@ -203,7 +203,6 @@ template <int Bits>
 struct SumTrellisDecoder : TrellisWindows<Bits> {
   static constexpr int kShift = trellis_shift(Bits);
   static constexpr bool kIntegers = true;
-  static constexpr bool kSums = true;
   static constexpr float kHalfUnit = -4.0f * kTrellisOffset;  // what every weight has too much, in halves
   using Table = SumTable;
 

@@ -218,6 +218,63 @@ TEST(CudaLinear, ManyRowsAreAsFew) {
   }
 }
 
+// Whole and shared tiles of several matrices, whose sums, words, stages and outputs follow each other in a CTA: the
+// same bits however its warps meet.
+TEST(CudaLinear, ManyTilesAreTheSameInEveryRun) {
+  HIGGS_NEEDS_GPU();
+  const DeviceProperties& device = current_device();
+  struct Problem {
+    std::vector<std::int64_t> n;
+    std::int64_t k;
+    std::int64_t m;
+  };
+  for (const char* grid : {"p2_n256", "p4_n4096", "a2_b6"}) {
+    for (const Problem& problem : {Problem{{1003, 256}, 4096, 1024}, Problem{{200, 1000}, 4096, 1024},
+                                   Problem{{2056}, 6144, 741}, Problem{{4100}, 4096, 287}, Problem{{8192}, 1024, 883},
+                                   Problem{{8192}, 2048, 128}, Problem{{8192}, 2048, 64}}) {
+      const auto& [ns, k, m] = problem;
+      SCOPED_TRACE(std::string(grid) + " n=" + std::to_string(ns[0]) + " m=" + std::to_string(m));
+      Buffer<float> d(static_cast<std::size_t>(k));
+      rotation_vector(VectorKind::input, 3, nullptr, k, d.data(), nullptr);
+      const Buffer<std::uint8_t> x(stored(gaussian(static_cast<std::size_t>(m * k)), DType::bf16));
+      std::vector<LinearPart> parts;
+      std::deque<Buffer<std::byte>> tiled;
+      std::deque<Buffer<std::uint8_t>> ys;
+      for (const std::int64_t n : ns) {
+        const Layer layer(find_grid(grid), n, k, 1024, 1024);
+        tiled.emplace_back(static_cast<std::size_t>(tiled_format(layer.format).bytes));
+        ys.emplace_back(static_cast<std::size_t>(m * n * 2));
+        repack(layer.device(), tiled.back().data(), nullptr);
+        parts.push_back({{layer.format, tiled.back().data()}, nullptr, ys.back().data()});
+        ok(cudaDeviceSynchronize());
+      }
+      Buffer<std::uint8_t> workspace(static_cast<std::size_t>(linear_workspace_bytes(m, DType::bf16, parts, device)));
+      std::vector<std::vector<std::uint8_t>> first;
+      for (int i = 0; i < 12; ++i) {
+        workspace.poison();
+        for (Buffer<std::uint8_t>& y : ys) y.poison();
+        linear(x.data(), DType::bf16, m, d.data(), parts, workspace.data(), nullptr, device);
+        for (std::size_t part = 0; part < ys.size(); ++part) {
+          if (i == 0) {
+            first.push_back(ys[part].host());
+          } else {
+            EXPECT_EQ(ys[part].host(), first[part]) << "run " << i << " of matrix " << part;
+          }
+        }
+      }
+      // Alone, other tiles are shared, at other columns.
+      for (std::size_t part = 0; part < ys.size() && ys.size() > 1; ++part) {
+        linear(x.data(), DType::bf16, m, d.data(), {&parts[part], 1}, workspace.data(), nullptr, device);
+        const std::vector<float> together = loaded(first[part], DType::bf16);
+        const std::vector<float> alone = loaded(ys[part].host(), DType::bf16);
+        for (std::size_t i = 0; i < alone.size(); ++i) {
+          ASSERT_NEAR(together[i], alone[i], 0.05f + 0.01f * std::abs(alone[i])) << "matrix " << part << " at " << i;
+        }
+      }
+    }
+  }
+}
+
 class CudaLinearRealShapes : public testing::TestWithParam<const char*> {};
 
 TEST_P(CudaLinearRealShapes, MatchTheOracle) {

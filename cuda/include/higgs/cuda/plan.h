@@ -172,7 +172,6 @@ struct GemmPlan {
   int k_split_log = 0;
   std::vector<int> row_blocks;  // of each matrix
   std::int64_t x_bytes = 0;     // of the workspace: packed x, partial sums, flags
-  std::int64_t x_scales = 0;    // where the scales of digits for a trellis begin in packed x
   std::int64_t partial_bytes = 0;
   std::int64_t flag_bytes = 0;
 
