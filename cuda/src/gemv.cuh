@@ -282,6 +282,10 @@ __global__ void __launch_bounds__(Config::kMaxThreads, Config::kCtas)
   int first_column;
   if constexpr (Config::kPrepared) {
     table.store(shared);
+    // Of one or two rounds most is on its way already, and the prefetch only delays others.
+    if constexpr (Config::kPrefetchesRest) {
+      if (part.rounds > 2 && words.left > 0) words.prefetch_ahead(lane);
+    }
     first_column = role.slice * p.units_per_slice * kUnitColumns;
   } else {
     const RotateRole<T, 2> rotate(p, first_slice, warp, lane);

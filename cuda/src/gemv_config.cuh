@@ -67,7 +67,7 @@ struct GemvConfig {
   static constexpr int kTaken = kWide ? kLoads : kTakes ? kHalfSlice : 0;
   // Whether a warp brings the rest of its first slice to the L2 while it waits for x: where memory bounds the loop, and
   // not look-ups.
-  static constexpr bool kPrefetchesRest = kLoop == Loop::held && kWindow < kLoads && kUnitWords >= 8;
+  static constexpr bool kPrefetchesRest = kHeld && kWindow < kLoads && kUnitWords >= 8;
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kPartialStride = kRows + 4;  // floats per x row of a partial sum: spreads x rows over banks
   static_assert(TokenTiles_ == 1 || (TokenTiles_ == 2 && (kBytes || kLoop != Loop::held)) ||

@@ -137,6 +137,15 @@ struct WordWindow {
       if (line < kLines) prefetch_line(at - lane * 16 + line * kLineBytes);
     }
   }
+  // Held: the same and what follows, a line a lane, up to the next slice.
+  __device__ __forceinline__ void prefetch_ahead(int lane) const {
+    constexpr int kFirst = Config::kWindow * 16 * kLanes / kLineBytes;
+    constexpr int kLines = Config::kLoads * 16 * kLanes / kLineBytes;
+    static_assert(kFirst < kLines && kLines <= kFirst + kLanes);
+    const uint8_t* line = at - lane * 16 + (kFirst + lane) * kLineBytes;
+    if (kFirst + lane >= kLines) line += static_cast<long long>(step - Config::kLoads) * (16 * kLanes);
+    prefetch_line(line);
+  }
   // Brings the words of the next iteration to the L2.
   __device__ __forceinline__ void prefetch_next(const GemvPart& part, int iterations, int lane) const {
     constexpr int kLines = Config::kLoads * 16 * kLanes / kLineBytes;  // of a row tile
