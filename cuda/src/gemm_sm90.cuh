@@ -351,15 +351,10 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
       if (announces) announce_partial<Config>(p, block_now(), thread_now());
       announces = false;
     }
-    // Where the next segment is and its scales, while the last wgmmas run.
-    const Segment done = s;
-    const TilePlace to = place;
     const float2 scale = scales.last(0, Config::kUnit);
-    more = next();
-    new_table = place.part != to.part;
-    wgmma_wait_all(acc);
     if constexpr (Config::kSplitsK) {
       if (p.k_split_log > 0) {
+        wgmma_wait_all(acc);
         scale_rows<Config::kRegisters>(acc, scale);
         cluster_arrive_release();  // nobody reads stages and slots any more, whose place the inbox takes
         cluster_wait();
@@ -368,10 +363,16 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
         sums.send_all(acc, warpgroup);
         cluster_arrive_release();
         cluster_wait();
-        sums.add_and_store(TileOutput<Config>(p, to, warp, lane), warpgroup);
+        sums.add_and_store(TileOutput<Config>(p, place, warp, lane), warpgroup);
         return;
       }
     }
+    // Where the next segment is and its scales, while the last wgmmas run.
+    const Segment done = s;
+    const TilePlace to = place;
+    more = next();
+    new_table = place.part != to.part;
+    wgmma_wait_all(acc);
     if (done.begin > 0) {
       stages.release_previous(lane);
       scale_rows<Config::kRegisters>(acc, scale);
