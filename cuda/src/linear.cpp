@@ -274,7 +274,8 @@ void run_decode(const void* x, DType dtype, std::int64_t m, const float* d, std:
                    .block = f.block,
                    .digits = prepares_digits(part_plan),
                    .chunks = part_plan.field.trellis(),
-                   .half_parts = part_plan.half_parts()},
+                   .half_parts = part_plan.half_parts(),
+                   .free_multiprocessors = device.multiprocessors - part_plan.ctas()},
                   dtype, stream);
         params.x = workspace;
       }

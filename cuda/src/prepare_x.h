@@ -15,9 +15,10 @@ struct PrepareParams {
   int m = 0;
   int k = 0;
   int block = 0;
-  bool digits = false;  // for loops over bytes
-  bool chunks = false;  // whose digits share a scale; otherwise those of half a chunk do
-  int half_parts = 0;   // of a chunk, where those lack half a step
+  bool digits = false;           // for loops over bytes
+  bool chunks = false;           // whose digits share a scale; otherwise those of half a chunk do
+  int half_parts = 0;            // of a chunk, where those lack half a step
+  int free_multiprocessors = 0;  // of the decode kernel's launch
 };
 
 // out = rotate(x * d) as rotate_x.cuh has it. Chunks of 1024 columns, the last one padded, of tiles of 8 rows; a row is

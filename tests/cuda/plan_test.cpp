@@ -131,6 +131,9 @@ TEST(Plan, PreparedXLeavesMultiprocessorsThatRotateIt) {
     EXPECT_EQ(p.chunks == 0, p.prepared) << m;
     EXPECT_FALSE(plan({m, DType::bf16, {&f, 1}}, kDevices[4]).prepared) << m << ", not sm_90";
   }
+  const Grid& grid = find_grid("p2_n256");
+  const LayerFormat qkv[] = {format(grid, 4096, 4096), format(grid, 1024, 4096), format(grid, 1024, 4096)};
+  for (const std::int64_t m : {1, 2, 3, 4}) EXPECT_EQ(plan({m, DType::bf16, qkv}, d).prepared, m > 2) << m;
   const LayerFormat long_rows = format(find_grid("p4_n256"), 4096, 14336);
   EXPECT_FALSE(plan({8, DType::bf16, {&long_rows, 1}}, d).prepared);
 }
