@@ -95,9 +95,9 @@ class WordReader {
       }
     }
   }
-  // Gives back what load_unit<U>() has read to its end. The arrival must wait for the words: on its own it overtakes
-  // loads that are slow, for instance as loads from global memory came before, and the next copy writes what they read.
-  // So it had better come when the words have been used.
+  // Gives back what load_unit<U>() has read to its end. The arrival must wait for the words, and so had better come
+  // when they have been used: right behind the loads it overtook them where these followed loads from global memory,
+  // and the next copy overwrote what they were to read (h200-ladder.md).
   template <int U>
   __device__ __forceinline__ void release_unit() {
     if (!Config::kRegular) return;  // done, as `loads` said where the last piece ended
