@@ -12,7 +12,7 @@ namespace higgs::cuda {
 inline constexpr int kBlockColumns = 64;  // of a k block: a 128-byte row of packed x
 inline constexpr int kBlockSteps = kBlockColumns / 16;
 inline constexpr int kRowBytes = kBlockColumns * 2;
-inline constexpr int kPackBytesRegisters = 72;  // of a thread of pack_x that makes digits for quads
+inline constexpr int kPackBytesRegisters = 72;  // of a thread of pack_x that makes digits
 
 struct GemmPart {
   const std::uint8_t* data = nullptr;  // the tiled buffer

@@ -163,6 +163,7 @@ GemmParams make_gemm_params(const GemmPlan& plan, std::int64_t m, std::span<cons
   const LayerFormat& f = parts[0].weights.format;
   GemmParams p;
   static_cast<SliceParams&>(p) = slice_params(tiled_format(f));
+  p.m = static_cast<int>(m);
   p.k_blocks = static_cast<int>(f.k / kColumnAlignment);
   p.group_blocks = static_cast<int>(f.group / kColumnAlignment);
   p.tiles = plan.tiles;
@@ -236,7 +237,6 @@ void run_gemm(const void* x, DType dtype, std::int64_t m, const float* d, std::s
   for (std::size_t i = 0; i < groups.size(); ++i) {
     GemmParams params = make_gemm_params(plans[i], m, groups[i]);
     params.x = base;
-    params.m = static_cast<int>(m);
     params.padded_m = sizes.padded_m;
     params.partials = reinterpret_cast<float*>(base + sizes.x_bytes);
     params.flags = flags;

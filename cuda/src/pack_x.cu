@@ -11,7 +11,6 @@
 #include "rotate_x.cuh"
 #include "transform.cuh"
 #include "trellis.cuh"
-#include "trellis_table.h"
 
 namespace higgs::cuda {
 namespace {

@@ -1,7 +1,6 @@
 // linear against the float64 oracle: error at most twice that of a matmul in the same dtype on dequantized weights.
 #include <array>
 #include <deque>
-#include <memory>
 
 #include "helpers.h"
 
@@ -218,6 +217,21 @@ TEST(CudaLinear, ManyRowsAreAsFew) {
   }
 }
 
+// Matrices that share x, and y of each for m rows in bf16.
+struct SharedX {
+  std::deque<Buffer<std::byte>> tiled;
+  std::deque<Buffer<std::uint8_t>> ys;
+  std::vector<LinearPart> parts;
+
+  void add(const Layer& layer, std::int64_t m) {
+    tiled.emplace_back(static_cast<std::size_t>(tiled_format(layer.format).bytes));
+    ys.emplace_back(static_cast<std::size_t>(m * layer.format.n * 2));
+    repack(layer.device(), tiled.back().data(), nullptr);
+    ok(cudaDeviceSynchronize());  // the layer may go
+    parts.push_back({{layer.format, tiled.back().data()}, nullptr, ys.back().data()});
+  }
+};
+
 // Whole and shared tiles of several matrices, whose sums, words, stages and outputs follow each other in a CTA: the
 // same bits however its warps meet.
 TEST(CudaLinear, ManyTilesAreTheSameInEveryRun) {
@@ -237,17 +251,9 @@ TEST(CudaLinear, ManyTilesAreTheSameInEveryRun) {
       Buffer<float> d(static_cast<std::size_t>(k));
       rotation_vector(VectorKind::input, 3, nullptr, k, d.data(), nullptr);
       const Buffer<std::uint8_t> x(stored(gaussian(static_cast<std::size_t>(m * k)), DType::bf16));
-      std::vector<LinearPart> parts;
-      std::deque<Buffer<std::byte>> tiled;
-      std::deque<Buffer<std::uint8_t>> ys;
-      for (const std::int64_t n : ns) {
-        const Layer layer(find_grid(grid), n, k, 1024, 1024);
-        tiled.emplace_back(static_cast<std::size_t>(tiled_format(layer.format).bytes));
-        ys.emplace_back(static_cast<std::size_t>(m * n * 2));
-        repack(layer.device(), tiled.back().data(), nullptr);
-        parts.push_back({{layer.format, tiled.back().data()}, nullptr, ys.back().data()});
-        ok(cudaDeviceSynchronize());
-      }
+      SharedX shared;
+      for (const std::int64_t n : ns) shared.add(Layer(find_grid(grid), n, k, 1024, 1024), m);
+      auto& [tiled, ys, parts] = shared;
       Buffer<std::uint8_t> workspace(static_cast<std::size_t>(linear_workspace_bytes(m, DType::bf16, parts, device)));
       std::vector<std::vector<std::uint8_t>> first;
       for (int i = 0; i < 12; ++i) {
@@ -331,25 +337,19 @@ void check_shared_x(const std::vector<std::pair<const char*, std::int64_t>>& lay
   rotation_vector(VectorKind::input, 5, nullptr, kColumns, d.data(), nullptr);
   for (const std::int64_t m : ms) {
     const Buffer<std::uint8_t> x(stored(gaussian(static_cast<std::size_t>(m * kColumns)), DType::bf16));
-    std::vector<LinearPart> parts;
-    std::vector<std::unique_ptr<Buffer<std::byte>>> tiled;
-    std::vector<std::unique_ptr<Buffer<std::uint8_t>>> together;
-    for (const Layer& layer : made) {
-      tiled.push_back(std::make_unique<Buffer<std::byte>>(static_cast<std::size_t>(tiled_format(layer.format).bytes)));
-      together.push_back(std::make_unique<Buffer<std::uint8_t>>(static_cast<std::size_t>(m * layer.format.n * 2)));
-      repack(layer.device(), tiled.back()->data(), nullptr);
-      parts.push_back({{layer.format, tiled.back()->data()}, nullptr, together.back()->data()});
-    }
+    SharedX shared;
+    for (const Layer& layer : made) shared.add(layer, m);
+    auto& [tiled, together, parts] = shared;
     for (const DeviceProperties& device : planned_devices()) {
       Buffer<std::uint8_t> workspace(static_cast<std::size_t>(linear_workspace_bytes(m, DType::bf16, parts, device)));
-      for (const auto& y : together) y->poison();
+      for (Buffer<std::uint8_t>& y : together) y.poison();
       linear(x.data(), DType::bf16, m, d.data(), parts, workspace.data(), nullptr, device);
       for (std::size_t i = 0; i < parts.size(); ++i) {
         Buffer<std::uint8_t> alone(static_cast<std::size_t>(m * parts[i].weights.format.n * 2));
         LinearPart part = parts[i];
         part.y = alone.data();
         linear(x.data(), DType::bf16, m, d.data(), {&part, 1}, workspace.data(), nullptr, device);
-        const std::vector<float> a = loaded(together[i]->host(), DType::bf16);
+        const std::vector<float> a = loaded(together[i].host(), DType::bf16);
         const std::vector<float> b = loaded(alone.host(), DType::bf16);
         double error = 0;
         double energy = 0;
