@@ -104,6 +104,10 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   // only one a stage, which takes longer than loads.
   static constexpr int kStageSums = kStageBytes / (kConsumers * 16);
   static constexpr bool kStreamsSums = kStageSums > 1;
+  // Arrivals by which a warp gives back a stage of x. Where lanes read stages themselves, each arrives behind what it
+  // has read; behind a wgmma one lane does, for all.
+  static constexpr bool kLanesRead = kClusterSize == 1 && (kIntegers || kStreamsSums);
+  static constexpr int kWarpArrivals = kLanesRead ? kLanes : 1;
   // A warpgroup's part of y on its way out: kN tokens of 64 rows. Of the widest tiles it takes the place of the last
   // stages of x, one for each warpgroup.
   static constexpr int kOutputBytes = N_ * 128;

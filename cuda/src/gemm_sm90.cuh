@@ -72,12 +72,19 @@ struct Stages {
   __device__ __forceinline__ void advance() {
     if (++index == Config::kStages) index = 0, phase ^= 1;
   }
+  __device__ __forceinline__ int previous() const { return (index == 0 ? Config::kStages : index) - 1; }
   // Called by every lane of a warp. All CTAs of the cluster write to this one's stages.
-  __device__ __forceinline__ void release_previous(int lane) const {
-    release((index == 0 ? Config::kStages : index) - 1, lane);
-  }
+  __device__ __forceinline__ void release_previous(int lane) const { release(previous(), lane); }
   __device__ __forceinline__ void release(int stage, int lane) const {
-    if (lane < Config::kClusterSize) barrier_arrive<Config::kClusterSize>(empty + stage, lane);
+    if (lane < Config::kClusterSize) {
+      barrier_arrive<Config::kClusterSize, Config::kWarpArrivals>(empty + stage, lane);
+    }
+  }
+  // The same, behind loads of the lanes from there: `zero` is 0, computed from what they loaded (see
+  // WordReader::release_unit).
+  __device__ __forceinline__ void release_previous_read(uint32_t zero) const {
+    static_assert(Config::kLanesRead);
+    barrier_arrive<1>(empty + previous() + zero, 0);
   }
 
   // Where the output is in stages, the last two of a tile are given back later: the one that this warpgroup does not
@@ -136,9 +143,13 @@ __device__ __forceinline__ void add_sums(const GemmParams& p, const CtaPlace& ct
         read ^= __float_as_uint(v.x);
       }
       stages.advance();
-      named_barrier(1 + threadIdx.x / 128 + (read & p.zero), 128);  // all have read it: see WordReader::release_unit()
-      // The output takes the place of the last ones.
-      if (!Config::kOutputInStages || left > 1 || i < kPieces - Config::kWarpgroups) stages.release_previous(lane);
+      if constexpr (Config::kLanesRead) {
+        stages.release_previous_read(read & p.zero);
+      } else {
+        named_barrier(1 + threadIdx.x / 128 + (read & p.zero), 128);
+        // The output takes the place of the last ones.
+        if (!Config::kOutputInStages || left > 1 || i < kPieces - Config::kWarpgroups) stages.release_previous(lane);
+      }
     }
   }
 }
@@ -211,6 +222,14 @@ struct DigitSums {
       sums[at] = sums[at + 1] = 0;
     }
   }
+  // Gives back the last stage of a slice, which the scales follow: `acc` has got what move_to() computed from them.
+  static __device__ __forceinline__ void release_last(const GemmParams& p, const float (&acc)[4 * kPairs],
+                                                      const Stages<Config>& stages) {
+    uint32_t read = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) read ^= __float_as_uint(acc[4 * i]);
+    stages.release_previous_read(read & p.zero);
+  }
 
  private:
   static __device__ __forceinline__ float value(int hi, int lo) {
@@ -222,6 +241,11 @@ struct DigitSums {
 struct NoDigits {
   template <int Registers, typename X>
   __device__ __forceinline__ void move_to(float (& /*acc*/)[Registers], const X& /*stages*/) {}
+  template <int Registers, typename X>
+  static __device__ __forceinline__ void release_last(const GemmParams& /*p*/, const float (& /*acc*/)[Registers],
+                                                      const X& stages) {
+    stages.release_previous(threadIdx.x % kLanes);
+  }
 };
 template <typename Config>
 using Digits = std::conditional_t<Config::kIntegers, DigitSums<Config>, NoDigits>;
@@ -282,7 +306,13 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
         wgmma_wait<Config::kRegular ? 1 : 0>();
         if (first == 0 && holding) {
           const bool last = u == Config::kUnits - 1 && s_of_u == Config::kUnitStages - 1;
-          if (!Config::kOutputInStages || !last || !keeps) stages.release_previous(threadIdx.x % kLanes);
+          if (!Config::kOutputInStages || !last || !keeps) {
+            if constexpr (u == 0 && s_of_u == 0) {
+              digits.release_last(p, acc, stages);
+            } else {
+              stages.release_previous(threadIdx.x % kLanes);
+            }
+          }
         }
         if (Config::kOutputInStages && u == 0 && s_of_u == 0 && first == 0 && output) {
           stages.release_output(threadIdx.x / 128, threadIdx.x % kLanes);
@@ -374,7 +404,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     new_table = place.part != to.part;
     wgmma_wait_all(acc);
     if (done.begin > 0) {
-      stages.release_previous(lane);
+      digits.release_last(p, acc, stages);
       scale_rows<Config::kRegisters>(acc, scale);
       store_partial<Config>(p, block_now(), thread_now(), acc);
       announces = more;
@@ -399,7 +429,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
       stages.release(Stages<Config>::output_stage(1 - thread / 128), lane);
       output = true;
     } else {
-      if (!Config::kStreamsSums || done.end == p.slices) stages.release_previous(lane);
+      if (!Config::kStreamsSums || done.end == p.slices) digits.release_last(p, acc, stages);
       if (thread % 128 == 0) copies_wait_read();
       named_barrier(1 + thread / 128, 128);
     }
@@ -426,7 +456,7 @@ __global__ void __maxnreg__(Config::kLaunchRegisters) gemm_kernel(const __grid_c
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kStages; ++i) {
       barrier_init(stages.full + i, 1);
-      barrier_init(stages.empty + i, Config::kConsumers / kLanes * Config::kClusterSize);
+      barrier_init(stages.empty + i, Config::kConsumers / kLanes * Config::kWarpArrivals * Config::kClusterSize);
     }
     const Slots<Config> slots(shared);
     for (int i = 0; i < Config::kSlots; ++i) {

@@ -20,6 +20,22 @@ inline void ok(cudaError_t status) { ASSERT_EQ(status, cudaSuccess) << cudaGetEr
 #define HIGGS_NEEDS_GPU() \
   if (device_count() == 0) GTEST_SKIP() << "no CUDA device"
 
+// Tests with the number of a grid as parameter.
+class GridTest : public testing::TestWithParam<int> {
+ protected:
+  const Grid& grid = grids()[static_cast<std::size_t>(GetParam())];
+};
+inline std::vector<int> grid_numbers(bool (*wanted)(const Grid&)) {
+  std::vector<int> numbers;
+  for (std::size_t i = 0; i < grids().size(); ++i) {
+    if (wanted(grids()[i])) numbers.push_back(static_cast<int>(i));
+  }
+  return numbers;
+}
+inline std::string grid_name(const testing::TestParamInfo<int>& number) {
+  return std::string(grids()[static_cast<std::size_t>(number.param)].name);
+}
+
 // Device memory, filled with 0xff bytes: NaN in every float type.
 template <typename T>
 class Buffer {

@@ -120,22 +120,11 @@ constexpr Case kGemmCases[] = {{17, DType::f16, true},   {33, DType::bf16, false
                                {200, DType::bf16, true}, {300, DType::f16, true},  {515, DType::bf16, false}};
 constexpr Case kFewCases[] = {{1, DType::f16, true}, {5, DType::bf16, false}, {13, DType::f16, true}};
 
-std::vector<int> supported_grids() {
-  std::vector<int> numbers;
-  for (std::size_t i = 0; i < grids().size(); ++i) {
-    if (supports_grid(grids()[i])) numbers.push_back(static_cast<int>(i));
-  }
-  return numbers;
-}
-
-class CudaLinearGrids : public testing::TestWithParam<int> {
+class CudaLinearGrids : public GridTest {
  protected:
-  const Grid& grid = grids()[static_cast<std::size_t>(GetParam())];
   Ratios ratios;
 };
-INSTANTIATE_TEST_SUITE_P(Every, CudaLinearGrids, testing::ValuesIn(supported_grids()), [](const auto& grid) {
-  return std::string(grids()[static_cast<std::size_t>(grid.param)].name);
-});
+INSTANTIATE_TEST_SUITE_P(Every, CudaLinearGrids, testing::ValuesIn(grid_numbers(supports_grid)), grid_name);
 
 TEST_P(CudaLinearGrids, FullSlices) {
   HIGGS_NEEDS_GPU();

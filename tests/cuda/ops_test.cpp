@@ -43,51 +43,51 @@ TEST(CudaRotate, MatchesTheCore) {
   }
 }
 
-TEST(CudaDequantize, MatchesTheCoreForEveryGrid) {
+using CudaOpsGrids = GridTest;
+INSTANTIATE_TEST_SUITE_P(Every, CudaOpsGrids, testing::ValuesIn(grid_numbers([](const Grid&) { return true; })),
+                         grid_name);
+
+TEST_P(CudaOpsGrids, DequantizeMatchesTheCore) {
   HIGGS_NEEDS_GPU();
-  for (const Grid& grid : grids()) {
-    for (const Shape& s : kShapes) {
-      const Layer layer(grid, s.n, s.k, s.block, s.group);
-      const auto count = static_cast<std::size_t>(s.n * s.k);
-      Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(layer.format).bytes));
-      repack(layer.device(), tiled.data(), nullptr);
-      for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-        std::vector<std::uint8_t> expected(count * size_of(dtype));
-        const Buffer<std::uint8_t> out(expected.size());
-        const MatrixView view{reinterpret_cast<std::byte*>(expected.data()), dtype, s.n, s.k};
-        higgs::dequantize(layer.host(), view);
-        dequantize(layer.device(), out.data(), dtype, nullptr);
-        EXPECT_EQ(out.host(), expected) << "dequantize " << layer.name();
-        higgs::dequantize_rotated(layer.host(), view);
-        dequantize_rotated(layer.device(), out.data(), dtype, nullptr);
-        EXPECT_EQ(out.host(), expected) << "dequantize_rotated " << layer.name();
-        Buffer<std::uint8_t> from_tiled(expected.size());
-        dequantize_rotated(TiledView{layer.format, tiled.data()}, from_tiled.data(), dtype, nullptr);
-        EXPECT_EQ(from_tiled.host(), expected) << "dequantize_rotated (tiled) " << layer.name();
-        const std::int64_t first = std::min<std::int64_t>(kTileRows, s.n - 1) / kTileRows * kTileRows;
-        const std::size_t skipped = static_cast<std::size_t>(first * s.k) * size_of(dtype);
-        Buffer<std::uint8_t> rows(expected.size() - skipped);
-        dequantize_rotated({layer.format, tiled.data()}, first, s.n - first, rows.data(), dtype, nullptr);
-        EXPECT_EQ(rows.host(), std::vector(expected.begin() + static_cast<std::ptrdiff_t>(skipped), expected.end()))
-            << "dequantize_rotated (rows) " << layer.name();
-      }
+  for (const Shape& s : kShapes) {
+    const Layer layer(grid, s.n, s.k, s.block, s.group);
+    const auto count = static_cast<std::size_t>(s.n * s.k);
+    Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(layer.format).bytes));
+    repack(layer.device(), tiled.data(), nullptr);
+    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+      std::vector<std::uint8_t> expected(count * size_of(dtype));
+      const Buffer<std::uint8_t> out(expected.size());
+      const MatrixView view{reinterpret_cast<std::byte*>(expected.data()), dtype, s.n, s.k};
+      higgs::dequantize(layer.host(), view);
+      dequantize(layer.device(), out.data(), dtype, nullptr);
+      EXPECT_EQ(out.host(), expected) << "dequantize " << layer.name();
+      higgs::dequantize_rotated(layer.host(), view);
+      dequantize_rotated(layer.device(), out.data(), dtype, nullptr);
+      EXPECT_EQ(out.host(), expected) << "dequantize_rotated " << layer.name();
+      Buffer<std::uint8_t> from_tiled(expected.size());
+      dequantize_rotated(TiledView{layer.format, tiled.data()}, from_tiled.data(), dtype, nullptr);
+      EXPECT_EQ(from_tiled.host(), expected) << "dequantize_rotated (tiled) " << layer.name();
+      const std::int64_t first = std::min<std::int64_t>(kTileRows, s.n - 1) / kTileRows * kTileRows;
+      const std::size_t skipped = static_cast<std::size_t>(first * s.k) * size_of(dtype);
+      Buffer<std::uint8_t> rows(expected.size() - skipped);
+      dequantize_rotated({layer.format, tiled.data()}, first, s.n - first, rows.data(), dtype, nullptr);
+      EXPECT_EQ(rows.host(), std::vector(expected.begin() + static_cast<std::ptrdiff_t>(skipped), expected.end()))
+          << "dequantize_rotated (rows) " << layer.name();
     }
   }
 }
 
-TEST(CudaRepack, RoundTrips) {
+TEST_P(CudaOpsGrids, RepackRoundTrips) {
   HIGGS_NEEDS_GPU();
-  for (const Grid& grid : grids()) {
-    for (const Shape& s : kShapes) {
-      const Layer layer(grid, s.n, s.k, s.block, s.group);
-      Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(layer.format).bytes));
-      Buffer<std::uint8_t> indices(layer.indices.size());
-      Buffer<std::uint16_t> scales(layer.scales.size());
-      repack(layer.device(), tiled.data(), nullptr);
-      unrepack({layer.format, tiled.data()}, indices.data(), scales.data(), nullptr);
-      EXPECT_EQ(indices.host(), layer.indices) << layer.name();
-      EXPECT_EQ(scales.host(), layer.scales) << layer.name();
-    }
+  for (const Shape& s : kShapes) {
+    const Layer layer(grid, s.n, s.k, s.block, s.group);
+    Buffer<std::byte> tiled(static_cast<std::size_t>(tiled_format(layer.format).bytes));
+    Buffer<std::uint8_t> indices(layer.indices.size());
+    Buffer<std::uint16_t> scales(layer.scales.size());
+    repack(layer.device(), tiled.data(), nullptr);
+    unrepack({layer.format, tiled.data()}, indices.data(), scales.data(), nullptr);
+    EXPECT_EQ(indices.host(), layer.indices) << layer.name();
+    EXPECT_EQ(scales.host(), layer.scales) << layer.name();
   }
 }
 
@@ -114,16 +114,24 @@ void expect_same_quantization(const Layer& layer, DType dtype, const std::vector
   EXPECT_EQ(energy, expected.energy) << layer.name();
 }
 
-TEST(CudaQuantize, MatchesTheCoreForEveryGrid) {
+using CudaQuantizeGrids = GridTest;
+INSTANTIATE_TEST_SUITE_P(Every, CudaQuantizeGrids, testing::ValuesIn(grid_numbers(supports_grid)), grid_name);
+
+TEST_P(CudaQuantizeGrids, MatchesTheCore) {
   HIGGS_NEEDS_GPU();
-  for (const Grid& grid : grids()) {
-    if (!supports_grid(grid)) continue;
-    for (const Shape& s : kShapes) {
-      const Layer layer(grid, s.n, s.k, s.block, s.group);
-      for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-        expect_same_quantization(layer, dtype, gaussian(static_cast<std::size_t>(s.n * s.k), 0.02f));
-      }
+  for (const Shape& s : kShapes) {
+    const Layer layer(grid, s.n, s.k, s.block, s.group);
+    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+      expect_same_quantization(layer, dtype, gaussian(static_cast<std::size_t>(s.n * s.k), 0.02f));
     }
+  }
+}
+
+// As many as racecheck can follow in seconds.
+TEST(CudaQuantize, FewRowsOfATrellis) {
+  HIGGS_NEEDS_GPU();
+  for (const char* grid : {"a2_b4", "a2_b5", "a2_b6", "a2_b7", "a2_b8"}) {
+    expect_same_quantization(Layer(find_grid(grid), 3, 1024, 256, 512), DType::bf16, gaussian(3 * 1024, 0.02f));
   }
 }
 
