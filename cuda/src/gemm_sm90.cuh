@@ -198,8 +198,9 @@ struct DigitSums {
   static constexpr int kPairs = Config::kN / 8;  // of tokens, of a lane
   int sums[4 * kPairs * 2] = {};
 
-  // At the end of the columns that share a scale, of a scale group or of the last slice.
-  __device__ __forceinline__ void move_to(float (&acc)[4 * kPairs], const Stages<Config>& stages) {
+  // At the end of the columns that share a scale, of a scale group or of the last slice. Gives back the stage that the
+  // scales follow, which is the last one.
+  __device__ __forceinline__ void move_to(const GemmParams& p, float (&acc)[4 * kPairs], const Stages<Config>& stages) {
     float2 x_scales[kPairs];
     float2 halves[kPairs] = {};  // half sums of x
     const auto* from =
@@ -221,10 +222,6 @@ struct DigitSums {
       }
       sums[at] = sums[at + 1] = 0;
     }
-  }
-  // Gives back the last stage of a slice, which the scales follow: `acc` has got what move_to() computed from them.
-  static __device__ __forceinline__ void release_last(const GemmParams& p, const float (&acc)[4 * kPairs],
-                                                      const Stages<Config>& stages) {
     uint32_t read = 0;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) read ^= __float_as_uint(acc[4 * i]);
@@ -240,12 +237,7 @@ struct DigitSums {
 };
 struct NoDigits {
   template <int Registers, typename X>
-  __device__ __forceinline__ void move_to(float (& /*acc*/)[Registers], const X& /*stages*/) {}
-  template <int Registers, typename X>
-  static __device__ __forceinline__ void release_last(const GemmParams& /*p*/, const float (& /*acc*/)[Registers],
-                                                      const X& stages) {
-    stages.release_previous(threadIdx.x % kLanes);
-  }
+  __device__ __forceinline__ void move_to(const GemmParams& /*p*/, float (& /*acc*/)[Registers], const X& /*stages*/) {}
 };
 template <typename Config>
 using Digits = std::conditional_t<Config::kIntegers, DigitSums<Config>, NoDigits>;
@@ -307,11 +299,7 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
         if (first == 0 && holding) {
           const bool last = u == Config::kUnits - 1 && s_of_u == Config::kUnitStages - 1;
           if (!Config::kOutputInStages || !last || !keeps) {
-            if constexpr (u == 0 && s_of_u == 0) {
-              digits.release_last(p, acc, stages);
-            } else {
-              stages.release_previous(threadIdx.x % kLanes);
-            }
+            stages.release_previous(threadIdx.x % kLanes);
           }
         }
         if (Config::kOutputInStages && u == 0 && s_of_u == 0 && first == 0 && output) {
@@ -327,7 +315,8 @@ __device__ __forceinline__ void multiply_slice(const GemmParams& p, const Segmen
     return true;
   });
   if (block % Config::kScaleBlocks == 0 || block == scales.boundary || slice + 1 == segment.end) {
-    digits.move_to(acc, stages);
+    digits.move_to(p, acc, stages);
+    if (Config::kIntegers) holding = false;
   }
 }
 
@@ -404,7 +393,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     new_table = place.part != to.part;
     wgmma_wait_all(acc);
     if (done.begin > 0) {
-      digits.release_last(p, acc, stages);
+      if (!Config::kIntegers) stages.release_previous(lane);
       scale_rows<Config::kRegisters>(acc, scale);
       store_partial<Config>(p, block_now(), thread_now(), acc);
       announces = more;
@@ -429,7 +418,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
       stages.release(Stages<Config>::output_stage(1 - thread / 128), lane);
       output = true;
     } else {
-      if (!Config::kStreamsSums || done.end == p.slices) digits.release_last(p, acc, stages);
+      if (!Config::kIntegers && (!Config::kStreamsSums || done.end == p.slices)) stages.release_previous(lane);
       if (thread % 128 == 0) copies_wait_read();
       named_barrier(1 + thread / 128, 128);
     }
