@@ -55,6 +55,7 @@ struct GemmConfig : GemmWeights<Decoder_, T_> {
   static constexpr int kClusterSize = gemm_cluster_size(N_);
   static constexpr bool kWholeFirst = true;
   static constexpr bool kSplitsK = gemm_splits_k(N_, Regular_);
+  static constexpr bool kAddsInParts = gemm_adds_in_parts(N_);
   // A stage of x has rows of 128 bytes: a k block, in bytes two.
   static constexpr int kStageBlocks = kIntegers ? 2 : 1;
   static constexpr int kUnitStages = Weights::kUnitBlocks / kStageBlocks;

@@ -2,6 +2,8 @@
 // bias.
 #pragma once
 
+#include <algorithm>
+
 #include "gemm_output.cuh"
 #include "gemm_partials.cuh"
 #include "gemm_schedule.cuh"
@@ -12,37 +14,46 @@
 
 namespace higgs::cuda {
 
-// The tile that a cluster begins and others go on with, the last one of its share: how many of the clusters that
-// follow.
+// Of the clusters that share a tile, how many add up its sums: the one that begins it, or, where that would read those
+// of many, as many as there are fragments, of those whose share ends there (all but the last). At other widths of tiles
+// and with fewer clusters that was slower: they wait for each other, and read their own sums as well.
 template <typename Config>
-__device__ __forceinline__ int helpers_of(const GemmParams& p, int cluster) {
-  using Order = Schedule<Config::kWholeFirst>;
-  const int begin = Order::first_slice(p, cluster + 1);
-  const int end = (begin + p.slices - 1) / p.slices * p.slices;
-  int count = 1;
-  while (Order::first_slice(p, cluster + 1 + count) < end) ++count;
-  return count;
+__device__ __forceinline__ int adders_of(const Sharing& sharing) {
+  constexpr int kMany = 6;
+  return Config::kAddsInParts && sharing.others >= kMany ? min(sharing.others, Config::kRegisters / 4) : 1;
 }
 
+// Adds the sums of those who go on with a tile, in the order of k. 16 loads of a thread are under way.
 template <typename Config>
-__device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace& place, int thread,
+__device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace& place, int others, int thread,
                                              float (&acc)[Config::kRegisters]) {
-  const int last = place.cluster + helpers_of<Config>(p, place.cluster);
-  for (int cluster = place.cluster + 1 + thread % 128; cluster <= last; cluster += 128) {
-    const int cta = cluster * Config::kClusterSize + place.rank;
-    wait_for_partial<Config>(p, cta, thread / 128);
-  }
+  constexpr int kFragments = Config::kRegisters / 4;
+  constexpr int kSets = std::max(1, 16 / kFragments);
+  const auto set = [&](int i) {
+    return partial_set<Config>(p, (place.cluster + i) * Config::kClusterSize + place.rank, false);
+  };
+  for (int i = 1 + thread % 128; i <= others; i += 128) wait_for_partial<Config>(p, set(i), thread / 128);
   named_barrier(1 + thread / 128, 128);
-  for (int cluster = place.cluster + 1; cluster <= last; ++cluster) {
-    const int cta = cluster * Config::kClusterSize + place.rank;
-    const float4* from = partial_of<Config>(p, cta, thread);
+#pragma unroll 1
+  for (int first = 1; first <= others; first += kSets) {
+    float4 v[kSets][kFragments] = {};
 #pragma unroll
-    for (int i = 0; i < Config::kRegisters / 4; ++i) {
-      const float4 v = __ldcg(from + i * kPartialStride<Config>);
-      acc[4 * i] += v.x;
-      acc[4 * i + 1] += v.y;
-      acc[4 * i + 2] += v.z;
-      acc[4 * i + 3] += v.w;
+    for (int j = 0; j < kSets; ++j) {
+      const float4* from = partial_of<Config>(p, set(first + j), thread);
+#pragma unroll
+      for (int i = 0; i < kFragments; ++i) {
+        if (first + j <= others) v[j][i] = __ldcg(from + i * kPartialStride<Config>);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kSets; ++j) {
+#pragma unroll
+      for (int i = 0; i < kFragments; ++i) {
+        acc[4 * i] += v[j][i].x;
+        acc[4 * i + 1] += v[j][i].y;
+        acc[4 * i + 2] += v[j][i].z;
+        acc[4 * i + 3] += v[j][i].w;
+      }
     }
   }
 }

@@ -111,36 +111,6 @@ __device__ __forceinline__ bool multiply_units(const GemmParams& p, WordStream<C
   return more;
 }
 
-// The set of sums of a CTA for a tile: it has at most one that began before it and one that ends after it.
-template <typename Config>
-__device__ __forceinline__ int partial_set(const GemmParams& p, int cta, int tile) {
-  return 2 * cta + (Schedule<Config::kWholeFirst>::first_slice(p, cta) > tile * p.slices ? 0 : 1);
-}
-
-// Adds up this CTA's share of the fragments of a tile that others work on too.
-template <typename Config>
-__device__ __forceinline__ void add_share(const GemmParams& p, int tile, int warp, int lane) {
-  const int warpgroup = warp / 4;
-  const int first = Schedule<Config::kWholeFirst>::cluster_of(p, tile * p.slices);
-  const int last = Schedule<Config::kWholeFirst>::cluster_of(p, (tile + 1) * p.slices - 1);
-  for (int cta = first + static_cast<int>(threadIdx.x % 128); cta <= last; cta += 128) {
-    wait_for_partial<Config>(p, partial_set<Config>(p, cta, tile), warpgroup);
-  }
-  named_barrier(1 + warpgroup, 128);
-  const TileOutput<Config> output(p, place_of<Config>(p, this_cta(), tile), warp, lane);
-#pragma unroll 1
-  for (int i = static_cast<int>(blockIdx.x) - first; i < Config::kRegisters / 4; i += last - first + 1) {
-    float4 sum = {};
-#pragma unroll 4
-    for (int cta = first; cta <= last; ++cta) {
-      const float4 v = __ldcg(partial_of<Config>(p, partial_set<Config>(p, cta, tile), static_cast<int>(threadIdx.x)) +
-                              i * kPartialStride<Config>);
-      sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
-    }
-    output.store(i, sum, output.bias(i / Config::kTileFragments));
-  }
-}
-
 template <typename Config>
 __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Config>& x, uint8_t* table, int warp,
                                                int lane) {
@@ -179,7 +149,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
     x.next(p);
     scales.finish(acc);
     if (s.begin > 0 || s.end < p.slices) {
-      const int set = partial_set<Config>(p, cta.cluster, s.tile);
+      const int set = partial_set<Config>(p, cta.cluster, s.begin == 0);
       store_partial<Config>(p, set, static_cast<int>(threadIdx.x), acc);
       announce_partial<Config>(p, set, static_cast<int>(threadIdx.x));
       continue;
@@ -193,7 +163,10 @@ __device__ __forceinline__ void multiply_tiles(const GemmParams& p, XStream<Conf
     }
   }
   for (Schedule<Config::kWholeFirst> schedule(p, cta); schedule.next(p, s);) {
-    if (s.begin > 0 || s.end < p.slices) add_share<Config>(p, s.tile, warp, lane);
+    if (s.begin == 0 && s.end == p.slices) continue;
+    const Sharing sharing = sharing_of<Config>(p, s.tile);
+    add_part<Config>(p, sharing, 0, cta.cluster - sharing.first, sharing.others + 1, static_cast<int>(threadIdx.x),
+                     TileOutput<Config>(p, place_of<Config>(p, cta, s.tile), warp, lane));
   }
 }
 

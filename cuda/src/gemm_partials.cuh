@@ -2,11 +2,21 @@
 // workspace, one flag per set and warpgroup.
 #pragma once
 
+#include <algorithm>
+
+#include "gemm_output.cuh"
 #include "gemm_params.h"
+#include "gemm_schedule.cuh"
 #include "ptx.cuh"
 
 namespace higgs::cuda {
 
+// The set of a CTA for a tile. It has at most one for a tile that others begin, and one for a tile that it begins: the
+// second half of all sets, if sums are added up in parts.
+template <typename Config>
+__device__ __forceinline__ int partial_set(const GemmParams& p, int cta, bool begins) {
+  return cta + (begins ? p.clusters * Config::kClusterSize : 0);
+}
 // A set: [kRegisters / 4][warpgroup][thread] float4.
 template <typename Config>
 inline constexpr int kPartialStride = Config::kWarpgroups * 128;
@@ -41,6 +51,49 @@ __device__ __forceinline__ void announce_partial(const GemmParams& p, int set, i
 template <typename Config>
 __device__ __forceinline__ void wait_for_partial(const GemmParams& p, int set, int warpgroup) {
   while (load_acquire(p.flags + set * Config::kWarpgroups + warpgroup) == 0) __nanosleep(20);
+}
+
+// Adds up the part `part` of `parts` of a shared tile's fragments, in the order of k, and stores them. All sums are in
+// sets, or about to be. 16 loads of a thread are under way.
+template <typename Config>
+__device__ __forceinline__ void add_part(const GemmParams& p, const Sharing& sharing, int rank, int part, int parts,
+                                         int thread, const TileOutput<Config>& output) {
+  constexpr int kFragments = Config::kRegisters / 4;
+  constexpr int kAtOnce = std::clamp(kFragments / 4, 1, 4);
+  constexpr int kSets = std::min(8, 16 / kAtOnce);
+  const auto set = [&](int i) {
+    return partial_set<Config>(p, (sharing.first + i) * Config::kClusterSize + rank, i == 0);
+  };
+  for (int i = thread % 128; i <= sharing.others; i += 128) wait_for_partial<Config>(p, set(i), thread / 128);
+  named_barrier(1 + thread / 128, 128);
+  const int end = (part + 1) * kFragments / parts;
+#pragma unroll 1
+  for (int first = part * kFragments / parts; first < end; first += kAtOnce) {
+    float4 sums[kAtOnce] = {};
+#pragma unroll 1
+    for (int i = 0; i <= sharing.others; i += kSets) {
+      float4 v[kSets][kAtOnce] = {};
+#pragma unroll
+      for (int j = 0; j < kSets; ++j) {
+        const float4* from = partial_of<Config>(p, set(i + j), thread) + first * kPartialStride<Config>;
+#pragma unroll
+        for (int f = 0; f < kAtOnce; ++f) {
+          if (i + j <= sharing.others && first + f < end) v[j][f] = __ldcg(from + f * kPartialStride<Config>);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kSets; ++j) {
+#pragma unroll
+        for (int f = 0; f < kAtOnce; ++f) {
+          sums[f] = {sums[f].x + v[j][f].x, sums[f].y + v[j][f].y, sums[f].z + v[j][f].z, sums[f].w + v[j][f].w};
+        }
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < kAtOnce; ++f) {
+      if (first + f < end) output.store(first + f, sums[f], output.bias((first + f) / Config::kTileFragments));
+    }
+  }
 }
 
 }  // namespace higgs::cuda

@@ -76,6 +76,19 @@ class Schedule {
   int tile_;
 };
 
+// The clusters that share a tile, in the order of k: `first`, where k begins, and `others` that follow.
+struct Sharing {
+  int first = 0;
+  int others = 0;
+};
+template <typename Config>
+__device__ __forceinline__ Sharing sharing_of(const GemmParams& p, int tile) {
+  using Order = Schedule<Config::kWholeFirst>;
+  const int slice = (tile - Order::first_split(p)) * p.slices;
+  const int first = Order::cluster_of(p, slice);
+  return {first, Order::cluster_of(p, slice + p.slices - 1) - first};
+}
+
 // Where a CTA's rows of a tile are: the part and the first row tile and token.
 struct TilePlace {
   int part = 0;

@@ -102,10 +102,11 @@ struct Stages {
 
 // The sums of those who share a tile, after its x.
 template <typename Config>
-__device__ __forceinline__ void produce_sums(const GemmParams& p, const CtaPlace& cta, Stages<Config>& stages) {
+__device__ __forceinline__ void produce_sums(const GemmParams& p, const CtaPlace& cta, int others,
+                                             Stages<Config>& stages) {
 #pragma unroll 1
-  for (int left = helpers_of<Config>(p, cta.cluster), cluster = cta.cluster + 1; left > 0; --left, ++cluster) {
-    const int set = cluster * Config::kClusterSize + cta.rank;
+  for (int cluster = cta.cluster + 1; cluster <= cta.cluster + others; ++cluster) {
+    const int set = partial_set<Config>(p, cluster * Config::kClusterSize + cta.rank, false);
     for (int i = 0; i < Config::kWarpgroups; ++i) wait_for_partial<Config>(p, set, i);
     copies_fence_global();
     const auto* from = reinterpret_cast<const uint8_t*>(partials_of<Config>(p, set));
@@ -121,12 +122,12 @@ __device__ __forceinline__ void produce_sums(const GemmParams& p, const CtaPlace
   }
 }
 template <typename Config>
-__device__ __forceinline__ void add_sums(const GemmParams& p, const CtaPlace& cta, Stages<Config>& stages,
+__device__ __forceinline__ void add_sums(const GemmParams& p, int others, Stages<Config>& stages,
                                          float (&acc)[Config::kRegisters]) {
   constexpr int kPieces = Config::kRegisters / 4 / Config::kStageSums;
   const int lane = threadIdx.x % kLanes;
 #pragma unroll 1
-  for (int left = helpers_of<Config>(p, cta.cluster); left > 0; --left) {
+  for (int left = others; left > 0; --left) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       barrier_wait(stages.full + stages.index, stages.phase);
@@ -187,7 +188,9 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CtaPlace& cta
                        static_cast<long long>(place_of<Config>(p, cta, s.tile).token) * kTokenBytes;
 #pragma unroll 1
     for (int k = first; k < last; ++k, x += block_stride) fill(stages.stage() + cta.rank * kShare, x, kShare);
-    if (Config::kStreamsSums && p.k_split_log == 0 && s.begin == 0 && s.end < p.slices) produce_sums(p, cta, stages);
+    if (Config::kStreamsSums && p.k_split_log == 0 && s.begin == 0 && s.end < p.slices) {
+      produce_sums(p, cta, sharing_of<Config>(p, s.tile).others, stages);
+    }
   }
 }
 
@@ -367,7 +370,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     for (int slice = s.begin; slice < s.end; ++slice) {
       const bool keeps = s.begin == 0 && slice + 1 == s.end && s.end == p.slices;
       multiply_slice<Config>(p, s, slice, words, scales, stages, offset, holding, output, keeps, digits, acc);
-      if (announces) announce_partial<Config>(p, block_now(), thread_now());
+      if (announces) announce_partial<Config>(p, partial_set<Config>(p, block_now(), false), thread_now());
       announces = false;
     }
     const float2 scale = scales.last(0, Config::kUnit);
@@ -392,12 +395,20 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
     more = next();
     new_table = place.part != to.part;
     wgmma_wait_all(acc);
-    if (done.begin > 0) {
+    Sharing sharing;
+    if (done.end < p.slices || (Config::kAddsInParts && done.begin > 0)) sharing = sharing_of<Config>(p, done.tile);
+    const int adders = adders_of<Config>(sharing);
+    if (done.begin > 0 || adders > 1) {
       if (!Config::kIntegers) stages.release_previous(lane);
       scale_rows<Config::kRegisters>(acc, scale);
-      store_partial<Config>(p, block_now(), thread_now(), acc);
+      const int set = partial_set<Config>(p, block_now(), done.begin == 0);
+      store_partial<Config>(p, set, thread_now(), acc);
       announces = more;
-      if (!more) announce_partial<Config>(p, block_now(), thread_now());
+      if (!more) announce_partial<Config>(p, set, thread_now());
+      // Nothing more to multiply, and all others have been announced or will be without waiting for this one.
+      if (const int part = cta.cluster - sharing.first; Config::kAddsInParts && part < adders && adders > 1) {
+        add_part<Config>(p, sharing, cta.rank, part, adders, thread_now(), TileOutput<Config>(p, to, warp, lane));
+      }
       continue;
     }
     float2 rest = scale;
@@ -405,9 +416,9 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
       scale_rows<Config::kRegisters>(acc, scale);
       if constexpr (Config::kStreamsSums) {
         stages.release_previous(lane);
-        add_sums<Config>(p, cta, stages, acc);
+        add_sums<Config>(p, sharing.others, stages, acc);
       } else {
-        add_partials<Config>(p, cta, thread_now(), acc);
+        add_partials<Config>(p, cta, sharing.others, thread_now(), acc);
       }
       rest = {1, 1};
     }

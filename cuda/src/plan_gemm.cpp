@@ -104,11 +104,10 @@ GemmPlan plan_gemm(const LinearProblem& problem, const DeviceProperties& device)
             supports_block(problem.matrices[0].block);
   p.x_bytes = k * p.padded_m * 2;
   if (p.bytes) p.x_bytes += k / (kChunk / 2) * p.padded_m * 8;  // scales and half sums
-  // Sets of partial sums, and one flag per set and warpgroup: of the mma kernel a set for the tile with which a CTA
-  // begins and one for the tile with which it ends.
-  const std::int64_t sets = p.split_tiles == 0 || p.k_split_log > 0 ? 0
-                            : p.kernel == GemmKernel::mma           ? 2 * p.ctas()
-                                                                    : p.ctas();
+  // Sets of partial sums, and one flag per set and warpgroup: of a CTA one for the tile with which it begins, and one
+  // for the tile with which it ends, if that is not added up by this CTA alone.
+  const int sets_of_cta = p.kernel == GemmKernel::mma || gemm_adds_in_parts(p.tokens) ? 2 : 1;
+  const std::int64_t sets = p.split_tiles == 0 || p.k_split_log > 0 ? 0 : sets_of_cta * p.ctas();
   p.partial_bytes = sets * p.rows * p.tokens * 4;
   p.flag_bytes = sets * (p.rows / (p.kernel == GemmKernel::mma ? 128 : 64)) * 4;
   return p;

@@ -173,6 +173,17 @@ TEST(CudaLinear, GemmSchedules) {
   }
 }
 
+// On an H200 seven or eight CTAs share a tile of 32 tokens, four of which add up the sums of all.
+TEST(CudaLinear, ManyShareATile) {
+  HIGGS_NEEDS_GPU();
+  Ratios ratios;
+  constexpr Case kCases[] = {{24, DType::bf16, true}};
+  check_layer(Layer(find_grid("p2_n256"), 1100, 64 * 57, 64, 64), kCases, ratios);  // a scale group for each k block
+  for (const char* grid : {"p2_n256", "p4_n256"}) {
+    check_layer(Layer(find_grid(grid), 3900, 3584, 512, 512), kCases, ratios);
+  }
+}
+
 // Tiles of 256 tokens next to the same rows in calls of 128.
 TEST(CudaLinear, ManyRowsAreAsFew) {
   HIGGS_NEEDS_GPU();

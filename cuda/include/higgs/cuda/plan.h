@@ -215,6 +215,9 @@ inline constexpr int kMmaSharedBytes = 96 * 1024;
 }
 inline constexpr int kMaxSplitLog = 3;
 
+// Whether several CTAs may add up the sums of a tile of the wgmma kernel that many share.
+[[nodiscard]] constexpr bool gemm_adds_in_parts(int tokens) { return tokens == 32; }
+
 // The widest tile. The grids without one of 256 have words that would take too many registers.
 [[nodiscard]] constexpr int gemm_max_tokens(const FieldShape& field, bool regular) {
   const int units = field.max_units();
