@@ -239,7 +239,7 @@ def bench_quantize(kernels: Kernels, grid: str) -> None:
     scales = torch.empty(scale_bytes // 2, device="cuda", dtype=torch.float16)
     call = lambda: kernels.call("higgs_quantize", grid, n, k, ctypes.c_int(2), w, indices, scales)  # noqa: E731
     us = graph_us([call] * 3, 5)
-    print(f"quantize {grid}: {n * k / us / 1e3:.1f} billion weights/s")
+    print(f"quantize {grid}: {n * k / us / 1e3:.3g} billion weights/s")
 
 
 def main() -> None:
