@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
-SPILL_BYTES = 48  # of stores, per kernel
+SPILL_BYTES = 48  # of stores, per kernel: a dozen words
 RAGGED_SPILL_BYTES = 136  # the instances for slices that are not full
 RAGGED = re.compile(r"GemvConfig.*Li[12]ELNS0_4LoopE0E|(GemmConfig|TrellisConfig).*Lb0E")
 KERNELS = 748
