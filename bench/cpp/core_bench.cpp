@@ -75,7 +75,7 @@ void fwht_bench(benchmark::State& state) {
 }
 
 void quantize_bench(benchmark::State& state, const Grid* grid) {
-  const LayerFormat f = make_format(*grid, 512, kK);
+  const LayerFormat f = make_format(*grid, grid->trellis == nullptr ? 512 : 32, kK);  // a search takes long
   const std::vector<float> w = gaussian(f.n * f.k);
   Layer layer(f);
   quantize(matrix(w.data(), f.n, f.k), f, nullptr, layer.indices.data(),

@@ -21,6 +21,7 @@ inline constexpr int kChunk = 64;
 struct Kernels {
   // Decode order is component-major for grids of up to 2^this many table_points.
   int component_major_bits;
+  int vector_lanes;  // floats of a vector
 
   // The orthonormal transform of `count` consecutive blocks (hadamard.h), in place.
   void (*fwht)(float* data, std::int64_t count, int block);
@@ -34,7 +35,7 @@ struct Kernels {
   double (*sum_products)(const float* a, const float* b, std::int64_t count);
 
   // Finds the streams of kTrellisRuns runs of `columns` values at once (FORMAT.md, "Trellis grids"): their indices
-  // [columns / p] and points [columns]. costs is scratch of trellis_costs() floats.
+  // [columns / p] and points [columns]. table is made for vector_lanes, costs is scratch of trellis_costs() floats.
   void (*encode_runs)(const TrellisTable& table, const float* const* values, int columns, float* costs,
                       std::uint16_t* const* indices, float* const* points);
 

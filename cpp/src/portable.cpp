@@ -65,7 +65,13 @@ struct Portable {
 
 }  // namespace
 
-const Kernels kPortableKernels = {0,           transform_blocks,       nearest_group,         sum_of_products,
-                                  encode_runs, dot_rows_any<Portable>, dot_tile_any<Portable>};
+const Kernels kPortableKernels = {0,
+                                  kLanes,
+                                  transform_blocks,
+                                  nearest_group,
+                                  sum_of_products,
+                                  encode_runs,
+                                  dot_rows_any<Portable>,
+                                  dot_tile_any<Portable>};
 
 }  // namespace higgs::detail

@@ -159,7 +159,7 @@ class Quantizer {
   // Run t of a group, of all rows.
   void encode_runs(RowInProgress* const* rows, const RunGroup& group, int t, std::vector<float>* u) const {
     constexpr int kRows = detail::kTrellisRuns;
-    const detail::TrellisTable& table = detail::trellis_table(*format_.grid);
+    const detail::TrellisTable& table = detail::trellis_table(*format_.grid, kernels_.vector_lanes);
     const int columns = group.run_columns();
     const std::int64_t first_index = (group.first + t * columns) / format_.grid->p;
     thread_local std::vector<float> costs;

@@ -18,45 +18,131 @@ inline Vec least(Vec a, Vec b) {
 #endif
 }
 
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
 // Costs are |x - point|^2 - |x|^2 summed along the best path to a state: fma(-2 x_1, g_1, fma(-2 x_0, g_0, cost +
-// |g|^2)).
+// |g|^2)). In an additive grid they are multiples of 1/4096 below 4096, also all sums on the way: nothing is rounded.
 template <int P>
 struct TrellisSearch {
   const TrellisTable& table;
   int steps;     // of a run
-  float* costs;  // [run, rows, state]
+  float* costs;  // [run, rows + 1, position of state]; the last row is scratch of a step
   int side = bite_side(table.grid->index_bits, steps);
   int rows = trellis_rows(table.grid->index_bits, steps);
 
   [[nodiscard]] float* row(int run, int k) const {
-    return costs + (static_cast<std::int64_t>(run) * rows + k) * table.states;
+    return costs + (static_cast<std::int64_t>(run) * (rows + 1) + k) * table.states;
   }
+
+  // What a step needs of every run.
+  struct Rows {
+    Vec factor[kTrellisRuns][P];  // -2 x
+    const float* from[kTrellisRuns];
+    float* to[kTrellisRuns];
+    float* scratch[kTrellisRuns];
+  };
 
   // One step of every run, from costs row k to row k + 1.
   void step(const float* const* x, int k) const {
-    const std::int64_t windows = table.grid->n_points;
-    for (int group = 0; group < table.groups; ++group) {
-      const std::int32_t* predecessor = &table.predecessor[static_cast<std::size_t>(group) * table.branches];
-      for (int lane = 0; lane < table.lanes; lane += kLanes) {
-        Vec best[kTrellisRuns];
-        for (Vec& b : best) b = Vec{} + __builtin_huge_valf();
-        const float* norm_at = table.norms.data() + std::int64_t{group} * table.branches * table.lanes + lane;
-        const float* component_at = table.components.data() + (norm_at - table.norms.data());
-        for (int j = 0; j < table.branches; ++j, norm_at += table.lanes, component_at += table.lanes) {
-          Vec norm;
-          Vec g[P];
-          std::memcpy(&norm, norm_at, sizeof norm);
-          for (int c = 0; c < P; ++c) std::memcpy(&g[c], component_at + c * windows, sizeof norm);
-          for (int r = 0; r < kTrellisRuns; ++r) {
-            Vec cost = norm + row(r, k)[predecessor[j]];
-            for (int c = 0; c < P; ++c) cost = fused_multiply_add(Vec{} - 2 * x[r][c], g[c], cost);
+    Rows rows_of;
+    for (int r = 0; r < kTrellisRuns; ++r) {
+      for (int c = 0; c < P; ++c) rows_of.factor[r][c] = Vec{} - 2 * x[r][c];
+      rows_of.from[r] = row(r, k);
+      rows_of.to[r] = row(r, k + 1);
+      rows_of.scratch[r] = row(r, rows);
+    }
+    if (!table.additive) {
+      step_of_points(rows_of);
+    } else if (table.tile == kLanes) {
+      step_of_sums<1>(rows_of);
+    } else {
+      step_of_sums<2>(rows_of);
+    }
+  }
+
+  void step_of_points(const Rows& rows_of) const {
+    // As many runs at once as have their costs and factors in the registers of AVX2; for the others the edges of the
+    // tile are in the L1 cache then.
+    constexpr int kRuns = P == 2 ? 4 : 2;
+    const int branches = table.branches;
+    const int lanes = table.lanes;
+    const std::int32_t* predecessor = table.predecessor.data();
+    const float* edges = table.edges.data();
+    for (int position = 0; position < table.states; position += kLanes) {
+      for (int first = 0; first < kTrellisRuns; first += kRuns) {
+        const float* edge = edges;
+        Vec best[kRuns];
+        Vec factor[kRuns][P];
+        for (int r = 0; r < kRuns; ++r) {
+          best[r] = Vec{} + __builtin_huge_valf();
+          for (int c = 0; c < P; ++c) factor[r][c] = rows_of.factor[first + r][c];
+        }
+        for (int j = 0; j < branches; ++j, edge += (1 + P) * kLanes) {
+          Vec term[1 + P];
+          for (int i = 0; i <= P; ++i) term[i] = load(edge + i * kLanes);
+          for (int r = 0; r < kRuns; ++r) {
+            Vec cost = term[0] + rows_of.from[first + r][predecessor[j]];
+            for (int c = 0; c < P; ++c) cost = fused_multiply_add(factor[r][c], term[1 + c], cost);
             best[r] = least(best[r], cost);
           }
         }
+        for (int r = 0; r < kRuns; ++r) store(rows_of.to[first + r] + position, best[r]);
+      }
+      edges += branches * (1 + P) * kLanes;
+      if ((position + kLanes) % lanes == 0) predecessor += branches;
+    }
+  }
+
+  // Adds |g|^2 - 2 x g to the costs of kLanes states from `position` on, of every run.
+  static void add_terms(const float* terms, int states, int position, const Rows& rows_of, Vec* cost) {
+    Vec term[1 + P];
+    for (int i = 0; i <= P; ++i) term[i] = load(terms + static_cast<std::int64_t>(i) * states + position);
+    for (int r = 0; r < kTrellisRuns; ++r) {
+      cost[r] += term[0];
+      for (int c = 0; c < P; ++c) cost[r] = fused_multiply_add(rows_of.factor[r][c], term[1 + c], cost[r]);
+    }
+  }
+
+  // V: vectors of a tile.
+  template <int V>
+  void step_of_sums(const Rows& rows_of) const {
+    const int states = table.states;
+    const int branches = table.branches;
+    const int lanes = table.lanes;
+    const float* before = table.before.data();
+    const float* after = table.after.data();
+    for (int position = 0; position < states; position += kLanes) {
+      Vec cost[kTrellisRuns];
+      for (int r = 0; r < kTrellisRuns; ++r) cost[r] = load(rows_of.from[r] + position);
+      add_terms(before, states, position, rows_of, cost);
+      for (int r = 0; r < kTrellisRuns; ++r) store(rows_of.scratch[r] + position, cost[r]);
+    }
+    const std::int32_t* predecessor = table.predecessor.data();
+    const float* edge = table.edges.data();
+    for (int position = 0; position < states; position += V * kLanes) {
+      Vec best[V][kTrellisRuns];
+      for (int v = 0; v < V; ++v) {
+        for (int r = 0; r < kTrellisRuns; ++r) best[v][r] = Vec{} + __builtin_huge_valf();
+      }
+      for (int j = 0; j < branches; ++j, edge += V * kLanes) {
+        Vec term[V];
+        for (int v = 0; v < V; ++v) term[v] = load(edge + v * kLanes);
         for (int r = 0; r < kTrellisRuns; ++r) {
-          std::memcpy(row(r, k + 1) + group * table.lanes + lane, &best[r], sizeof best[r]);
+          const float from = rows_of.scratch[r][predecessor[j]];
+          for (int v = 0; v < V; ++v) best[v][r] = least(best[v][r], term[v] + from);
         }
       }
+      for (int v = 0; v < V; ++v) {
+        const int at = position + v * kLanes;
+        add_terms(after, states, at, rows_of, best[v]);
+        for (int r = 0; r < kTrellisRuns; ++r) store(rows_of.to[r] + at, best[v][r]);
+      }
+      if ((position + V * kLanes) % lanes == 0) predecessor += branches;
     }
   }
 
@@ -75,24 +161,22 @@ struct TrellisSearch {
     }
   }
 
-  // The window before `state` on the best path there: among equal costs the lowest.
+  // The window before `state`, after step k, on the best path there: among equal costs the lowest. The same sums as in
+  // the search, of which the first that gives the cost found there is sought.
   [[nodiscard]] std::uint32_t window_before(int run, int k, const float* x, int state) const {
-    const float* points = table.grid->points.data();
     const std::uint32_t base = static_cast<std::uint32_t>(state) << table.grid->index_bits;
+    const float* points = &table.grid->points[static_cast<std::size_t>(base) * P];
+    const float* norms = &table.norms[base];
+    const float* from = row(run, k);
     const std::int32_t* predecessor =
         &table.predecessor[static_cast<std::size_t>(state % table.groups) * table.branches];
-    const int lane = state / table.groups;
-    const float* norms =
-        &table.norms[(static_cast<std::size_t>(state % table.groups) * table.branches) * table.lanes + lane];
-    float best_cost = __builtin_huge_valf();
-    std::uint32_t best = base;
-    for (int j = 0; j < table.branches; ++j) {
-      float cost = norms[static_cast<std::int64_t>(j) * table.lanes] + row(run, k)[predecessor[j]];
-      for (int c = 0; c < P; ++c) cost = __builtin_fmaf(-2 * x[c], points[(base + j) * P + c], cost);
-      best = cost < best_cost ? base + j : best;
-      best_cost = cost < best_cost ? cost : best_cost;
+    const float found = row(run, k + 1)[table.position(state)];
+    for (int j = 0; j < table.branches - 1; ++j, points += P) {
+      float cost = norms[j] + from[predecessor[j]];
+      for (int c = 0; c < P; ++c) cost = __builtin_fmaf(-2 * x[c], points[c], cost);
+      if (cost == found) return base + j;
     }
-    return best;
+    return base + table.branches - 1;
   }
 
   // Follows the best path of one run back from `state` after `count` steps; calls use(step, window). Returns the state
@@ -114,9 +198,11 @@ struct TrellisSearch {
     forward(values, steps - side, 2 * side, bites);
     for (int r = 0; r < kTrellisRuns; ++r) {
       const float* last = row(r, 2 * side);
-      int best = 0;  // the lowest state among equals
-      for (int s = 1; s < table.states; ++s) {
-        if (last[table.position(s)] < last[table.position(best)]) best = s;
+      float least_cost = __builtin_huge_valf();
+      for (int s = 0; s < table.states; ++s) least_cost = last[s] < least_cost ? last[s] : least_cost;
+      int best = table.states;  // the lowest state among equals
+      for (int s = 0; s < table.states; ++s) {
+        if (last[s] == least_cost && table.state_at(s) < best) best = table.state_at(s);
       }
       backward(values[r], r, steps - side, 2 * side, best, [&](int t, std::uint32_t window) {
         if (t == 0) bites[r] = static_cast<int>(window) & (table.states - 1);

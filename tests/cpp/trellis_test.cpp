@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -162,11 +164,12 @@ double least_error_of_all(const Tiny& tiny, const std::vector<float>& x, std::si
   return best;
 }
 
-// Encodes kTrellisRuns random runs; calls check(values, indices, error).
+// Encodes kTrellisRuns random runs, of multiples of 1/256 within the range that the format has for additive grids;
+// calls check(values, indices, points).
 template <typename Check>
-void for_each_encoded(const Tiny& tiny, Rng& rng, int steps, const Check& check) {
-  const detail::TrellisTable table = detail::make_trellis_table(tiny.grid);
-  const int columns = steps * tiny.grid.p;
+void for_each_encoded(const Grid& grid, Rng& rng, int steps, float sigma, const Check& check) {
+  const detail::TrellisTable table = detail::make_trellis_table(grid, detail::kernels().vector_lanes);
+  const int columns = steps * grid.p;
   std::vector<float> costs(static_cast<std::size_t>(detail::trellis_costs(table, columns)));
   std::vector<float> x[detail::kTrellisRuns];
   std::vector<float> points[detail::kTrellisRuns];
@@ -176,6 +179,7 @@ void for_each_encoded(const Tiny& tiny, Rng& rng, int steps, const Check& check)
   std::uint16_t* indices_at[detail::kTrellisRuns];
   for (int r = 0; r < detail::kTrellisRuns; ++r) {
     x[r] = test::gaussian(rng, columns);
+    for (float& v : x[r]) v = std::nearbyint(std::clamp(sigma * v * 256, -1444.0f, 1444.0f)) / 256;
     points[r].resize(x[r].size());
     indices[r].resize(static_cast<std::size_t>(steps));
     x_at[r] = x[r].data();
@@ -183,13 +187,19 @@ void for_each_encoded(const Tiny& tiny, Rng& rng, int steps, const Check& check)
     indices_at[r] = indices[r].data();
   }
   detail::kernels().encode_runs(table, x_at, columns, costs.data(), indices_at, points_at);
-  for (int r = 0; r < detail::kTrellisRuns; ++r) {
+  for (int r = 0; r < detail::kTrellisRuns; ++r) check(x[r], indices[r], points[r]);
+}
+
+// Calls check(values, indices, error).
+template <typename Check>
+void for_each_encoded(const Tiny& tiny, Rng& rng, int steps, const Check& check) {
+  for_each_encoded(tiny.grid, rng, steps, 1, [&](const auto& x, const auto& indices, const auto& points) {
     double returned = 0;
-    for (std::size_t j = 0; j < x[r].size(); ++j) returned += std::pow(double{x[r][j]} - points[r][j], 2);
-    const double error = tiny.error(x[r], indices[r]);
+    for (std::size_t j = 0; j < x.size(); ++j) returned += std::pow(double{x[j]} - points[j], 2);
+    const double error = tiny.error(x, indices);
     EXPECT_NEAR(returned, error, 1e-5) << "the points are not those of the indices";
-    check(x[r], indices[r], error);
-  }
+    check(x, indices, error);
+  });
 }
 
 TEST(Trellis, TheSearchIsExactGivenTheBite) {
@@ -220,6 +230,89 @@ TEST(Trellis, TheBiteIsNearlyAlwaysTheBest) {
   }
   EXPECT_GE(optimal, 72) << "of 80 runs";
   EXPECT_LT(excess / 80, 0.001);
+}
+
+// The search as FORMAT.md has it, for one run.
+class SpecSearch {
+ public:
+  SpecSearch(const Grid& grid, const std::vector<float>& x)
+      : grid_(grid),
+        x_(x),
+        steps_(x.size() / static_cast<std::size_t>(grid.p)),
+        states_(std::size_t{1} << (grid.window_bits - grid.index_bits)) {
+    for (std::size_t w = 0; w < static_cast<std::size_t>(grid.n_points); ++w) {
+      double norm = 0;
+      for (std::size_t c = 0; c < p(); ++c) norm += std::pow(double{grid.points[w * p() + c]}, 2);
+      norms_.push_back(static_cast<float>(norm));
+    }
+  }
+
+  [[nodiscard]] std::vector<std::uint16_t> indices() const {
+    const std::size_t side = std::min((192 + b() - 1) / b(), 3 * (steps_ / 4));
+    std::vector<float> cost(states_, 0.0f);
+    const std::vector<std::size_t> around = search(cost, steps_ - side, 2 * side, states_);
+    std::vector<float> from_bite(states_, std::numeric_limits<float>::infinity());
+    const std::size_t bite = around[side] % states_;
+    from_bite[bite] = 0;
+    std::vector<std::uint16_t> indices;
+    for (const std::size_t w : search(from_bite, 0, steps_, bite)) {
+      indices.push_back(static_cast<std::uint16_t>(w & ((std::size_t{1} << b()) - 1)));
+    }
+    return indices;
+  }
+
+ private:
+  [[nodiscard]] std::size_t p() const { return static_cast<std::size_t>(grid_.p); }
+  [[nodiscard]] std::size_t b() const { return static_cast<std::size_t>(grid_.index_bits); }
+
+  // The windows of the best path of `count` steps to state `last` (or, if there is none such, to the best).
+  [[nodiscard]] std::vector<std::size_t> search(std::vector<float> cost, std::size_t first, std::size_t count,
+                                                std::size_t last) const {
+    std::vector<std::vector<std::size_t>> best(count, std::vector<std::size_t>(states_));
+    for (std::size_t k = 0; k < count; ++k) {
+      std::vector<float> next(states_, std::numeric_limits<float>::infinity());
+      const float* u = &x_[(first + k) % steps_ * p()];
+      for (std::size_t w = 0; w < norms_.size(); ++w) {
+        float t = cost[w % states_] + norms_[w];
+        for (std::size_t c = 0; c < p(); ++c) t = std::fma(-2 * u[c], grid_.points[w * p() + c], t);
+        if (t < next[w >> b()]) {
+          next[w >> b()] = t;
+          best[k][w >> b()] = w;
+        }
+      }
+      cost = next;
+    }
+    if (last == states_) last = static_cast<std::size_t>(std::ranges::min_element(cost) - cost.begin());
+    std::vector<std::size_t> windows(count);
+    for (std::size_t k = count; k-- > 0;) {
+      windows[k] = best[k][last];
+      last = windows[k] % states_;
+    }
+    return windows;
+  }
+
+  const Grid& grid_;
+  const std::vector<float>& x_;
+  std::size_t steps_;
+  std::size_t states_;
+  std::vector<float> norms_;
+};
+
+TEST(Trellis, StreamsAreThoseOfTheFormat) {
+  for (const char* name : {"a2_b4", "a2_b5", "a2_b8", "t2_b4", "t2_b5", "t2_b8", "t4_b8"}) {
+    const Grid& grid = find_grid(name);
+    // With a sigma of 10 most values are as large as they may be: costs of additive grids still are not rounded.
+    for (const auto& [steps, sigma] : {std::pair{8, 1.0f}, {24, 1.0f}, {32, 10.0f}}) {
+      for (const Isa isa : supported_isas()) {
+        if (isa == Isa::portable && steps == 24) continue;  // slow
+        const IsaGuard guard(isa);
+        Rng rng(static_cast<std::uint64_t>(steps));
+        for_each_encoded(grid, rng, steps, sigma, [&](const auto& x, const auto& indices, const auto&) {
+          EXPECT_EQ(indices, SpecSearch(grid, x).indices()) << name << " " << steps << " " << name_of(isa);
+        });
+      }
+    }
+  }
 }
 
 struct Shape {

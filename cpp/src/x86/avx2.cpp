@@ -139,7 +139,7 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {0,           transform_blocks,   nearest_group,     sum_of_products,
-                              encode_runs, dot_rows_any<Avx2>, dot_tile_any<Avx2>};
+const Kernels kAvx2Kernels = {
+    0, kLanes, transform_blocks, nearest_group, sum_of_products, encode_runs, dot_rows_any<Avx2>, dot_tile_any<Avx2>};
 
 }  // namespace higgs::detail

@@ -319,7 +319,13 @@ struct Avx512 {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {8,           transform_blocks,     nearest_group,       sum_of_products,
-                                encode_runs, dot_rows_any<Avx512>, dot_tile_any<Avx512>};
+const Kernels kAvx512Kernels = {8,
+                                kLanes,
+                                transform_blocks,
+                                nearest_group,
+                                sum_of_products,
+                                encode_runs,
+                                dot_rows_any<Avx512>,
+                                dot_tile_any<Avx512>};
 
 }  // namespace higgs::detail
