@@ -7,7 +7,8 @@
 //   calls sink(offset, Vec) for count * P floats in decode order;
 // - TrellisDecoder<B, P> with chunk(bytes, steps, from, to, sink) for steps of a run of a trellis grid, both multiples
 //   of 16 if the run is not taken as a whole; such as WindowDecoder with
-// - look_up<P>(points, halves, windows): kLanes / P points, given both as floats and as fp16 bits.
+// - look_up<P>(points, halves, windows): kLanes / P points, given both as floats and as fp16 bits;
+// - signed_bytes(bytes, use): calls use(offset, Vec) for 16 signed bytes, as floats.
 //
 // The sums run in the same order in dot_rows and dot_tile: one chain of fma per (row of w, row of x, scale group), in
 // decode order, lanes added up per group, groups in order. So a row of y has the same bits in any batch.
@@ -64,32 +65,105 @@ struct WindowDecoder {
   }
 };
 
-// Decodes run groups of a trellis grid into column order.
+// Decodes runs of `t` grids: whole groups, in column order.
 template <class Isa, int B, int P>
-struct GroupDecoder {
-  using Vec = typename Isa::Vec;
+struct RunDecoder {
   typename Isa::template TrellisDecoder<B, P> decoder;
   const Trellis& trellis;
   std::int64_t k;
 
-  explicit GroupDecoder(const PackedView& w) : decoder(w), trellis(*w.format.grid->trellis), k(w.format.k) {}
+  explicit RunDecoder(const PackedView& w) : decoder(w), trellis(*w.format.grid->trellis), k(w.format.k) {}
 
-  // `count` indices' worth of columns from those of index `index` on, which lie in one run group.
+  // `count` indices' worth of columns from those of index `index` on, which lie in one run.
   template <typename Sink>
   void chunk(const std::uint8_t* row, std::int64_t index, int count, const Sink& sink) const {
-    const RunGroup group = run_group(trellis, k, index * P);
-    const std::uint8_t* run = row + group.first / P * B / 8;
-    const int steps = group.run_columns() / P;
-    const auto first = static_cast<int>(index - group.first / P);
-    if (group.runs == 1) return decoder.chunk(run, steps, first, first + count, sink);
-    constexpr int kMost = 256;  // columns
-    float out[kMost];
-    for (int t = 0; t < group.runs; ++t, run += steps * B / 8) {
-      float values[kMost / 4 + 32];  // decoders finish what they take at once
-      decoder.chunk(run, steps, 0, steps, [&](int offset, Vec v) { Isa::store(values + offset, v); });
-      for (int i = 0; i < steps * P; i += 4) std::memcpy(out + group.column(t, i), values + i, 4 * sizeof(float));
+    const RunGroup run = run_group(trellis, k, index * P);
+    const auto first = static_cast<int>(index - run.first / P);
+    decoder.chunk(row + run.first / P * B / 8, run.columns / P, first, first + count, sink);
+  }
+};
+
+// Decodes additive grids of two weights (`a2`), in decode order, as integers: 32 times the weights. An entry holds both
+// tables: bytes hi_0, hi_1, lo_0, lo_1 of a piece. So one look-up for a piece of 8 bits serves the step that has it as
+// lo and the step, kShift before, that has it as hi; both weights of all steps are added up as bytes.
+template <class Isa, int B>
+struct AdditiveDecoder {
+  static constexpr int kShift = B == 4 ? 2 : 1;
+  static constexpr int kSteps = 8;  // at once: B bytes
+  static constexpr int kMaxSteps = 32;
+  static constexpr int kRuns = 4;  // of a group
+  typedef std::uint32_t Words __attribute__((vector_size(4 * kSteps)));
+  typedef std::uint8_t Bytes __attribute__((vector_size(4 * kSteps)));
+  typedef std::uint16_t Pairs __attribute__((vector_size(2 * kSteps)));
+
+  std::uint32_t entries[256];
+  const Trellis& trellis;
+  std::int64_t k;
+  const std::uint8_t* end;  // of the tensor
+
+  explicit AdditiveDecoder(const PackedView& w)
+      : trellis(*w.format.grid->trellis), k(w.format.k), end(w.indices + w.format.index_bytes()) {
+    for (int i = 0; i < 256; ++i) {
+      const float* lo = trellis.table.data() + 4 * i;
+      const float* hi = lo + 2;
+      entries[i] = byte(hi[0]) | byte(hi[1]) << 8 | byte(lo[0]) << 16 | byte(lo[1]) << 24;
     }
-    for (int c = 0; c < count * P; c += Isa::kLanes) sink(c, Isa::load(out + first * P + c));
+  }
+  static std::uint32_t byte(float entry) {
+    return static_cast<std::uint8_t>(static_cast<std::int8_t>(entry / kAdditiveStep));
+  }
+
+  // Of `count` indices from `index` on, which lie in one group of runs.
+  template <typename Sink>
+  void chunk(const std::uint8_t* row, std::int64_t index, int count, const Sink& sink) const {
+    const RunGroup group = run_group(trellis, k, index * 2);
+    const int steps = group.columns / kRuns / 2;
+    const int from = static_cast<int>(index - group.first / 2) / kRuns;
+    const int taken = count / kRuns;  // steps of each run
+    const std::uint8_t* bytes = row + group.first / 2 * B / 8;
+    std::uint32_t words[kRuns][kMaxSteps + kShift];
+    // All look-ups first: a vector cannot be loaded before what it consists of has reached the cache.
+    for (auto& of_run : words) {
+      look_up(bytes, steps, from, taken, of_run);
+      bytes += steps * B / 8;
+    }
+    for (const auto& of_run : words) {
+      for (int s = 0; s < taken; s += kSteps) {
+        Words lo;
+        Words hi;
+        std::memcpy(&lo, of_run + s, sizeof lo);
+        std::memcpy(&hi, of_run + s + kShift, sizeof hi);
+        const Bytes sums = reinterpret_cast<Bytes>(lo >> 16) + reinterpret_cast<Bytes>(hi);
+        const Pairs pairs = __builtin_convertvector(reinterpret_cast<Words>(sums), Pairs);
+        Isa::signed_bytes(reinterpret_cast<const std::int8_t*>(&pairs), [&](int i, typename Isa::Vec v) {
+          sink(static_cast<int>(&of_run - words) * 2 * taken + 2 * s + i, v);
+        });
+      }
+    }
+  }
+
+  // Entries of the pieces of steps [from, from + count + kShift) of a run, cyclic.
+  void look_up(const std::uint8_t* run, int steps, int from, int count, std::uint32_t* words) const {
+    for (int s = from; s < from + count; s += kSteps) {
+      std::uint64_t stream = load(run + s * B / 8);
+      if constexpr (B < 8) {
+        if (s + kSteps == steps) stream = (stream & ((std::uint64_t{1} << 8 * B) - 1)) | std::uint64_t{*run} << 8 * B;
+      }
+      for (int i = 0; i < kSteps; ++i, stream >>= B) *words++ = entries[stream & 255];
+    }
+    std::uint64_t stream = load(from + count == steps ? run : run + (from + count) * B / 8);
+    for (int i = 0; i < kShift; ++i, stream >>= B) *words++ = entries[stream & 255];
+  }
+
+  // Eight bytes, or those up to the end of the tensor; B are wanted.
+  [[nodiscard]] std::uint64_t load(const std::uint8_t* bytes) const {
+    std::uint64_t stream = 0;
+    if (end - bytes >= 8) {
+      std::memcpy(&stream, bytes, 8);
+    } else {
+      std::memcpy(&stream, bytes, B);
+    }
+    return stream;
   }
 };
 
@@ -272,10 +346,16 @@ inline constexpr bool kSigned = B == 12 && P == 4;
   X(6, 2)                         \
   X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(11, 2) X(12, 2) X(4, 4) X(6, 4) X(8, 4) X(12, 4)
 
-// The same for trellis grids.
+// The same for trellis grids by hash.
 #define HIGGS_FOR_EACH_TRELLIS_DECODER(X) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(9, 2) X(10, 2) X(6, 4) X(8, 4)
 
-inline int decoder_key(const Grid& grid) { return (grid.trellis != nullptr ? 256 : 0) + grid.index_bits * 8 + grid.p; }
+// The index_bits of additive trellis grids of two weights.
+#define HIGGS_FOR_EACH_ADDITIVE_DECODER(X) X(4) X(5) X(6) X(7) X(8)
+
+inline int decoder_key(const Grid& grid) {
+  const int family = grid.trellis == nullptr ? 0 : grid.trellis->kind == Trellis::Kind::hash ? 1 : 2;
+  return 256 * family + grid.index_bits * 8 + grid.p;
+}
 
 template <class Isa>
 void dot_rows_any(const PackedView& w, const float* x, std::int64_t m, std::int64_t begin, std::int64_t end, float* y,
@@ -289,8 +369,13 @@ void dot_rows_any(const PackedView& w, const float* x, std::int64_t m, std::int6
 #undef HIGGS_CASE
 #define HIGGS_CASE(B, P)    \
   case 256 + (B) * 8 + (P): \
-    return dot_few_rows<Isa, GroupDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, m, begin, end, y, y_stride);
+    return dot_few_rows<Isa, RunDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, m, begin, end, y, y_stride);
     HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
+#undef HIGGS_CASE
+#define HIGGS_CASE(B)     \
+  case 512 + (B) * 8 + 2: \
+    return dot_few_rows<Isa, AdditiveDecoder<Isa, B>, Runs<2>, B, 2>(w, x, m, begin, end, y, y_stride);
+    HIGGS_FOR_EACH_ADDITIVE_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);
   }
@@ -308,8 +393,13 @@ void dot_tile_any(const PackedView& w, const float* x, std::int64_t m, std::int6
 #undef HIGGS_CASE
 #define HIGGS_CASE(B, P)    \
   case 256 + (B) * 8 + (P): \
-    return dot_tile<Isa, GroupDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, m, begin, end, scratch, y, y_stride);
+    return dot_tile<Isa, RunDecoder<Isa, B, P>, Runs<P>, B, P>(w, x, m, begin, end, scratch, y, y_stride);
     HIGGS_FOR_EACH_TRELLIS_DECODER(HIGGS_CASE)
+#undef HIGGS_CASE
+#define HIGGS_CASE(B)     \
+  case 512 + (B) * 8 + 2: \
+    return dot_tile<Isa, AdditiveDecoder<Isa, B>, Runs<2>, B, 2>(w, x, m, begin, end, scratch, y, y_stride);
+    HIGGS_FOR_EACH_ADDITIVE_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);
   }

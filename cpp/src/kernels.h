@@ -14,8 +14,9 @@ namespace higgs::detail {
 // Columns are handled in chunks of 64 indices = 64 * p columns, or what is left of a scale group, a multiple of 64
 // columns. Inside a chunk of n indices x and decoded weights are in "decode order", the one in which look-ups yield
 // them: column order where a look-up fetches a whole point, component-major (index i, component c at c * n + i) where
-// one instruction looks up many indices in the table of one component. Trellis grids are handled by runs, in column
-// order.
+// one instruction looks up many indices in the table of one component. Trellis grids by hash are handled by runs, in
+// column order. Of additive ones what a scale group and a group of runs have in common is taken at once, run after run;
+// weights are decoded as integers, and x is multiplied by kAdditiveStep, which is exact.
 inline constexpr int kChunk = 64;
 
 struct Kernels {

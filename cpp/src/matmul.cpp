@@ -40,6 +40,23 @@ void check(ConstMatrixView x, const PackedView& w, MatrixView y) {
 
 // Rotated x * d of one row, from column order to decode order (see kernels.h).
 void arrange(const float* rotated, const LayerFormat& f, float* out) {
+  if (f.grid->trellis != nullptr && f.grid->trellis->kind == Trellis::Kind::additive) {
+    for (std::int64_t g = 0; g < f.row_groups(); ++g) {
+      for (std::int64_t first = g * f.group; first < f.group_end(g);) {
+        const RunGroup group = run_group(*f.grid->trellis, f.k, first);
+        const std::int64_t end = std::min(f.group_end(g), group.first + group.columns);
+        const auto begin_of_run = static_cast<int>(first - group.first) / group.runs;
+        const auto end_of_run = static_cast<int>(end - group.first) / group.runs;
+        for (int t = 0; t < group.runs; ++t) {
+          for (int i = begin_of_run; i < end_of_run; ++i) {
+            *out++ = rotated[group.first + group.column(t, i)] * kAdditiveStep;
+          }
+        }
+        first = end;
+      }
+    }
+    return;
+  }
   if (f.grid->trellis != nullptr || f.grid->table_points() > 1 << detail::kernels().component_major_bits) {
     std::copy_n(rotated, f.k, out);
     return;

@@ -26,6 +26,15 @@ struct Portable {
   static float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static float f16(std::uint16_t bits) { return f16_to_f32(bits); }
 
+  template <typename Use>
+  static void signed_bytes(const std::int8_t* bytes, const Use& use) {
+    for (int i = 0; i < 16; i += kLanes) {
+      Vec v;
+      for (int j = 0; j < kLanes; ++j) v[j] = bytes[i + j];
+      use(i, v);
+    }
+  }
+
   template <int B, int P>
   using TrellisDecoder = WindowDecoder<Portable, B, P>;
 

@@ -40,7 +40,7 @@ struct TrellisSearch {
   }
 
   // What a step needs of every run.
-  struct Rows {
+  struct Runs {
     Vec factor[kTrellisRuns][P];  // -2 x
     const float* from[kTrellisRuns];
     float* to[kTrellisRuns];
@@ -49,23 +49,23 @@ struct TrellisSearch {
 
   // One step of every run, from costs row k to row k + 1.
   void step(const float* const* x, int k) const {
-    Rows rows_of;
+    Runs runs;
     for (int r = 0; r < kTrellisRuns; ++r) {
-      for (int c = 0; c < P; ++c) rows_of.factor[r][c] = Vec{} - 2 * x[r][c];
-      rows_of.from[r] = row(r, k);
-      rows_of.to[r] = row(r, k + 1);
-      rows_of.scratch[r] = row(r, rows);
+      for (int c = 0; c < P; ++c) runs.factor[r][c] = Vec{} - 2 * x[r][c];
+      runs.from[r] = row(r, k);
+      runs.to[r] = row(r, k + 1);
+      runs.scratch[r] = row(r, rows);
     }
     if (!table.additive) {
-      step_of_points(rows_of);
+      step_of_points(runs);
     } else if (table.tile == kLanes) {
-      step_of_sums<1>(rows_of);
+      step_of_sums<1>(runs);
     } else {
-      step_of_sums<2>(rows_of);
+      step_of_sums<2>(runs);
     }
   }
 
-  void step_of_points(const Rows& rows_of) const {
+  void step_of_points(const Runs& runs) const {
     // As many runs at once as have their costs and factors in the registers of AVX2; for the others the edges of the
     // tile are in the L1 cache then.
     constexpr int kRuns = P == 2 ? 4 : 2;
@@ -80,18 +80,18 @@ struct TrellisSearch {
         Vec factor[kRuns][P];
         for (int r = 0; r < kRuns; ++r) {
           best[r] = Vec{} + __builtin_huge_valf();
-          for (int c = 0; c < P; ++c) factor[r][c] = rows_of.factor[first + r][c];
+          for (int c = 0; c < P; ++c) factor[r][c] = runs.factor[first + r][c];
         }
         for (int j = 0; j < branches; ++j, edge += (1 + P) * kLanes) {
           Vec term[1 + P];
           for (int i = 0; i <= P; ++i) term[i] = load(edge + i * kLanes);
           for (int r = 0; r < kRuns; ++r) {
-            Vec cost = term[0] + rows_of.from[first + r][predecessor[j]];
+            Vec cost = term[0] + runs.from[first + r][predecessor[j]];
             for (int c = 0; c < P; ++c) cost = fused_multiply_add(factor[r][c], term[1 + c], cost);
             best[r] = least(best[r], cost);
           }
         }
-        for (int r = 0; r < kRuns; ++r) store(rows_of.to[first + r] + position, best[r]);
+        for (int r = 0; r < kRuns; ++r) store(runs.to[first + r] + position, best[r]);
       }
       edges += branches * (1 + P) * kLanes;
       if ((position + kLanes) % lanes == 0) predecessor += branches;
@@ -99,18 +99,18 @@ struct TrellisSearch {
   }
 
   // Adds |g|^2 - 2 x g to the costs of kLanes states from `position` on, of every run.
-  static void add_terms(const float* terms, int states, int position, const Rows& rows_of, Vec* cost) {
+  static void add_terms(const float* terms, int states, int position, const Runs& runs, Vec* cost) {
     Vec term[1 + P];
     for (int i = 0; i <= P; ++i) term[i] = load(terms + static_cast<std::int64_t>(i) * states + position);
     for (int r = 0; r < kTrellisRuns; ++r) {
       cost[r] += term[0];
-      for (int c = 0; c < P; ++c) cost[r] = fused_multiply_add(rows_of.factor[r][c], term[1 + c], cost[r]);
+      for (int c = 0; c < P; ++c) cost[r] = fused_multiply_add(runs.factor[r][c], term[1 + c], cost[r]);
     }
   }
 
   // V: vectors of a tile.
   template <int V>
-  void step_of_sums(const Rows& rows_of) const {
+  void step_of_sums(const Runs& runs) const {
     const int states = table.states;
     const int branches = table.branches;
     const int lanes = table.lanes;
@@ -118,9 +118,9 @@ struct TrellisSearch {
     const float* after = table.after.data();
     for (int position = 0; position < states; position += kLanes) {
       Vec cost[kTrellisRuns];
-      for (int r = 0; r < kTrellisRuns; ++r) cost[r] = load(rows_of.from[r] + position);
-      add_terms(before, states, position, rows_of, cost);
-      for (int r = 0; r < kTrellisRuns; ++r) store(rows_of.scratch[r] + position, cost[r]);
+      for (int r = 0; r < kTrellisRuns; ++r) cost[r] = load(runs.from[r] + position);
+      add_terms(before, states, position, runs, cost);
+      for (int r = 0; r < kTrellisRuns; ++r) store(runs.scratch[r] + position, cost[r]);
     }
     const std::int32_t* predecessor = table.predecessor.data();
     const float* edge = table.edges.data();
@@ -133,14 +133,14 @@ struct TrellisSearch {
         Vec term[V];
         for (int v = 0; v < V; ++v) term[v] = load(edge + v * kLanes);
         for (int r = 0; r < kTrellisRuns; ++r) {
-          const float from = rows_of.scratch[r][predecessor[j]];
+          const float from = runs.scratch[r][predecessor[j]];
           for (int v = 0; v < V; ++v) best[v][r] = least(best[v][r], term[v] + from);
         }
       }
       for (int v = 0; v < V; ++v) {
         const int at = position + v * kLanes;
-        add_terms(after, states, at, rows_of, best[v]);
-        for (int r = 0; r < kTrellisRuns; ++r) store(rows_of.to[r] + at, best[v][r]);
+        add_terms(after, states, at, runs, best[v]);
+        for (int r = 0; r < kTrellisRuns; ++r) store(runs.to[r] + at, best[v][r]);
       }
       if ((position + V * kLanes) % lanes == 0) predecessor += branches;
     }

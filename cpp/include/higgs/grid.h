@@ -15,6 +15,9 @@
 
 namespace higgs {
 
+// Entries of additive tables are multiples of it, from -64 to 63.
+inline constexpr float kAdditiveStep = 1.0f / 32;
+
 // Where the points of a trellis grid come from: point = f(window).
 struct Trellis {
   // hash: h = window * multiplier mod 2^32. Magnitudes are row (h >> 16) mod rows of `table` [rows, p]; weight 0, 1, 2

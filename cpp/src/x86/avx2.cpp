@@ -27,6 +27,14 @@ struct Avx2 {
   }
   static float f16(std::uint16_t bits) { return _cvtsh_ss(bits); }
 
+  template <typename Use>
+  static void signed_bytes(const std::int8_t* bytes, const Use& use) {
+    for (int i = 0; i < 16; i += kLanes) {
+      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i));
+      use(i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)));
+    }
+  }
+
   template <int B, int P>
   using TrellisDecoder = WindowDecoder<Avx2, B, P>;
 

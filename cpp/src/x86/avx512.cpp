@@ -200,7 +200,7 @@ struct WordTableDecoder {  // P = 2, 9 to 12 bits
 template <int B>
 struct PairDecoder {
   static constexpr int kMaxRows = 1024;
-  alignas(64) std::uint32_t rows[kMaxRows];  // pairs of fp16 values; additive: lo, hi, lo, hi, ...
+  alignas(64) std::uint32_t rows[kMaxRows];  // pairs of fp16 values
   alignas(64) std::uint8_t spread[64];
   alignas(64) std::uint8_t spread_last[2][64];  // of the last 8 or 16 windows of a run, which go on in its first bytes
   alignas(64) std::int32_t shift[16];
@@ -208,8 +208,6 @@ struct PairDecoder {
   __m512i mask;
   __m512i multiplier;
   __m512i row_mask;
-  __m128i hi_shift;
-  bool additive;
 
   explicit PairDecoder(const PackedView& w) : end(w.indices + w.format.index_bytes()) {
     const Grid& grid = *w.format.grid;
@@ -217,10 +215,8 @@ struct PairDecoder {
     mask = _mm512_set1_epi32(grid.n_points - 1);
     multiplier = _mm512_set1_epi32(static_cast<int>(trellis.multiplier));
     row_mask = _mm512_set1_epi32(trellis.rows - 1);
-    hi_shift = _mm_cvtsi32_si128(grid.window_bits - 8);
-    additive = trellis.kind == Trellis::Kind::additive;
     const float* values = trellis.table.data();
-    for (int i = 0; i < (additive ? 2 : 1) * trellis.rows; ++i) {
+    for (int i = 0; i < trellis.rows; ++i) {
       const std::uint32_t low = _cvtss_sh(values[2 * i], 0);
       const std::uint32_t high = _cvtss_sh(values[2 * i + 1], 0);
       rows[i] = low | high << 16;
@@ -247,19 +243,12 @@ struct PairDecoder {
       const __m512i order = _mm512_load_si512(left == 8 ? spread_last[0] : left == 16 ? spread_last[1] : spread);
       const __m512i words = _mm512_permutex2var_epi8(raw, order, first_bytes);
       const __m512i window = _mm512_and_si512(_mm512_srlv_epi32(words, _mm512_load_si512(shift)), mask);
-      if (additive) {
-        const __m512i lo = gather(_mm512_slli_epi32(_mm512_and_si512(window, _mm512_set1_epi32(255)), 1), rows);
-        const __m512i hi = gather(_mm512_slli_epi32(_mm512_srl_epi32(window, hi_shift), 1), rows + 1);
-        sink(2 * (t - from), _mm512_add_ps(first(lo), first(hi)));
-        sink(2 * (t - from) + 16, _mm512_add_ps(second(lo), second(hi)));
-      } else {
-        const __m512i hash = _mm512_mullo_epi32(window, multiplier);
-        const __m512i magnitudes = gather(_mm512_and_si512(_mm512_srli_epi32(hash, 16), row_mask), rows);
-        const __m512i signs = _mm512_and_si512(hash, _mm512_set1_epi32(static_cast<int>(0x80008000u)));
-        const __m512i pairs = _mm512_xor_si512(magnitudes, signs);
-        sink(2 * (t - from), first(pairs));
-        sink(2 * (t - from) + 16, second(pairs));
-      }
+      const __m512i hash = _mm512_mullo_epi32(window, multiplier);
+      const __m512i magnitudes = gather(_mm512_and_si512(_mm512_srli_epi32(hash, 16), row_mask), rows);
+      const __m512i signs = _mm512_and_si512(hash, _mm512_set1_epi32(static_cast<int>(0x80008000u)));
+      const __m512i pairs = _mm512_xor_si512(magnitudes, signs);
+      sink(2 * (t - from), first(pairs));
+      sink(2 * (t - from) + 16, second(pairs));
     }
   }
 
@@ -307,6 +296,12 @@ struct Avx512 {
     } else {
       return _mm512_cvtph_ps(_mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)));
     }
+  }
+
+  template <typename Use>
+  static void signed_bytes(const std::int8_t* bytes, const Use& use) {
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    use(0, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen)));
   }
 
   template <int B, int P>
