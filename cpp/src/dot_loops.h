@@ -65,7 +65,7 @@ struct WindowDecoder {
   }
 };
 
-// Decodes runs of `t` grids: whole groups, in column order.
+// Decodes trellis grids by hash, whose groups are one run, in column order.
 template <class Isa, int B, int P>
 struct RunDecoder {
   typename Isa::template TrellisDecoder<B, P> decoder;
