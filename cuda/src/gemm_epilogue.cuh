@@ -2,8 +2,6 @@
 // bias.
 #pragma once
 
-#include <algorithm>
-
 #include "gemm_output.cuh"
 #include "gemm_partials.cuh"
 #include "gemm_schedule.cuh"
@@ -23,39 +21,15 @@ __device__ __forceinline__ int adders_of(const Sharing& sharing) {
   return Config::kAddsInParts && sharing.others >= kMany ? min(sharing.others, Config::kRegisters / 4) : 1;
 }
 
-// Adds the sums of those who go on with a tile, in the order of k. 16 loads of a thread are under way.
+// Adds the sums of those who go on with a tile, in the order of k.
 template <typename Config>
 __device__ __forceinline__ void add_partials(const GemmParams& p, const CtaPlace& place, int others, int thread,
                                              float (&acc)[Config::kRegisters]) {
-  constexpr int kFragments = Config::kRegisters / 4;
-  constexpr int kSets = std::max(1, 16 / kFragments);
   const auto set = [&](int i) {
-    return partial_set<Config>(p, (place.cluster + i) * Config::kClusterSize + place.rank, false);
+    return partial_set<Config>(p, (place.cluster + 1 + i) * Config::kClusterSize + place.rank, false);
   };
-  for (int i = 1 + thread % 128; i <= others; i += 128) wait_for_partial<Config>(p, set(i), thread / 128);
-  named_barrier(1 + thread / 128, 128);
-#pragma unroll 1
-  for (int first = 1; first <= others; first += kSets) {
-    float4 v[kSets][kFragments] = {};
-#pragma unroll
-    for (int j = 0; j < kSets; ++j) {
-      const float4* from = partial_of<Config>(p, set(first + j), thread);
-#pragma unroll
-      for (int i = 0; i < kFragments; ++i) {
-        if (first + j <= others) v[j][i] = __ldcg(from + i * kPartialStride<Config>);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kSets; ++j) {
-#pragma unroll
-      for (int i = 0; i < kFragments; ++i) {
-        acc[4 * i] += v[j][i].x;
-        acc[4 * i + 1] += v[j][i].y;
-        acc[4 * i + 2] += v[j][i].z;
-        acc[4 * i + 3] += v[j][i].w;
-      }
-    }
-  }
+  wait_for_sets<Config>(p, set, others, thread);
+  add_sets<Config, Config::kRegisters / 4>(p, set, others, thread, 0, Config::kRegisters / 4, acc);
 }
 
 // 8 consecutive rows of one token.

@@ -53,45 +53,64 @@ __device__ __forceinline__ void wait_for_partial(const GemmParams& p, int set, i
   while (load_acquire(p.flags + set * Config::kWarpgroups + warpgroup) == 0) __nanosleep(20);
 }
 
+// `sets` sets, of which set(i) is the number of the i-th: waits until all have been announced.
+template <typename Config, typename SetOf>
+__device__ __forceinline__ void wait_for_sets(const GemmParams& p, const SetOf& set, int sets, int thread) {
+  for (int i = thread % 128; i < sets; i += 128) wait_for_partial<Config>(p, set(i), thread / 128);
+  named_barrier(1 + thread / 128, 128);
+}
+
+// Adds a thread's fragments [first, end) of these sets, in their order, to `sums`. Up to 16 loads are under way.
+template <typename Config, int Fragments, typename SetOf>
+__device__ __forceinline__ void add_sets(const GemmParams& p, const SetOf& set, int sets, int thread, int first,
+                                         int end, float (&sums)[4 * Fragments]) {
+  constexpr int kAtOnce = std::clamp(16 / Fragments, 1, 4);
+#pragma unroll 1
+  for (int i = 0; i < sets; i += kAtOnce) {
+    float4 v[kAtOnce][Fragments] = {};
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const float4* from = partial_of<Config>(p, set(i + j), thread) + first * kPartialStride<Config>;
+#pragma unroll
+      for (int f = 0; f < Fragments; ++f) {
+        if (i + j < sets && first + f < end) v[j][f] = __ldcg(from + f * kPartialStride<Config>);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+      for (int f = 0; f < Fragments; ++f) {
+        sums[4 * f] += v[j][f].x;
+        sums[4 * f + 1] += v[j][f].y;
+        sums[4 * f + 2] += v[j][f].z;
+        sums[4 * f + 3] += v[j][f].w;
+      }
+    }
+  }
+}
+
 // Adds up the part `part` of `parts` of a shared tile's fragments, in the order of k, and stores them. All sums are in
-// sets, or about to be. 16 loads of a thread are under way.
+// sets, or about to be.
 template <typename Config>
 __device__ __forceinline__ void add_part(const GemmParams& p, const Sharing& sharing, int rank, int part, int parts,
                                          int thread, const TileOutput<Config>& output) {
   constexpr int kFragments = Config::kRegisters / 4;
   constexpr int kAtOnce = std::clamp(kFragments / 4, 1, 4);
-  constexpr int kSets = std::min(8, 16 / kAtOnce);
   const auto set = [&](int i) {
     return partial_set<Config>(p, (sharing.first + i) * Config::kClusterSize + rank, i == 0);
   };
-  for (int i = thread % 128; i <= sharing.others; i += 128) wait_for_partial<Config>(p, set(i), thread / 128);
-  named_barrier(1 + thread / 128, 128);
+  wait_for_sets<Config>(p, set, sharing.others + 1, thread);
   const int end = (part + 1) * kFragments / parts;
 #pragma unroll 1
   for (int first = part * kFragments / parts; first < end; first += kAtOnce) {
-    float4 sums[kAtOnce] = {};
-#pragma unroll 1
-    for (int i = 0; i <= sharing.others; i += kSets) {
-      float4 v[kSets][kAtOnce] = {};
-#pragma unroll
-      for (int j = 0; j < kSets; ++j) {
-        const float4* from = partial_of<Config>(p, set(i + j), thread) + first * kPartialStride<Config>;
-#pragma unroll
-        for (int f = 0; f < kAtOnce; ++f) {
-          if (i + j <= sharing.others && first + f < end) v[j][f] = __ldcg(from + f * kPartialStride<Config>);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kSets; ++j) {
-#pragma unroll
-        for (int f = 0; f < kAtOnce; ++f) {
-          sums[f] = {sums[f].x + v[j][f].x, sums[f].y + v[j][f].y, sums[f].z + v[j][f].z, sums[f].w + v[j][f].w};
-        }
-      }
-    }
+    float sums[4 * kAtOnce] = {};
+    add_sets<Config, kAtOnce>(p, set, sharing.others + 1, thread, first, end, sums);
 #pragma unroll
     for (int f = 0; f < kAtOnce; ++f) {
-      if (first + f < end) output.store(first + f, sums[f], output.bias((first + f) / Config::kTileFragments));
+      if (first + f < end) {
+        output.store(first + f, {sums[4 * f], sums[4 * f + 1], sums[4 * f + 2], sums[4 * f + 3]},
+                     output.bias((first + f) / Config::kTileFragments));
+      }
     }
   }
 }

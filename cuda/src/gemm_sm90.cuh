@@ -406,7 +406,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CtaPlace& cta
       announces = more;
       if (!more) announce_partial<Config>(p, set, thread_now());
       // Nothing more to multiply, and all others have been announced or will be without waiting for this one.
-      if (const int part = cta.cluster - sharing.first; Config::kAddsInParts && part < adders && adders > 1) {
+      if (const int part = cta.cluster - sharing.first; Config::kAddsInParts && part < adders) {
         add_part<Config>(p, sharing, cta.rank, part, adders, thread_now(), TileOutput<Config>(p, to, warp, lane));
       }
       continue;
