@@ -8,6 +8,8 @@
 // - TrellisDecoder<B, P> with chunk(bytes, steps, from, to, sink) for steps of a run of a trellis grid, both multiples
 //   of 16 if the run is not taken as a whole; such as WindowDecoder with
 // - look_up<P>(points, halves, windows): kLanes / P points, given both as floats and as fp16 bits;
+// - Additive<B> with chunk(row, index, count, sink) for steps of a group of runs of an additive grid, such as
+//   AdditiveDecoder with
 // - signed_bytes(bytes, use): calls use(offset, Vec) for 16 signed bytes, as floats.
 //
 // The sums run in the same order in dot_rows and dot_tile: one chain of fma per (row of w, row of x, scale group), in
@@ -374,7 +376,7 @@ void dot_rows_any(const PackedView& w, const float* x, std::int64_t m, std::int6
 #undef HIGGS_CASE
 #define HIGGS_CASE(B)     \
   case 512 + (B) * 8 + 2: \
-    return dot_few_rows<Isa, AdditiveDecoder<Isa, B>, Runs<2>, B, 2>(w, x, m, begin, end, y, y_stride);
+    return dot_few_rows<Isa, typename Isa::template Additive<B>, Runs<2>, B, 2>(w, x, m, begin, end, y, y_stride);
     HIGGS_FOR_EACH_ADDITIVE_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);
@@ -398,7 +400,7 @@ void dot_tile_any(const PackedView& w, const float* x, std::int64_t m, std::int6
 #undef HIGGS_CASE
 #define HIGGS_CASE(B)     \
   case 512 + (B) * 8 + 2: \
-    return dot_tile<Isa, AdditiveDecoder<Isa, B>, Runs<2>, B, 2>(w, x, m, begin, end, scratch, y, y_stride);
+    return dot_tile<Isa, typename Isa::template Additive<B>, Runs<2>, B, 2>(w, x, m, begin, end, scratch, y, y_stride);
     HIGGS_FOR_EACH_ADDITIVE_DECODER(HIGGS_CASE)
 #undef HIGGS_CASE
     default: no_decoder(*w.format.grid);

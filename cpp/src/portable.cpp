@@ -38,6 +38,9 @@ struct Portable {
   template <int B, int P>
   using TrellisDecoder = WindowDecoder<Portable, B, P>;
 
+  template <int B>
+  using Additive = AdditiveDecoder<Portable, B>;
+
   template <int P>
   static Vec look_up(const float* points, const std::uint16_t*, const std::uint32_t* windows) {
     Vec v;

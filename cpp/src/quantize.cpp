@@ -162,7 +162,7 @@ class Quantizer {
     const detail::TrellisTable& table = detail::trellis_table(*format_.grid, kernels_.vector_lanes);
     const int columns = group.run_columns();
     const std::int64_t first_index = (group.first + t * columns) / format_.grid->p;
-    thread_local std::vector<float> costs;
+    thread_local detail::LineFloats costs;
     costs.resize(std::max(costs.size(), static_cast<std::size_t>(detail::trellis_costs(table, columns))));
     float values[kRows][kMaxRunColumns];
     float points[kRows][kMaxRunColumns];

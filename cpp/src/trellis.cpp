@@ -35,9 +35,9 @@ double dot(const float* a, const float* b, int p) {
 
 // [1 + p, position]: |entry|^2 and the components of entry(state).
 template <typename Entry>
-std::vector<float> terms_of_states(const TrellisTable& table, const Entry& entry) {
+LineFloats terms_of_states(const TrellisTable& table, const Entry& entry) {
   const int p = table.grid->p;
-  std::vector<float> terms(static_cast<std::size_t>(table.states) * (1 + p));
+  LineFloats terms(static_cast<std::size_t>(table.states) * (1 + p));
   for (int state = 0; state < table.states; ++state) {
     const float* g = entry(state);
     float* at = &terms[static_cast<std::size_t>(table.position(state))];

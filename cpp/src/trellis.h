@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "higgs/grid.h"
@@ -11,6 +13,22 @@
 namespace higgs::detail {
 
 inline constexpr int kTrellisRuns = 4;  // encoded at once, so that each value loaded serves four
+
+// Floats that begin a cache line, so that no vector of them lies in two.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  LineAllocator() = default;
+  template <typename U>
+  explicit LineAllocator(const LineAllocator<U>& /*other*/) noexcept {}
+
+  [[nodiscard]] T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, std::size_t /*n*/) noexcept { ::operator delete(p, kLine); }
+  bool operator==(const LineAllocator& /*other*/) const noexcept { return true; }
+};
+using LineFloats = std::vector<float, LineAllocator<float>>;
 
 // A search forward through a run. Before step t its state is the bits of window t that are known then, the low
 // window_bits - index_bits; window t leads to state window >> index_bits. The states that follow and share their low
@@ -28,10 +46,10 @@ struct TrellisTable {
   int lanes = 0;                          // a multiple of 16
   int branches = 0;                       // windows that lead to one state: 2^index_bits
   int tile = 0;                           // lanes whose edges lie side by side
-  std::vector<float> edges;               // [group, lane / tile, branch, edge_terms(), lane % tile]
+  LineFloats edges;                       // [group, lane / tile, branch, edge_terms(), lane % tile]
   std::vector<float> norms;               // [window]: |point|^2
-  std::vector<float> before;              // additive: [1 + p, position of the state before]: |lo|^2 and lo
-  std::vector<float> after;               // additive: [1 + p, position of the state after]: |hi|^2 and hi
+  LineFloats before;                      // additive: [1 + p, position of the state before]: |lo|^2 and lo
+  LineFloats after;                       // additive: [1 + p, position of the state after]: |hi|^2 and hi
   std::vector<std::int32_t> predecessor;  // [group, branch]: position of the state before
 
   // Of an edge: 2 lo hi in an additive grid, else |point|^2 and the components of the point.

@@ -38,6 +38,9 @@ struct Avx2 {
   template <int B, int P>
   using TrellisDecoder = WindowDecoder<Avx2, B, P>;
 
+  template <int B>
+  using Additive = AdditiveDecoder<Avx2, B>;
+
   template <int P>
   static Vec look_up(const float*, const std::uint16_t* halves, const std::uint32_t* windows) {
     std::uint16_t row[kLanes];

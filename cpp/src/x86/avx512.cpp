@@ -265,6 +265,67 @@ struct PairDecoder {
   }
 };
 
+// Additive grids: the steps of two whole runs at once, as bytes, from byte tables of the four columns of the grid's
+// table. Shorter runs, and parts of runs, as everywhere.
+template <class Isa, int B>
+struct RunPairDecoder : AdditiveDecoder<Isa, B> {
+  using Base = AdditiveDecoder<Isa, B>;
+  static constexpr int kRunBytes = Base::kMaxSteps * B / 8;
+  static_assert(Base::kMaxSteps == 32);
+  alignas(64) std::uint8_t bytes_of[2][2][256];  // [lo, hi][weight of the step]
+  alignas(64) std::uint8_t spread[2][64];        // [lo, hi]
+  alignas(64) std::uint8_t shift[2][64];
+
+  explicit RunPairDecoder(const PackedView& w) : Base(w) {
+    for (int is_hi = 0; is_hi < 2; ++is_hi) {
+      for (int i = 0; i < 256; ++i) {
+        for (int c = 0; c < 2; ++c) {
+          bytes_of[is_hi][c][i] = static_cast<std::uint8_t>(Base::entries[i] >> (is_hi ? 0 : 16) >> 8 * c);
+        }
+      }
+      const int skipped = is_hi * Base::kShift * B;  // bits
+      for (int q = 0; q < 8; ++q) {
+        const int run = kQwordOrder[q] / 4;
+        const int first = kQwordOrder[q] % 4 * B + skipped / 8;
+        for (int b = 0; b < 8; ++b) {
+          spread[is_hi][8 * q + b] = static_cast<std::uint8_t>(run * kRunBytes + (first + b) % kRunBytes);
+          shift[is_hi][8 * q + b] = static_cast<std::uint8_t>(skipped % 8 + b * B);
+        }
+      }
+    }
+  }
+
+  template <typename Sink>
+  void chunk(const std::uint8_t* row, std::int64_t index, int count, const Sink& sink) const {
+    if (count < Base::kRuns * Base::kMaxSteps) return Base::chunk(row, index, count, sink);
+    for (int pair = 0; pair < Base::kRuns / 2; ++pair) {
+      const __m512i raw = load_bytes(row + index * B / 8 + pair * 2 * kRunBytes, 2 * kRunBytes, Base::end);
+      const __m512i lo = pieces(0, raw);
+      const __m512i hi = pieces(1, raw);
+      const __m512i even = sums(0, lo, hi);
+      const __m512i odd = sums(1, lo, hi);
+      sink_bytes(pair * 128, _mm512_unpacklo_epi8(even, odd), sink);
+      sink_bytes(pair * 128 + 64, _mm512_unpackhi_epi8(even, odd), sink);
+    }
+  }
+
+  [[nodiscard]] __m512i pieces(int is_hi, __m512i raw) const {
+    const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(spread[is_hi]), raw);
+    return B == 8 ? words : _mm512_multishift_epi64_epi8(_mm512_load_si512(shift[is_hi]), words);
+  }
+  [[nodiscard]] __m512i sums(int c, __m512i lo, __m512i hi) const {
+    return _mm512_add_epi8(look_up_byte<4>(bytes_of[0][c], lo), look_up_byte<4>(bytes_of[1][c], hi));
+  }
+  template <typename Sink>
+  static void sink_bytes(int offset, __m512i bytes, const Sink& sink) {
+    const auto floats = [](__m128i b) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b)); };
+    sink(offset, floats(_mm512_castsi512_si128(bytes)));
+    sink(offset + 16, floats(_mm512_extracti32x4_epi32(bytes, 1)));
+    sink(offset + 32, floats(_mm512_extracti32x4_epi32(bytes, 2)));
+    sink(offset + 48, floats(_mm512_extracti32x4_epi32(bytes, 3)));
+  }
+};
+
 struct Avx512 {
   using Vec = __m512;
   static constexpr int kLanes = 16;
@@ -306,6 +367,9 @@ struct Avx512 {
 
   template <int B, int P>
   using TrellisDecoder = std::conditional_t<P == 2, PairDecoder<B>, WindowDecoder<Avx512, B, P>>;
+
+  template <int B>
+  using Additive = RunPairDecoder<Avx512, B>;
 
   template <int B, int P>
   using Decoder = std::conditional_t<kSigned<B, P>, SignedDecoder,
