@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    if args.draws < 1:
+        parser.error(f"--draws {args.draws}: at least 1")
     device = pick_device(args.device)
     base, tokenizer = load(args.model, device=device)
     windows = token_windows(tokenizer, read_text(args.text), args.context, args.windows)

@@ -68,7 +68,7 @@ struct TrellisSearch {
   void step_of_points(const Runs& runs) const {
     // As many runs at once as have their costs and factors in registers, of which AVX2 has half as many as AVX-512; for
     // the others the edges of the tile are in the L1 cache then.
-    constexpr int kRuns = P == 2 || kLanes == 16 ? 4 : 2;
+    constexpr int kRuns = P == 2 || kLanes == 16 ? kTrellisRuns : 2;
     const int branches = table.branches;
     const int lanes = table.lanes;
     const std::int32_t* predecessor = table.predecessor.data();

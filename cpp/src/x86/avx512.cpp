@@ -35,6 +35,16 @@ inline void convert_bytes(__m512i low, __m512i high, int offset, const Sink& sin
 }
 constexpr int kQwordOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
+// 64 fields of 8 bits of a stream, of which one begins every B bits: `spread` brings a qword the bytes of eight,
+// `shift` says where in it they begin.
+template <int B>
+inline __m512i fields(const std::uint8_t* spread, const std::uint8_t* shift, __m512i raw) {
+  const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(spread), raw);
+  return B == 8 ? words : _mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words);
+}
+
+inline __m512 floats_of_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+
 // 64 bytes of a table of Registers * 64, by index.
 template <int Registers>
 inline __m512i look_up_byte(const std::uint8_t* table, __m512i index) {
@@ -75,10 +85,8 @@ struct ByteTableDecoder {
 
   [[nodiscard]] __m512i unpack(const std::uint8_t* bytes, int count) const {
     const __m512i raw = load_bytes(bytes, count * B / 8, end);
-    const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(spread), raw);
-    if constexpr (B == 8) return words;
-    const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words);
-    return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>(kPoints - 1)));
+    const __m512i index = fields<B>(spread, shift, raw);
+    return B == 8 ? index : _mm512_and_si512(index, _mm512_set1_epi8(static_cast<char>(kPoints - 1)));
   }
 
   template <int Count = kChunk, typename Sink>
@@ -300,8 +308,8 @@ struct RunPairDecoder : AdditiveDecoder<Isa, B> {
     if (count < Base::kRuns * Base::kMaxSteps) return Base::chunk(row, index, count, sink);
     for (int pair = 0; pair < Base::kRuns / 2; ++pair) {
       const __m512i raw = load_bytes(row + index * B / 8 + pair * 2 * kRunBytes, 2 * kRunBytes, Base::end);
-      const __m512i lo = pieces(0, raw);
-      const __m512i hi = pieces(1, raw);
+      const __m512i lo = fields<B>(spread[0], shift[0], raw);
+      const __m512i hi = fields<B>(spread[1], shift[1], raw);
       const __m512i even = sums(0, lo, hi);
       const __m512i odd = sums(1, lo, hi);
       sink_bytes(pair * 128, _mm512_unpacklo_epi8(even, odd), sink);
@@ -309,20 +317,15 @@ struct RunPairDecoder : AdditiveDecoder<Isa, B> {
     }
   }
 
-  [[nodiscard]] __m512i pieces(int is_hi, __m512i raw) const {
-    const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(spread[is_hi]), raw);
-    return B == 8 ? words : _mm512_multishift_epi64_epi8(_mm512_load_si512(shift[is_hi]), words);
-  }
   [[nodiscard]] __m512i sums(int c, __m512i lo, __m512i hi) const {
     return _mm512_add_epi8(look_up_byte<4>(bytes_of[0][c], lo), look_up_byte<4>(bytes_of[1][c], hi));
   }
   template <typename Sink>
   static void sink_bytes(int offset, __m512i bytes, const Sink& sink) {
-    const auto floats = [](__m128i b) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b)); };
-    sink(offset, floats(_mm512_castsi512_si128(bytes)));
-    sink(offset + 16, floats(_mm512_extracti32x4_epi32(bytes, 1)));
-    sink(offset + 32, floats(_mm512_extracti32x4_epi32(bytes, 2)));
-    sink(offset + 48, floats(_mm512_extracti32x4_epi32(bytes, 3)));
+    sink(offset, floats_of_bytes(_mm512_castsi512_si128(bytes)));
+    sink(offset + 16, floats_of_bytes(_mm512_extracti32x4_epi32(bytes, 1)));
+    sink(offset + 32, floats_of_bytes(_mm512_extracti32x4_epi32(bytes, 2)));
+    sink(offset + 48, floats_of_bytes(_mm512_extracti32x4_epi32(bytes, 3)));
   }
 };
 
@@ -361,8 +364,7 @@ struct Avx512 {
 
   template <typename Use>
   static void signed_bytes(const std::int8_t* bytes, const Use& use) {
-    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-    use(0, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen)));
+    use(0, floats_of_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
   }
 
   template <int B, int P>
